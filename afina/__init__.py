@@ -1,0 +1,52 @@
+"""Afina: a lean, from-scratch, single-GPU fine-tuning engine.
+
+Names are imported on first use, so that ``import afina`` and ``afina --help`` do not pay for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from afina.engine.config import ModelConfig as ModelConfig
+    from afina.engine.generate import generate as generate
+    from afina.engine.model import GPT as GPT
+    from afina.engine.train import RunResult as RunResult
+    from afina.engine.train import finetune as finetune
+    from afina.engine.train_config import TrainConfig as TrainConfig
+    from afina.engine.weights import load_model as load_model
+    from afina.engine.weights import save_model as save_model
+    from afina.errors import AfinaError as AfinaError
+    from afina.loaders.tokenizer import Tokenizer as Tokenizer
+    from afina.loaders.tokenizer import load_tokenizer as load_tokenizer
+
+_HOME = {
+    "AfinaError": "afina.errors",
+    "GPT": "afina.engine.model",
+    "ModelConfig": "afina.engine.config",
+    "RunResult": "afina.engine.train",
+    "Tokenizer": "afina.loaders.tokenizer",
+    "TrainConfig": "afina.engine.train_config",
+    "finetune": "afina.engine.train",
+    "generate": "afina.engine.generate",
+    "load_model": "afina.engine.weights",
+    "load_tokenizer": "afina.loaders.tokenizer",
+    "save_model": "afina.engine.weights",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'afina' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,39 @@
+"""The errors a user can cause. At the command line each is one line and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AfinaError(Exception):
+    """Base of every error that the user's request, files or settings cause.
+
+    The message is one line: what was found, where (file, line or key), what was expected, how to mend it.
+    """
+
+
+class WeightsError(AfinaError):
+    """Model weights that are missing, damaged or contradict their config."""
+
+
+class ConfigError(AfinaError):
+    """A model config, recipe or option that cannot be honoured."""
+
+
+class TokenizerError(AfinaError):
+    """Tokenizer files or chat templates that are missing, damaged or contradict the model."""
+
+
+class DataError(AfinaError):
+    """Training or evaluation rows that cannot be used."""
+
+
+class RunError(AfinaError):
+    """A run folder that cannot be written, resumed or overwritten."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the option closest to ``name``, or "" when none is close."""
+    match = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
