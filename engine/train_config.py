@@ -1,0 +1,350 @@
+"""The settings of a training run: one frozen dataclass, from which ``afina train --help`` is built too.
+
+A setting comes from a YAML recipe, a flag or a Python keyword; all three take the same names (and the aliases that
+other trainers use), the same values and the same checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from afina.errors import ConfigError, nearest
+
+Limit = tuple[str, Callable[[Any], bool]]
+POSITIVE: Limit = ("above 0", lambda v: v > 0)
+NOT_NEGATIVE: Limit = ("0 or more", lambda v: v >= 0)
+FRACTION: Limit = ("from 0 to 1", lambda v: 0 <= v <= 1)
+INNER_FRACTION: Limit = ("above 0 and below 1", lambda v: 0 < v < 1)
+BETA: Limit = ("from 0 to below 1", lambda v: 0 <= v < 1)
+RATE: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
+SEED: Limit = ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
+LENGTH: Limit = ("2 or more", lambda v: v >= 2)
+
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+MAX_RECIPE_BYTES = 1 << 20
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    limit: Limit | None = None,
+) -> Any:
+    """A dataclass field that carries its documentation, its other names and the values it takes."""
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "limit": limit}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. Checked when it is made; saved with the run as ``recipe.yaml``."""
+
+    model: str | None = setting(
+        None,
+        "pretrained model: a folder, a run folder (its best model), a hub id, or afina-tiny",
+        aliases=("model_name_or_path", "base_model"),
+    )
+    data: str | None = setting(None, "training rows: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder of them")
+    output_dir: str | None = setting(None, "run folder to create: checkpoints, metrics and the best model")
+    val_file: str | None = setting(None, "held-out rows (default: val_size of the data)")
+    method: str = setting(
+        "full",
+        "which weights train (this version: full)",
+        aliases=("finetuning_type", "adapter"),
+        choices=("full", "lora", "qlora", "freeze"),
+    )
+    init: str = setting("pretrained", "start from trained weights or random ones", choices=("pretrained", "random"))
+    config: str | None = setting(None, "config.json of the model to build (init random)")
+    tokenizer: str | None = setting(None, "tokenizer folder (default: the model's own)")
+    tokenizer_vocab_size: int | None = setting(
+        None, "train a byte-level BPE of this size on the data (init random without a tokenizer)", limit=POSITIVE
+    )
+    max_length: int = setting(
+        1024, "tokens in a row at most", aliases=("max_seq_length", "sequence_len", "cutoff_len"), limit=LENGTH
+    )
+    batch_size: int = setting(
+        8, "rows in a micro-batch", aliases=("micro_batch_size", "per_device_train_batch_size"), limit=POSITIVE
+    )
+    gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step", limit=POSITIVE)
+    epochs: float = setting(3.0, "passes over the data", aliases=("num_train_epochs", "num_epochs"), limit=POSITIVE)
+    max_steps: int | None = setting(None, "optimizer steps (instead of epochs)", limit=POSITIVE)
+    learning_rate: float = setting(5e-5, "peak learning rate", aliases=("lr",), limit=RATE)
+    lr_scheduler_type: str = setting(
+        "cosine", "learning-rate schedule after the warm-up", choices=("cosine", "linear", "constant", "wsd")
+    )
+    warmup_ratio: float = setting(0.03, "share of the steps that warm up", limit=FRACTION)
+    warmup_steps: int | None = setting(None, "steps that warm up (instead of warmup_ratio)", limit=NOT_NEGATIVE)
+    min_lr_ratio: float = setting(0.0, "last learning rate as a share of the peak", limit=FRACTION)
+    weight_decay: float = setting(0.01, "decoupled decay of the weight matrices", limit=NOT_NEGATIVE)
+    adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
+    adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", limit=POSITIVE)
+    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this (0: no clipping)", limit=NOT_NEGATIVE)
+    val_size: float = setting(0.1, "share of the rows held out as dev rows (at least one)", limit=INNER_FRACTION)
+    eval_steps: int | None = setting(None, "steps between evaluations (default: once an epoch)", limit=POSITIVE)
+    save_steps: int | None = setting(None, "steps between checkpoints (default: at each evaluation)", limit=POSITIVE)
+    logging_steps: int = setting(1, "steps between lines of metrics.jsonl", limit=POSITIVE)
+    save_total_limit: int = setting(2, "checkpoints kept", limit=POSITIVE)
+    early_stopping_patience: int | None = setting(
+        None, "stop after this many evaluations without a better dev loss", limit=POSITIVE
+    )
+    train_on_prompt: bool = setting(
+        False, "learn the prompts too, not only the completions", aliases=("train_on_inputs", "completion_only_loss")
+    )
+    packing: bool = setting(True, "concatenate rows instead of padding them; rows stay isolated, the maths is the same")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    dtype: str = setting("auto", "auto is float32 on a CPU, bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = setting(42, "seed of the split, the order of the rows and a random start", limit=SEED)
+    threads: int | None = setting(None, "CPU threads (default: torch's choice)", limit=POSITIVE)
+    report_to: str = setting("none", "where else metrics go", choices=("none", "tensorboard"))
+    on_long: str = setting(
+        "drop",
+        "rows above max_length: drop them, truncate the prompt's left, or stop with an error",
+        choices=("drop", "truncate", "error"),
+    )
+    columns: dict[str, str] = setting(  # noqa: RUF009 (a new dict each time)
+        dict, "rename the data's columns: prompt=question,completion=answer"
+    )
+    skip_bad_lines: bool = setting(False, "count malformed lines and go on")
+    allow_nonfinite: bool = setting(False, "accept weights that hold NaN or Inf")
+
+    def __post_init__(self) -> None:
+        for name in settings():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, checked(name, value, name))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        for name in ("data", "output_dir"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name} is missing: give --{name}, or {name}: in the recipe")
+        if self.method != "full":
+            raise ConfigError(f"method {self.method} is not in this version, which trains all weights: use method full")
+        if self.init == "pretrained":
+            if self.model is None:
+                raise ConfigError("model is missing: give --model (a folder, a hub id or afina-tiny) or --init random")
+            for name in ("config", "tokenizer_vocab_size"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is for init random, but init is pretrained: leave one of them out")
+        else:
+            if self.model is not None:
+                raise ConfigError("init random builds the model from config: leave out model, or use init pretrained")
+            if self.config is None:
+                raise ConfigError("init random needs --config, the config.json of the model to build")
+            if (self.tokenizer is None) == (self.tokenizer_vocab_size is None):
+                raise ConfigError("init random needs one of --tokenizer FOLDER and --tokenizer_vocab_size N")
+
+    @classmethod
+    def resolve(
+        cls,
+        recipe_path: str | Path | None = None,
+        overrides: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+        *,
+        prefix: str = "",
+    ) -> TrainConfig:
+        """The recipe's settings with ``overrides`` over them.
+
+        ``overrides`` are names (aliases too) and values; a None means not given. ``prefix`` is put before an
+        override's name in messages ("--" for flags).
+        """
+        given = _canonical(_read_recipe(Path(recipe_path))) if recipe_path is not None else {}
+        pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+        given |= _canonical((prefix + name, name, value) for name, value in pairs)
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values, in the order of the fields."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; reading it again gives an equal TrainConfig."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe as YAML."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+# Names that only mean something on the command line, or to a method that is not here yet: answered, not guessed at.
+LORA_NAMES = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+_NOT_HERE = {
+    **dict.fromkeys(LORA_NAMES, "is for LoRA, which is not in this version: leave it out"),
+    "resume_from_checkpoint": "is a flag, not a setting of the run: use afina train --resume",
+}
+_SYNONYMS = {"fp32": "float32", "bf16": "bfloat16"}
+_INVERTED = ("completion_only_loss",)
+
+
+@cache
+def settings() -> dict[str, dataclasses.Field[Any]]:
+    """The fields of TrainConfig by name."""
+    return {f.name: f for f in dataclasses.fields(TrainConfig)}
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Every accepted name of a setting -> its own name."""
+    return {alias: name for name, f in settings().items() for alias in (name, *f.metadata["aliases"])}
+
+
+@cache
+def kinds() -> dict[str, type]:
+    """The type of each setting (str, int, float, bool or dict), without its "or None"."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        args = [a for a in typing.get_args(hint) if a is not type(None)]
+        kinds[name] = dict if typing.get_origin(hint) is dict else args[0] if args else hint
+    return kinds
+
+
+def checked(name: str, value: Any, where: str) -> Any:
+    """``value`` in the type of the setting ``name``; ConfigError, beginning with ``where``, if it cannot be."""
+    kind, metadata = kinds()[name], settings()[name].metadata
+    try:
+        value = _CONVERT[kind](value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{where} is {_shown(value)}; expected {_EXPECTED[kind]}") from None
+    choices, limit = metadata["choices"], metadata["limit"]
+    if choices:
+        value = _SYNONYMS.get(value, value)
+        if value not in choices:
+            raise ConfigError(f"{where} is {_shown(value)}; expected {', '.join(choices)}{nearest(value, choices)}")
+    if name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise ConfigError(f"{where} is {_shown(value)}; expected auto, cpu, cuda or cuda:N")
+    if limit and not limit[1](value):
+        raise ConfigError(f"{where} is {_shown(value)}; expected {_EXPECTED[kind]} {limit[0]}")
+    return value
+
+
+def _canonical(items: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """(where, name or alias, value) triples -> checked values by setting; contradictions and unknown names refused."""
+    given: dict[str, Any] = {}
+    first: dict[str, str] = {}
+    for where, key, value in items:
+        if value is None or (key == "resume_from_checkpoint" and value is False):
+            continue
+        if key in _NOT_HERE:
+            raise ConfigError(f"{where} {_NOT_HERE[key]}")
+        name = aliases().get(key)
+        if name is None:
+            raise ConfigError(f"{where} is not a setting{nearest(key, aliases())}")
+        value = checked(name, value, where)
+        if key in _INVERTED:
+            value = not value
+        if name in given and given[name] != value:
+            raise ConfigError(f"{first[name]} and {where} give {name} two different values: keep one of them")
+        given[name] = value
+        first[name] = where
+    return given
+
+
+def _read_recipe(path: Path) -> list[tuple[str, str, Any]]:
+    """The (where, key, value) triples of a YAML recipe, in order; duplicate keys stay apart for the caller to see."""
+    import yaml
+
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 (byte {error.start})"
+        raise ConfigError(f"{path}: the recipe cannot be read: {reason}; expected a YAML file") from None
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise ConfigError(f"{path}: {len(raw)} bytes is no recipe; expected a YAML file of settings")
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: found no settings; expected lines of the form learning_rate: 5e-5")
+        loader.flatten_mapping(root)
+        triples, seen = [], set()
+        for key_node, value_node in root.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            where = f"{path}, line {key_node.start_mark.line + 1}: {key}"
+            if key in seen:
+                raise ConfigError(f"{where} is given a second time: keep one of them")
+            seen.add(key)
+            triples.append((where, key, loader.construct_object(value_node, deep=True)))
+        return triples
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    finally:
+        loader.dispose()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _to_text(value: Any) -> str:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise TypeError
+    return str(value)
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise ValueError
+    return word in TRUE_WORDS
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    number = int(value)
+    if isinstance(value, float) and number != value:
+        raise ValueError
+    return number
+
+
+def _to_columns(value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+        if len(value) != len(pairs):
+            raise ValueError
+    if not isinstance(value, dict) or not all(isinstance(t, str) and t for pair in value.items() for t in pair):
+        raise ValueError
+    return dict(value)
+
+
+_CONVERT: dict[type, Callable[[Any], Any]] = {
+    str: _to_text, bool: _to_bool, float: _to_float, int: _to_int, dict: _to_columns
+}  # fmt: skip
+_EXPECTED = {
+    str: "text",
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    dict: "pairs like prompt=question,completion=answer",
+}
