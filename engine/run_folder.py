@@ -1,0 +1,357 @@
+"""The folder a run leaves: who may write in it, what it says about the run, its metrics; and stopping by a signal.
+
+    with StopRequest() as stop, RunFolder(output_dir, resume=..., overwrite=...) as folder:
+        ...                                   # load and check everything else
+        folder.begin(config.to_dict(), facts, bytes_needed=...)
+        if folder.checkpoint: ...             # resuming: where to go on from
+        folder.log({"step": 1, "loss": 2.0})
+
+Everything is refused before anything is changed: opening takes the lock and writes nothing else, ``begin`` checks
+before it writes, and a folder that was opened but not begun is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import yaml
+
+from afina.engine.state import (
+    CHECKPOINT_NAME,
+    WORKING_NAME,
+    Checkpoint,
+    find_latest,
+    fsync_path,
+    read_json,
+    recover,
+    remove,
+)
+from afina.errors import RunError
+
+FORMAT = "afina-run-1"
+LOCK, RUN, RECIPE, METRICS = ".lock", "run.json", "recipe.yaml", "metrics.jsonl"
+OWN_NAMES = {LOCK, RUN, RECIPE, METRICS, "best", "report.html", "tensorboard"}
+
+# Settings that may differ when a run is resumed: how long it goes on, how often it reports, evaluates and saves, and
+# how (not what) it computes. All others would make it another run. A longer run follows its own, stretched schedule
+# from there on.
+FREE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "epochs",
+        "max_steps",
+        "eval_steps",
+        "save_steps",
+        "logging_steps",
+        "save_total_limit",
+        "early_stopping_patience",
+        "gradient_checkpointing",
+        "threads",
+        "report_to",
+    }
+)
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # flock on some network file systems
+
+
+class RunFolder:
+    """A run folder that this process holds until ``close``.
+
+    ``checkpoint`` is where a resumed run goes on (None: from the first step); ``skipped`` says in one line each which
+    newer checkpoints were damaged.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Check that a run may go to ``path`` and hold it. Missing folders on the way are made.
+
+        Raises RunError: the path is a file or cannot be written, it holds a run (and neither ``resume`` nor
+        ``overwrite``), it holds something else, there is nothing to resume, or another process holds it (named).
+        """
+        if resume and overwrite:
+            raise RunError("--resume and --overwrite contradict each other: continue the run, or replace it")
+        self.path = Path(os.path.abspath(path))
+        self.checkpoint: Checkpoint | None = None
+        self.skipped: list[str] = []
+        self._resume = resume
+        self._overwrite = overwrite
+        self._begun = False
+        self._created: list[Path] = []
+        self._lock = -1
+        self._metrics = -1
+        self._check()
+        try:
+            self._make_folders()
+            self._take_lock()
+            self._check()  # again: another process may have come first
+        except OSError as error:
+            self.close()
+            raise RunError(f"{self.path} cannot be written: {error.strerror}; choose another --output_dir") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any], *, bytes_needed: int = 0) -> None:
+        """Write ``recipe.yaml`` and ``run.json``; resuming, find the checkpoint, cut ``metrics.jsonl`` to its step.
+
+        ``config``: every setting, resolved; JSON values. ``facts``: what the run depends on beyond its settings, such
+        as hashes of contents. A fact ``NAME_sha256`` stands for the setting NAME when resuming, so that files may move.
+        ``bytes_needed``: what the checkpoints and the best model will take on disk.
+        Raises RunError, with nothing changed: too little space; or when resuming, settings or facts that differ, or no
+        checkpoint that is whole.
+        """
+        config, facts = json.loads(json.dumps(config)), json.loads(json.dumps(facts))
+        free = shutil.disk_usage(self.path).free
+        if bytes_needed > free:
+            raise RunError(
+                f"{self.path}: too little space for the checkpoints and the best model: {free / 1e9:.2f} GB "
+                f"free, {bytes_needed / 1e9:.2f} GB needed; free some, lower --save_total_limit, or choose another "
+                "--output_dir"
+            )
+        record = self._record() if self._resume else None
+        if record is not None:
+            _refuse_differences(self.path, record, config, facts)
+            self.checkpoint, self.skipped = find_latest(self.path)
+            if self.checkpoint is None and self.skipped:
+                raise RunError(f"{self.path}: no checkpoint is whole; start again with --overwrite ({self.skipped[0]})")
+        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "argv": sys.argv, **environment()}
+        if record is None:
+            record = {"format": FORMAT, "started": now}
+        else:
+            step = self.checkpoint.step if self.checkpoint else 0
+            record.setdefault("resumed", []).append({"step": step, **now})
+        self._begun = True
+        recover(self.path)
+        if self._overwrite:
+            # run.json goes last (it is replaced below): what is left after a crash is still known as a run.
+            for path in sorted(self.path.iterdir()):
+                if _is_own(path.name) and path.name not in (LOCK, RUN):
+                    remove(path)
+        _replace(self.path / RUN, json.dumps({**record, "config": config, "facts": facts}, indent=1) + "\n")
+        _replace(self.path / RECIPE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        self._cut_metrics(self.checkpoint.step if self.checkpoint else -1)
+        self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``; it survives a kill. ``step`` is required; NaN and infinity become null.
+
+        Log all lines of step N before ``checkpoint-N`` is saved: resuming keeps the lines up to the checkpoint's step.
+        """
+        if type(values.get("step")) is not int:
+            raise ValueError(f"values must have an integer 'step', got {values.get('step')!r}")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = (json.dumps(plain) + "\n").encode()
+        if (written := os.write(self._metrics, line)) != len(line):
+            raise OSError(
+                errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(self.path / METRICS)
+            )
+
+    def close(self) -> None:
+        """Let go of the folder. One that was never started is left as it was found."""
+        if self._metrics >= 0:
+            os.close(self._metrics)
+            self._metrics = -1
+        if self._lock >= 0:
+            (self.path / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+        if not self._begun:
+            while self._created:
+                with contextlib.suppress(OSError):  # someone else put something there: it stays
+                    self._created.pop().rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        """Refuse what cannot become, or is not, this run's folder. Changes nothing."""
+        path = self.path
+        ancestor = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+        if not ancestor.is_dir():
+            raise RunError(f"{ancestor} is not a folder; choose another --output_dir")
+        if not os.access(ancestor, os.W_OK | os.X_OK):
+            raise RunError(f"{ancestor} is read-only for this user; choose another --output_dir")
+        if ancestor != path:
+            if self._resume:
+                raise RunError(
+                    f"there is no run to resume at {path}; check --output_dir, or start one without --resume"
+                )
+            return
+        names = {p.name for p in path.iterdir()}
+        if RUN in names:
+            self._record()
+            if not (self._resume or self._overwrite):
+                raise RunError(f"{path} already holds a run: continue it with --resume, replace it with --overwrite")
+        elif foreign := sorted(name for name in names if name != LOCK and not WORKING_NAME.fullmatch(name)):
+            raise RunError(
+                f"{path} is not empty and not a run folder (it has {foreign[0]!r} but no {RUN}); choose another "
+                "--output_dir"
+            )
+
+    def _record(self) -> dict[str, Any] | None:
+        """``run.json``, checked to be ours; None where a run was killed before it had one."""
+        if not (self.path / RUN).exists():
+            return None
+        record = read_json(self.path / RUN)
+        if record.get("format") != FORMAT:
+            raise RunError(
+                f"{self.path / RUN} was not written by this version of afina: format {record.get('format')!r:.80}, "
+                f"expected {FORMAT!r}; choose another --output_dir"
+            )
+        return record
+
+    def _make_folders(self) -> None:
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                self._created.append(folder)
+
+    def _take_lock(self) -> None:
+        """Hold ``.lock``. The kernel lets go of it when its holder dies, however it dies, so none is ever stale."""
+        path = self.path / LOCK
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown process"
+                os.close(handle)
+                if error.errno in NO_LOCKS:
+                    print(f"afina: warning: {self.path} has no file locks; start no second run in it", file=sys.stderr)
+                    return
+                raise RunError(f"{self.path} is in use by another run ({holder}); wait for it or stop it") from error
+            # The one who held it before may have removed the file between our two calls: then we hold nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    break
+            os.close(handle)
+        self._lock = handle
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _cut_metrics(self, last_step: int) -> None:
+        """Keep the whole lines of steps up to ``last_step``: the run repeats the later steps and logs them again."""
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, or not ours
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line + "\n")
+        _replace(path, "".join(kept))
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM only set ``requested``; the loop polls it, saves, and stops.
+
+    More signals change nothing, so none can cut a save short. Outside the main thread, where Python allows no
+    handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.requested is not None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            # None: the handler was not Python's and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = signal.Signals(number)
+            text = "stopping after this micro-batch, with a checkpoint to --resume from"
+        else:
+            text = "already stopping, the checkpoint is being saved; please wait"
+        # os.write: a handler may run in the middle of a print, whose buffer cannot be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nafina: {signal.Signals(number).name}: {text}\n".encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and the git commit of the working folder, as far as they can be known."""
+    versions = {"python": platform.python_version()}
+    for name in ("afina", "torch", "triton", "numpy", "tokenizers", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    try:
+        git = ["git", "rev-parse", "--verify", "-q", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=False).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"versions": versions, "platform": platform.platform(), "host": socket.gethostname(), "git_commit": commit}
+
+
+def _refuse_differences(path: Path, record: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raise RunError with every setting and content that is not what the run began with."""
+    before, known = record.get("config"), record.get("facts")
+    if not isinstance(before, dict) or not isinstance(known, dict) or not isinstance(record.get("resumed", []), list):
+        raise RunError(f"{path / RUN} is damaged: 'config' and 'facts' must be objects; start again with --overwrite")
+    free = FREE_ON_RESUME | {name.removesuffix("_sha256") for name in facts}
+    changes = [f"{k}: {_show(before, k)} -> {_show(config, k)}" for k in _differing(before, config) if k not in free]
+    changes += [f"{k}: {_show(known, k)} -> {_show(facts, k)}" for k in _differing(known, facts)]
+    if changes:
+        raise RunError(
+            f"{path} cannot be resumed, this changed since it began: {'; '.join(changes)}. Put it back, or start a "
+            "new run with another --output_dir or with --overwrite"
+        )
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [key for key in dict.fromkeys([*a, *b]) if key not in a or key not in b or a[key] != b[key]]
+
+
+def _show(config: Mapping[str, Any], key: str) -> str:
+    return f"{config[key]!r:.100}" if key in config else "(absent)"
+
+
+def _is_own(name: str) -> bool:
+    return name in OWN_NAMES or bool(CHECKPOINT_NAME.fullmatch(name) or WORKING_NAME.fullmatch(name))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, whole."""
+    working = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        working.write_text(text, encoding="utf-8")
+        fsync_path(working)
+        working.rename(path)
+    except OSError:
+        working.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
