@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -98,17 +99,30 @@ def _dispatch(argv: list[str]) -> int:
     args = parser.parse_args(parser.normalised(argv[1:]))
     result = execute(args)
     if args.json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
+        print(json.dumps(_without_nan(result), ensure_ascii=False, default=str))
     return 0
+
+
+def _without_nan(value: Any) -> Any:
+    """``value`` with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _help() -> str:
     verbs = "\n".join(f"  {verb:9} {summary}" for verb, (summary, _, _) in commands.VERBS.items())
-    return (
-        "usage: afina VERB [options]\n\nFine-tune a language model on your examples, on one machine.\n\n"
-        f"verbs:\n{verbs}\n\nafina VERB --help lists a verb's options. On every verb: --json prints the result as\n"
-        "one JSON object on the last line, --debug shows the traceback of an error.\nafina --version prints the version."
-    )
+    return f"""usage: afina VERB [options]
+
+Fine-tune a language model on your examples, on one machine.
+
+verbs:
+{verbs}
+
+afina VERB --help lists a verb's options. On every verb, --json prints the result as one JSON object on the
+last line and --debug shows the traceback of an error. afina --version prints the version."""
 
 
 def _report(error: BaseException) -> int:
@@ -126,7 +140,7 @@ def _report(error: BaseException) -> int:
         message = f"out of memory; a smaller batch_size or max_length needs less: {message}"
     elif name == "PanicException":  # from tokenizers or safetensors (pyo3), outside Exception
         message = f"a library failed on this input: {message}"
-    elif not isinstance(error, OSError | FloatingPointError):
+    elif not isinstance(error, OSError) and not type(error).__module__.startswith("afina."):
         message = f"internal error, {name}: {message} (add --debug for the traceback, and please report it)"
     print(f"afina: error: {message}", file=sys.stderr)
     return status

@@ -68,9 +68,6 @@ class TrainConfig:
     init: str = setting("pretrained", "start from trained weights or random ones", choices=("pretrained", "random"))
     config: str | None = setting(None, "config.json of the model to build (init random)")
     tokenizer: str | None = setting(None, "tokenizer folder (default: the model's own)")
-    tokenizer_vocab_size: int | None = setting(
-        None, "train a byte-level BPE of this size on the data (init random without a tokenizer)", limit=POSITIVE
-    )
     max_length: int = setting(
         1024, "tokens in a row at most", aliases=("max_seq_length", "sequence_len", "cutoff_len"), limit=LENGTH
     )
@@ -93,7 +90,7 @@ class TrainConfig:
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", limit=POSITIVE)
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this (0: no clipping)", limit=NOT_NEGATIVE)
     val_size: float = setting(0.1, "share of the rows held out as dev rows (at least one)", limit=INNER_FRACTION)
-    eval_steps: int | None = setting(None, "steps between evaluations (default: once an epoch)", limit=POSITIVE)
+    eval_steps: int | None = setting(None, "steps between evaluations (default: ten in the run)", limit=POSITIVE)
     save_steps: int | None = setting(None, "steps between checkpoints (default: at each evaluation)", limit=POSITIVE)
     logging_steps: int = setting(1, "steps between lines of metrics.jsonl", limit=POSITIVE)
     save_total_limit: int = setting(2, "checkpoints kept", limit=POSITIVE)
@@ -137,16 +134,16 @@ class TrainConfig:
         if self.init == "pretrained":
             if self.model is None:
                 raise ConfigError("model is missing: give --model (a folder, a hub id or afina-tiny) or --init random")
-            for name in ("config", "tokenizer_vocab_size"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} is for init random, but init is pretrained: leave one of them out")
+            if self.config is not None:
+                raise ConfigError(
+                    "config is for init random, but init is pretrained: leave config out, or use init random"
+                )
         else:
             if self.model is not None:
                 raise ConfigError("init random builds the model from config: leave out model, or use init pretrained")
-            if self.config is None:
-                raise ConfigError("init random needs --config, the config.json of the model to build")
-            if (self.tokenizer is None) == (self.tokenizer_vocab_size is None):
-                raise ConfigError("init random needs one of --tokenizer FOLDER and --tokenizer_vocab_size N")
+            for name, what in (("config", "config.json of the model to build"), ("tokenizer", "folder of a tokenizer")):
+                if getattr(self, name) is None:
+                    raise ConfigError(f"{name} is missing: init random needs --{name}, the {what}")
 
     @classmethod
     def resolve(
