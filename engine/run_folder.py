@@ -95,16 +95,16 @@ class RunFolder:
         self._created: list[Path] = []
         self._lock = -1
         self._metrics = -1
-        self._check()
         try:
+            self._check()
             self._make_folders()
             self._take_lock()
             self._check()  # again: another process may have come first
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise RunError(f"{self.path} cannot be written: {error.strerror}; choose another --output_dir") from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError | ValueError):  # ValueError: a path with a null byte
+                reason = getattr(error, "strerror", None) or error
+                raise RunError(f"{self.path} cannot be used: {reason}; choose another --output_dir") from error
             raise
 
     def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any], *, bytes_needed: int = 0) -> None:
@@ -117,7 +117,8 @@ class RunFolder:
         checkpoint that is whole.
         """
         config, facts = json.loads(json.dumps(config)), json.loads(json.dumps(facts))
-        free = shutil.disk_usage(self.path).free
+        held = sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())  # what is replaced as the run goes on
+        free = shutil.disk_usage(self.path).free + held
         if bytes_needed > free:
             raise RunError(
                 f"{self.path}: too little space for the checkpoints and the best model: {free / 1e9:.2f} GB "
@@ -127,6 +128,7 @@ class RunFolder:
         record = self._record() if self._resume else None
         if record is not None:
             _refuse_differences(self.path, record, config, facts)
+            recover(self.path)  # a checkpoint may lie aside
             self.checkpoint, self.skipped = find_latest(self.path)
             if self.checkpoint is None and self.skipped:
                 raise RunError(f"{self.path}: no checkpoint is whole; start again with --overwrite ({self.skipped[0]})")
@@ -317,7 +319,9 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "platform": platform.platform(), "host": socket.gethostname(), "git_commit": commit}
 
 
-def _refuse_differences(path: Path, record: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> None:
+def _refuse_differences(
+    path: Path, record: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
     """Raise RunError with every setting and content that is not what the run began with."""
     before, known = record.get("config"), record.get("facts")
     if not isinstance(before, dict) or not isinstance(known, dict) or not isinstance(record.get("resumed", []), list):

@@ -78,6 +78,9 @@ def save_checkpoint(
     final = run_dir / f"checkpoint-{step}"
 
     def write(folder: Path) -> None:
+        for path in run_dir.iterdir():  # the logs first: a checkpoint must not outlive the lines of its steps
+            if path.is_file():
+                fsync_path(path)
         for group, members in tensors.items():
             write_safetensors(folder / f"{group}.safetensors", members)
         state = {"format": FORMAT, "step": step, "groups": sorted(tensors), "meta": meta}
