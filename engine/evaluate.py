@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: GPT, token_set: TokenSet, *, batch_size: int = 8, packing: bool = True, text_bytes: int | None = None
+    model: GPT,
+    token_set: TokenSet,
+    *,
+    batch_size: int = 8,
+    packing: bool = True,
+    text_bytes: int | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Mean loss (nats per trained token) over all rows, with ``tokens``, ``perplexity`` and, given the UTF-8 size of
     what is predicted, ``bits_per_byte``.
 
     Each token weighs the same whatever batch it falls in. Logits are never kept, no random number is drawn, gradients
-    and the model's train or eval mode stay as they were.
+    and the model's train or eval mode stay as they were. ``poll`` is called before each batch and may raise to stop.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -32,6 +38,8 @@ def evaluate_loss(
     total, tokens = 0.0, 0
     try:
         for batch in eval_batches(token_set, batch_size=batch_size, packing=packing):
+            if poll:
+                poll()
             batch = batch.to(device)
             total += model.loss(batch.input_ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="sum").item()
             tokens += batch.trained

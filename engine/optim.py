@@ -1,8 +1,9 @@
 """AdamW over a model's parameters: decay on matrices only, fp32 master weights where the model computes in bf16.
 
-Decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) shrinks matrices; norms, biases and
-embeddings are left alone. A bf16 weight has 8 bits of mantissa, so an update under 1/256 of it is rounded away: 1,000 updates
-of -1e-3 from 1.0 leave exactly 1.0. Hence the fp32 copy that takes the updates; the bf16 weight is its rounding.
+Decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) shrinks matrices; norms, biases
+and embeddings are left alone. A bf16 weight has 8 bits of mantissa, so an update under 1/512 of it is rounded away:
+1,000 updates of -1e-3 from 1.0 leave exactly 1.0. Hence the fp32 copy that takes the updates; the bf16 weight is its
+rounding.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from afina.kernels.adamw import adamw_
 class AdamW:
     """Optimizer state and update for the trainable parameters of ``model``.
 
-    Attributes: ``params`` (name -> model parameter), ``masters`` (name -> fp32 weights; the parameter itself when it is fp32),
-    ``exp_avgs`` and ``exp_avg_sqs`` (name -> fp32 moments), ``updates`` (weight updates applied so far).
+    Attributes: ``params`` (name -> model parameter), ``masters`` (name -> fp32 weights; the parameter's own memory when
+    it is fp32), ``exp_avgs`` and ``exp_avg_sqs`` (name -> fp32 moments), ``updates`` (weight updates applied so far).
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class AdamW:
         self.updates = 0
 
     def clip_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their global 2-norm is at most ``max_norm`` (0: never); return the norm before, fp32 ()."""
+        """Scale all gradients so that their global 2-norm is at most ``max_norm`` (0: never).
+
+        Returns the norm before, fp32 (); call it once, after the last micro-batch of a step.
+        """
         grads = [p.grad for p in self.params.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
         if max_norm > 0:
@@ -53,7 +57,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; parameters without one are left alone."""
+        """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay."""
         self.updates += 1
         for names, weight_decay in self.groups:
             live = [n for n in names if self.params[n].grad is not None]
@@ -91,7 +95,9 @@ class AdamW:
         for group, ours in self.state().items():
             theirs = state.get(group, {})
             if theirs.keys() != ours.keys() or any(theirs[n].shape != ours[n].shape for n in ours):
-                raise ValueError(f"optimizer state {group!r} belongs to another model or another set of trained weights")
+                raise ValueError(
+                    f"optimizer state {group!r} belongs to another model or another set of trained weights"
+                )
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
         self.updates = updates

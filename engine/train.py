@@ -1,0 +1,394 @@
+"""Fine-tuning: the loop, top to bottom.
+
+One step: its micro-batches run through the model, each loss is a sum over trained tokens divided by the trained tokens
+of the *whole step* (so the result does not depend on how rows fall into micro-batches), gradients add up, are clipped
+once, and move the weights once. A held-out dev set is measured before the first step, every ``eval_steps`` and at the
+end; the weights with the best dev loss are kept in ``best/``. Everything needed to go on bit for bit is in
+``checkpoint-N/``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from afina.engine.evaluate import evaluate_loss
+from afina.engine.model import GPT
+from afina.engine.optim import AdamW
+from afina.engine.run_folder import RunFolder, StopRequest
+from afina.engine.runtime import peak_memory_gb, prepare_process
+from afina.engine.schedule import lr_factor
+from afina.engine.state import Checkpoint, publish_best, save_checkpoint
+from afina.engine.train_config import TrainConfig
+from afina.engine.weights import load_model, new_model, save_model
+from afina.errors import ConfigError
+from afina.loaders.batches import Batches, MicroBatch
+from afina.loaders.dataset import Data, prepare
+from afina.loaders.rows import read_rows
+from afina.loaders.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_bpe
+
+MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or gradient stayed NaN or infinite for ``MAX_BAD_STEPS`` steps in a row."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; a resumable checkpoint has been written."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its folder, the best model's folder, and its figures (the keys of ``afina train --json``)."""
+
+    output_dir: Path
+    best: Path
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint as JSON."""
+
+    step: int = 0  # steps of the data order done, skipped ones included
+    trained_tokens: int = 0
+    seconds: float = 0.0  # spent in training steps
+    tokens: int = 0  # processed in training steps; nothing of it is padding when packed
+    loss_sum: float = 0.0  # of the steps that moved the weights
+    bad_in_a_row: int = 0
+    skipped: int = 0
+    evaluated_step: int = -1  # last step whose dev loss was measured
+    dev_loss_before: float = math.nan
+    best_dev_loss: float = math.inf
+    best_step: int = -1
+    evals_since_best: int = 0
+    stopped_early: bool = False
+
+
+def finetune(
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> RunResult:
+    """Fine-tune a model on rows of data and return the best one.
+
+    ``config`` or its fields as keywords (see ``TrainConfig``). ``resume`` goes on from the newest valid checkpoint in
+    ``output_dir``; ``overwrite`` replaces an earlier run there; ``quiet`` prints nothing.
+
+    Raises AfinaError for anything wrong with the request or its files (before anything is written), NonFiniteError when
+    three steps in a row have no finite gradient, Interrupted after a signal, a resumable checkpoint being on disk then.
+    """
+    if config is None:
+        config = TrainConfig(**settings)
+    elif settings:
+        raise TypeError("finetune takes a TrainConfig or its fields as keywords, not both")
+    prepare_process(threads=config.threads, seed=config.seed)
+    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    with RunFolder(config.output_dir, resume=resume, overwrite=overwrite) as folder:
+        if config.tokenizer_vocab_size:
+            tokenizer = _new_tokenizer(config)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer or config.model)
+        data = prepare(
+            config.data,
+            tokenizer,
+            max_length=config.max_length,
+            on_long=config.on_long,
+            train_on_prompt=config.train_on_prompt,
+            val_file=config.val_file,
+            val_size=config.val_size,
+            seed=config.seed,
+            columns=config.columns,
+            skip_bad_lines=config.skip_bad_lines,
+            progress=not quiet,
+        )
+        say(data.summary())
+        model = _load(config, tokenizer)
+        run = Run(config, model, tokenizer, data, folder, say)
+        run.begin()
+        with StopRequest() as stop:
+            run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
+        return run.finish()
+
+
+def _new_tokenizer(config: TrainConfig) -> Tokenizer:
+    """Train a byte-level BPE on the training data's own text (init random)."""
+    assert config.data is not None
+    assert config.tokenizer_vocab_size is not None
+    rows = read_rows(config.data, columns=config.columns, skip_bad_lines=config.skip_bad_lines)
+    return train_bpe((text for row in rows for text in row.example.texts()), config.tokenizer_vocab_size)
+
+
+def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
+    if config.init == "random":
+        assert config.config is not None  # TrainConfig checks it
+        model = new_model(
+            config.config, vocab_size=tokenizer.vocab_size, seed=config.seed, dtype=config.dtype, device=config.device
+        )
+    else:
+        model = load_model(
+            config.model, dtype=config.dtype, device=config.device, allow_nonfinite=config.allow_nonfinite
+        )
+    check_vocab(tokenizer, model.config.vocab_size)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model.train()
+
+
+@dataclass
+class Run:
+    """One training run: what it works on, and where it stands (``at``)."""
+
+    config: TrainConfig
+    model: GPT
+    tokenizer: Tokenizer
+    data: Data
+    folder: RunFolder
+    say: Callable[[str], None]
+    at: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        c, model = self.config, self.model
+        self.device = next(model.parameters()).device
+        self.optimizer = AdamW(
+            model,
+            decay=model.decay_parameters(),
+            betas=(c.adam_beta1, c.adam_beta2),
+            eps=c.adam_epsilon,
+            weight_decay=c.weight_decay,
+        )
+        self.batches = Batches(
+            self.data.train,
+            batch_size=c.batch_size,
+            accumulation=c.gradient_accumulation_steps,
+            seed=c.seed,
+            packing=c.packing,
+        )
+        self.total = c.max_steps or max(1, math.ceil(c.epochs * self.batches.steps_per_epoch))
+        self.warmup = c.warmup_steps if c.warmup_steps is not None else math.ceil(c.warmup_ratio * self.total)
+        self.eval_steps = c.eval_steps or min(self.batches.steps_per_epoch, self.total)
+        self.save_steps = c.save_steps or self.eval_steps
+        self.board = _tensorboard(self.folder.path) if c.report_to == "tensorboard" else None
+        self.saved_step = 0
+
+    def begin(self) -> None:
+        """Write, or check, the run's papers; take back the newest checkpoint when resuming."""
+        c, model = self.config, self.model
+        count = model.num_parameters()
+        facts = {"data_sha256": self.data.fingerprint, "model_sha256": model.fingerprint, "parameters": count}
+        # Weights and two moments in fp32 for every checkpoint kept and the one being written, and the best model.
+        self.folder.begin(c.to_dict(), facts, bytes_needed=12 * count * (c.save_total_limit + 1) + 4 * count)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.say(
+            f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}; {self.total:,} steps of "
+            f"{c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
+        )
+        for reason in self.folder.skipped:
+            self.say(f"damaged checkpoint skipped: {reason}")
+        if self.folder.checkpoint:
+            self._take_back(self.folder.checkpoint)
+
+    def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
+        """Measure, save and step until the last step; on a signal save what there is and raise Interrupted."""
+        self.stop, at = stop, self.at
+        with tqdm(total=self.total, initial=at.step, unit="step", disable=not show_bar) as bar:
+            try:
+                while True:
+                    ended = at.step >= self.total or at.stopped_early
+                    if at.evaluated_step != at.step and (at.step % self.eval_steps == 0 or ended):
+                        self._evaluate()
+                        ended |= at.stopped_early
+                    if self.saved_step != at.step and (at.step % self.save_steps == 0 or ended):
+                        self._save()
+                    if ended:
+                        return
+                    self._show(bar, self._step())
+            except Interrupted:
+                if self.saved_step != at.step:
+                    self._save()
+                self.say(f"stopped at step {at.step:,} of {self.total:,}; go on with --resume")
+                raise
+
+    def _poll(self) -> None:
+        """Called between micro-batches: nothing half-done is lost by stopping here."""
+        if self.stop.requested:
+            raise Interrupted
+
+    def _show(self, bar: tqdm[Any], row: dict[str, Any]) -> None:
+        line = f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s"
+        bar.set_postfix_str(line, refresh=False)
+        bar.update()
+        if bar.disable and (row["step"] % self.config.logging_steps == 0 or row["step"] == self.total):
+            self.say(f"step {row['step']:,}/{self.total:,}: {line}")
+
+    def _step(self) -> dict[str, Any]:
+        """Run one training step, log it and return its line. Raises Interrupted with nothing changed."""
+        at, started = self.at, time.perf_counter()
+        micro_batches = self.batches.step(at.step)
+        trained = sum(mb.trained for mb in micro_batches)
+        loss = torch.zeros((), device=self.device)
+        try:
+            for mb in micro_batches:
+                self._poll()
+                part = self._loss_sum(mb) / trained
+                part.backward()
+                loss += part.detach()
+        except Interrupted:
+            self.optimizer.zero_grad()
+            raise
+        grad_norm = self.optimizer.clip_(self.config.max_grad_norm)
+        lr = self.config.learning_rate * lr_factor(
+            self.config.lr_scheduler_type, at.step, self.total, self.warmup, self.config.min_lr_ratio
+        )
+        row: dict[str, Any] = {"step": at.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        if finite:
+            self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        tokens = sum(mb.tokens for mb in micro_batches)
+        at.step += 1
+        at.seconds += seconds
+        at.tokens += tokens
+        if finite:
+            at.bad_in_a_row = 0
+            at.trained_tokens += trained
+            at.loss_sum += row["loss"]
+        row |= {
+            "trained_tokens": trained,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "trained_tokens_per_second": round(trained / seconds, 1),
+        }
+        if finite:
+            self._log(row)
+        else:
+            self._skipped(row, micro_batches)
+        return row
+
+    def _loss_sum(self, mb: MicroBatch) -> Tensor:
+        mb = mb.to(self.device)
+        return self.model.loss(mb.input_ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="sum")
+
+    def _skipped(self, row: dict[str, Any], micro_batches: list[MicroBatch]) -> None:
+        """Account for a step whose loss or gradient is not finite: weights and moments were left as they were."""
+        at = self.at
+        at.bad_in_a_row += 1
+        at.skipped += 1
+        lines = sorted(int(self.data.train.lines[r]) for mb in micro_batches for r in mb.rows)
+        row |= {"skipped": True, "lines": lines}
+        self._log(row)
+        where = f"lines {', '.join(map(str, lines[:20]))}{' ...' if len(lines) > 20 else ''} of {self.config.data}"
+        self.say(f"step {at.step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
+        if at.bad_in_a_row >= MAX_BAD_STEPS:
+            raise NonFiniteError(
+                f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step {at.step:,} "
+                f"with {where}; look at those rows, or lower learning_rate (now {self.config.learning_rate:g})"
+            )
+
+    def _evaluate(self) -> None:
+        """Measure the dev loss: before the first step the mark to beat, later what picks the best model.
+
+        The weights, gradients and random numbers of training are not touched.
+        """
+        c, at = self.config, self.at
+        loss = evaluate_loss(self.model, self.data.dev, batch_size=c.batch_size, packing=c.packing, poll=self._poll)[
+            "loss"
+        ]
+        at.evaluated_step = at.step
+        better = at.step > 0 and loss < at.best_dev_loss
+        self._log({"step": at.step, "dev_loss": loss, "best": better})
+        self.say(f"step {at.step:,}: dev loss {loss:.4f}" + (" (best so far)" if better else ""))
+        if at.step == 0:
+            at.dev_loss_before = loss
+            return
+        if better:
+            publish_best(self.folder.path, lambda folder: save_model(self.model, self.tokenizer, folder))
+            at.best_dev_loss, at.best_step, at.evals_since_best = loss, at.step, 0
+            return
+        at.evals_since_best += 1
+        patience = c.early_stopping_patience
+        if patience is not None and at.evals_since_best >= patience and at.step < self.total:
+            at.stopped_early = True
+            self.say(f"stopped early: {patience} evaluations without a lower dev loss; best at step {at.best_step:,}")
+
+    def _save(self) -> None:
+        meta = {
+            "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.at).items()},
+            "updates": self.optimizer.updates,
+            "rng": torch.get_rng_state().tolist(),
+        }
+        save_checkpoint(self.folder.path, self.at.step, self.optimizer.state(), meta, keep=self.config.save_total_limit)
+        self.saved_step = self.at.step
+
+    def _take_back(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint: weights, moments, counters, random numbers; the step gives the data order."""
+        self.optimizer.load_state({g: checkpoint.tensors(g) for g in checkpoint.groups}, checkpoint.meta["updates"])
+        self.at = Progress(**{k: v for k, v in checkpoint.meta["progress"].items() if v is not None})
+        self.at.stopped_early = False if self.config.early_stopping_patience is None else self.at.stopped_early
+        self.saved_step = self.at.step
+        torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))
+        self.say(f"resumed from {checkpoint.path.name}")
+
+    def finish(self) -> RunResult:
+        """Return the figures of the whole run, resumed parts included."""
+        at, best = self.at, self.folder.path / "best"
+        if at.best_step < 0:
+            raise NonFiniteError(
+                f"no evaluation gave a finite dev loss, so there is no best model in {self.folder.path}"
+            )
+        if at.best_dev_loss >= at.dev_loss_before:
+            self.say(
+                f"the dev loss never fell below the {at.dev_loss_before:.4f} it had before training (lowest after it: "
+                f"{at.best_dev_loss:.4f}): the model you started from is the better one on these rows"
+            )
+        metrics = {
+            "output_dir": str(self.folder.path),
+            "best": str(best),
+            "steps": at.step,
+            "train_loss": at.loss_sum / max(1, at.step - at.skipped),
+            "dev_loss_before": at.dev_loss_before,
+            "dev_loss": at.best_dev_loss,
+            "best_step": at.best_step,
+            "stopped_early": at.stopped_early,
+            "skipped_steps": at.skipped,
+            "trained_tokens": at.trained_tokens,
+            "tokens": at.tokens,
+            "tokens_per_second": round(at.tokens / at.seconds, 1) if at.seconds else 0.0,
+            "trained_tokens_per_second": round(at.trained_tokens / at.seconds, 1) if at.seconds else 0.0,
+            "train_seconds": round(at.seconds, 2),
+            "peak_memory_gb": round(peak_memory_gb(self.device), 3),
+        }
+        if self.board:
+            self.board.close()
+        return RunResult(self.folder.path, best, metrics)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.folder.log(row)
+        if self.board:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, float) and math.isfinite(value):
+                    self.board.add_scalar(name, value, row["step"])
+
+
+def _tensorboard(folder: Path) -> Any:
+    """Return a SummaryWriter for ``folder``/tensorboard; the package is an optional extra."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "report_to is 'tensorboard', which is not installed: pip install 'afina[tensorboard]'"
+        ) from error
+    return SummaryWriter(folder / "tensorboard")
