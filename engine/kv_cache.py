@@ -1,0 +1,136 @@
+"""Keys and values of the tokens already seen, so that generation computes each token once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afina.engine.config import ModelConfig
+from afina.engine.positions import packed_positions
+from afina.kernels.attention import attention
+from afina.kernels.decode import decode_attention
+
+
+@dataclass
+class Slots:
+    """Where the tokens of one forward pass go: (row, position) of each, shaped like the input ids, int64."""
+
+    rows: Tensor
+    positions: Tensor
+    lengths: Tensor  # (B,) int32: tokens in each row afterwards
+    cu_seqlens: Tensor | None
+    longest: int  # no row is longer afterwards
+
+
+class KVCache:
+    """Room for ``max_length`` tokens in each of ``batch`` rows, which may be of different length.
+
+    ``lengths`` (B,) int32 counts the tokens of each row. Fill it by passing it to ``GPT.forward`` or ``GPT.hidden``:
+    with input ids (B, T) every row grows by T tokens; with packed ids (1, T) and cu_seqlens of B documents, row i grows
+    by document i (which may be empty). Without gradient.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (batch, max_length, config.num_kv_heads, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.max_length = max_length
+        self.longest = 0
+        # LongRoPE turns all positions of a sequence otherwise once it is longer than the original maximum, so that what
+        # is cached becomes wrong: the ids are kept to compute it again.
+        self.limits = [rope.original_max_positions for rope in config.ropes if rope.kind == "longrope"]
+        self.ids = torch.zeros(batch, max_length, dtype=torch.int64, device=device) if self.limits else None
+
+    def slots(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Slots:
+        """Places for new tokens (B, T), or (1, T) packed. Raises ``ValueError`` where they do not fit."""
+        batch = self.lengths.shape[0]
+        before = self.lengths.long()
+        if cu_seqlens is None:
+            if input_ids.shape[0] != batch:
+                raise ValueError(f"input_ids: expected {batch} rows as in the cache, found {input_ids.shape[0]}")
+            grown = input_ids.shape[1]
+            positions = before[:, None] + torch.arange(grown, device=input_ids.device)
+            rows = torch.arange(batch, device=input_ids.device)[:, None].expand_as(positions)
+            lengths = self.lengths + grown
+        else:
+            if cu_seqlens.numel() != batch + 1:
+                found = cu_seqlens.numel() - 1
+                raise ValueError(f"cu_seqlens: expected {batch} documents as the cache has rows, found {found}")
+            document, within, _ = packed_positions(cu_seqlens, input_ids.shape[1])
+            rows, positions = document[None], (before[document] + within)[None]
+            counts = cu_seqlens.diff()
+            lengths, grown = self.lengths + counts, int(counts.max())
+        longest = self.longest + grown
+        if longest > self.max_length:  # the sum is an upper bound: look at the rows themselves
+            longest = int(lengths.max())
+        if longest > self.max_length:
+            raise ValueError(f"cache: {longest} tokens do not fit into max_length = {self.max_length}")
+        return Slots(rows, positions, lengths, cu_seqlens, longest)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Slots, **options: Any) -> Tensor:
+        """Store k and v (B, T, Hkv, D), and attend from q (B, T, Hq, D) to all that is stored -> like q."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[slots.rows, slots.positions] = k
+        values[slots.rows, slots.positions] = v
+        if slots.cu_seqlens is None and q.shape[1] == 1:
+            return decode_attention(q[:, 0], keys, values, slots.lengths, **options)[:, None]
+        if self.longest == 0:
+            if slots.cu_seqlens is None:
+                return attention(q, k, v, **options)
+            return attention(q[0], k[0], v[0], cu_seqlens=slots.cu_seqlens, **options)[None]
+        # A chunk after others: row by row, each as long as it is.
+        flat, starts = q.flatten(0, 1), slots.cu_seqlens
+        if starts is None:
+            starts = torch.arange(q.shape[0] + 1) * q.shape[1]
+        ends, bounds = slots.lengths.tolist(), starts.tolist()
+        pieces = [
+            attention(flat[None, start:stop], keys[None, row, :end], values[None, row, :end], **options)[0]
+            for row, (start, stop, end) in enumerate(zip(bounds, bounds[1:], ends))
+        ]
+        return torch.cat(pieces).view(q.shape)
+
+    def advance(self, input_ids: Tensor, slots: Slots) -> None:
+        """Count the new tokens, once all layers have stored them."""
+        if self.ids is not None:
+            self.ids[slots.rows, slots.positions] = input_ids
+        self.lengths, self.longest = slots.lengths, slots.longest
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (n,) int64, in this order."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.lengths = self.lengths[rows]
+        if self.ids is not None:
+            self.ids = self.ids[rows]
+
+    def outdated(self, slots: Slots) -> bool:
+        """Whether the new tokens make a row so long that what is cached of it no longer holds (LongRoPE)."""
+        return any(
+            slots.longest > limit
+            and bool(((self.lengths > 0) & (self.lengths <= limit) & (slots.lengths > limit)).any())
+            for limit in self.limits
+        )
+
+    def restart(self, input_ids: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty the cache, and give all tokens to compute again, the new ones included: packed ids (1, N), cu_seqlens
+        (B + 1,), and the places of the new tokens among them, shaped like ``input_ids``."""
+        self.advance(input_ids, slots)
+        assert self.ids is not None  # outdated() was true
+        lengths = self.lengths.long()
+        kept = torch.arange(self.max_length, device=lengths.device) < lengths[:, None]
+        packed = self.ids[kept][None]
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        new = cu_seqlens[slots.rows] + slots.positions
+        self.lengths, self.longest = torch.zeros_like(self.lengths), 0
+        return packed, cu_seqlens.int(), new

@@ -1,0 +1,335 @@
+"""The model: one decoder-only transformer, whose ``ModelConfig`` says which of the known variants it is.
+
+Shapes: B rows, T tokens, C hidden, Hq query heads, Hkv key/value heads, D head dimension, I MLP width, V vocabulary.
+The residual stream is carried as a pair (x, delta): each norm adds the last sublayer's delta to x on its way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from afina.engine.config import ModelConfig
+from afina.engine.kv_cache import KVCache, Slots
+from afina.engine.positions import RopeTables, packed_positions
+from afina.errors import ConfigError
+from afina.kernels.activation import geglu, swiglu
+from afina.kernels.attention import attention
+from afina.kernels.cross_entropy import linear_cross_entropy
+from afina.kernels.norm import layer_norm, rms_norm
+from afina.kernels.rope import rope
+
+IGNORE = -100
+
+
+@dataclass
+class Step:
+    """What the layers of one forward pass share."""
+
+    tables: list[tuple[Tensor, Tensor]]  # cos, sin of each RoPE: fp32 (T, dim / 2) or (B, T, dim / 2)
+    cu_seqlens: Tensor | None
+    cache: KVCache | None
+    slots: Slots | None
+    rows: Tensor | None  # the flat positions whose final hidden state is wanted; None: all
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension; with a delta, of x + delta, which is returned too."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if config.norm == "layer" else None
+        self.eps, self.offset, self.layer = config.norm_eps, config.norm_offset, config.norm == "layer"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer:
+            return layer_norm(x, self.weight, self.bias, eps=self.eps)
+        return rms_norm(x, self.weight, eps=self.eps, weight_offset=self.offset)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + delta), x + delta)."""
+        if delta is None:
+            return self(x), x
+        if self.layer:
+            return layer_norm(delta, self.weight, self.bias, eps=self.eps, residual=x)
+        return rms_norm(delta, self.weight, eps=self.eps, weight_offset=self.offset, residual=x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); q, k and v come from one matrix."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.rope = index, config.layer_ropes[index]
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.options: dict[str, Any] = {
+            "window": config.layer_windows[index],
+            "softcap": config.attention_softcap,
+            "scale": config.attention_scale,
+        }
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, q + 2 * kv, bias=config.qkv_bias)
+        self.o = nn.Linear(q, config.hidden_size, bias=config.o_bias)
+        self.norm_heads = config.qk_norm == "head"
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm is not None:
+            self.q_norm = Norm(config, self.head_dim if self.norm_heads else q)
+            self.k_norm = Norm(config, self.head_dim if self.norm_heads else kv)
+
+    def forward(self, x: Tensor, step: Step, rows: Tensor | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (n, C) for the flat ``rows``."""
+        b, t, _ = x.shape
+        heads = self.qkv(x).view(b, t, -1, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.norm_heads:
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
+                q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+        if self.rope is not None:
+            q, k = rope(q, k, *step.tables[self.rope])
+        if step.cache is not None and step.slots is not None:
+            out = step.cache.attend(self.index, q, k, v, step.slots, **self.options)
+        elif step.cu_seqlens is not None:
+            out = attention(q[0], k[0], v[0], cu_seqlens=step.cu_seqlens, **self.options)[None]
+        else:
+            out = attention(q, k, v, **self.options)
+        out = out.flatten(2)
+        return self.o(out if rows is None else out.flatten(0, 1)[rows])
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.act: Callable[[Tensor], Tensor]
+        if config.gated:
+            self.act = {"silu": swiglu, "gelu_tanh": geglu}[config.activation]
+            self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        else:
+            approximate = {"gelu": "none", "gelu_tanh": "tanh"}[config.activation]
+            self.act = lambda x: F.gelu(x, approximate=approximate)
+            self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gated = config.gated
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C)."""
+        return self.down(self.act((self.gate_up if self.gated else self.up)(x)))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, with norms before them (pre), after them (post) or both (sandwich)."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.attn = Attention(config, index)
+        self.mlp = MLP(config)
+        size = config.hidden_size
+        self.attn_norm, self.mlp_norm = (Norm(config, size) if config.pre_norm else None for _ in range(2))
+        self.attn_post_norm, self.mlp_post_norm = (Norm(config, size) if config.post_norm else None for _ in range(2))
+
+    def forward(self, x: Tensor, delta: Tensor | None, step: Step, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x, delta) -> (x, delta), each (B, T, C), or (n, C) for the flat ``rows``: what follows the attention works
+        on each token alone, so a last layer need not do it for tokens that nobody reads."""
+        y, x = _add(self.attn_norm, x, delta)
+        attended = self.attn(y, step, rows)
+        if rows is not None:
+            x = x.flatten(0, 1)[rows]
+        if self.attn_post_norm is not None:
+            attended = self.attn_post_norm(attended)
+        if self.parallel:
+            y = x if self.mlp_norm is None else self.mlp_norm(x)
+        else:
+            y, x = _add(self.mlp_norm, x, attended)
+        delta = self.mlp(y)
+        if self.mlp_post_norm is not None:
+            delta = self.mlp_post_norm(delta)
+        return x, attended + delta if self.parallel else delta
+
+
+def _add(norm: Norm | None, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    if norm is not None:
+        return norm.add(x, delta)
+    total = x if delta is None else x + delta
+    return total, total
+
+
+class GPT(nn.Module):
+    """A decoder-only language model (see ``ModelConfig``).
+
+    ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. With ``gradient_checkpointing`` set,
+    training computes each layer again in the backward pass instead of keeping its activations. ``hf_config`` is the
+    config.json it came from, for export.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.hf_config: dict[str, Any] = {}
+        self.hash_source: Callable[[], str] = str
+        self.gradient_checkpointing = False
+        device = torch.device("cpu" if device is None else device)
+        # On meta first: the layers' own initialisation would cost time and draw from the global random state.
+        with torch.device("meta"):
+            self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+            if config.learned_positions:
+                self.pos_embed = nn.Embedding(config.max_positions, config.hidden_size)
+            self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+            self.norm = Norm(config, config.hidden_size)
+            if not config.tie_embeddings:
+                self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.ropes = [RopeTables(rope_config) for rope_config in config.ropes]
+        self.to(dtype)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights' files, or of what the weights were drawn from; files are read when first asked."""
+        return self.hash_source()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the output matrix, which is the embedding itself where the config ties them."""
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    def forward(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """input_ids (B, T) int64 -> logits (B, T, V); arguments as for ``hidden``."""
+        return self.logits(self.hidden(input_ids, cu_seqlens=cu_seqlens, cache=cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C), after the final norm -> logits (..., V)."""
+        logits, cap = F.linear(hidden, self.head_weight), self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) -> the hidden states after the final norm (B, T, C), or (n, C) for the flat positions
+        ``rows`` (n,) int64.
+
+        ``cu_seqlens`` int32 (n + 1,): input_ids is (1, T), n documents one after the other that do not see each other.
+        ``cache``: the tokens continue what the cache holds, and are added to it (see ``KVCache``); no gradient.
+        Raises ``ConfigError`` where learned positions do not reach, ``ValueError`` for shapes that do not fit.
+        """
+        if input_ids.dim() != 2 or (cu_seqlens is not None and input_ids.shape[0] != 1):
+            expected = "(B, T)" if cu_seqlens is None else "(1, T) with cu_seqlens"
+            raise ValueError(f"input_ids: expected {expected}, found {tuple(input_ids.shape)}")
+        if cache is None:
+            return self._run(input_ids, cu_seqlens, None, None, rows)
+        with torch.no_grad():
+            slots = cache.slots(input_ids, cu_seqlens)
+            if cache.outdated(slots):
+                packed, starts, new = cache.restart(input_ids, slots)
+                wanted = new.flatten() if rows is None else new.flatten()[rows]
+                hidden = self.hidden(packed, cu_seqlens=starts, cache=cache, rows=wanted)
+                return hidden.view(*new.shape, -1) if rows is None else hidden
+            hidden = self._run(input_ids, cu_seqlens, cache, slots, rows)
+            cache.advance(input_ids, slots)
+            return hidden
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: KVCache | None,
+        slots: Slots | None,
+        rows: Tensor | None,
+    ) -> Tensor:
+        tokens = input_ids.shape[1]
+        if slots is not None:
+            positions, lengths, longest = slots.positions, slots.lengths.long()[slots.rows], slots.longest
+        elif cu_seqlens is not None:
+            _, positions, lengths = packed_positions(cu_seqlens, tokens)
+            longest = tokens
+        else:
+            positions = torch.arange(tokens, device=input_ids.device)
+            lengths, longest = torch.full_like(positions, tokens), tokens
+
+        x = self.embed(input_ids)
+        if self.config.embed_scale is not None:
+            # Rounded to the weights' dtype first, as the models were trained.
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype).item()
+        if self.config.learned_positions:
+            if longest > self.config.max_positions and (found := int(lengths.max())) > self.config.max_positions:
+                raise ConfigError(
+                    f"a sequence of {found} tokens is longer than the model's {self.config.max_positions} learned "
+                    "positions: lower max_length"
+                )
+            x = x + self.pos_embed(positions)
+        step = Step([table(positions, lengths) for table in self.ropes], cu_seqlens, cache, slots, rows)
+        delta: Tensor | None = None
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for index, layer in enumerate(self.layers):
+            wanted = rows if index == len(self.layers) - 1 else None
+            if recompute:
+                x, delta = checkpoint(layer, x, delta, step, wanted, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, delta = layer(x, delta, step, wanted)
+        return self.norm.add(x, delta)[0]
+
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross-entropy (nats, fp32) of predicting labels (B, T) from the tokens before them; logits are never built.
+
+        Labels are aligned with input_ids and shifted here, as in HF; -100 is ignored, and so is each document's first
+        token, which nothing predicts. ``reduction``: "mean" over the trained tokens, "sum", or "none": (B, T), at each
+        label its own loss, 0 where ignored.
+        """
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels: expected input_ids' shape {tuple(input_ids.shape)}, found {tuple(labels.shape)}")
+        targets = labels.roll(-1, dims=1)
+        targets[:, -1] = IGNORE
+        if cu_seqlens is not None:
+            # An empty document ends where another does; one at the very start would end at -1, the last token anyway.
+            targets[0, cu_seqlens[1:].long() - 1] = IGNORE
+        rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, rows=rows)
+        losses = linear_cross_entropy(
+            hidden, self.head_weight, targets.flatten()[rows], reduction=reduction, softcap=self.config.logit_softcap
+        )
+        if reduction != "none":
+            return losses
+        return losses.new_zeros(labels.numel()).index_put((rows + 1,), losses).view(labels.shape)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Weights to train from scratch: normal with deviation 0.02, the projections back into the residual stream
+        smaller by sqrt(2 layers) (GPT-2), biases 0, norms 1. Drawn on the CPU, so a seed means the same everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = residual if name.endswith((".o.weight", ".down.weight")) else 0.02
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0 - self.config.norm_offset)
+
+    def num_parameters(self) -> int:
+        """How many numbers the model learns; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def decay_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay applies to: matrices, without the embeddings."""
+        return {name for name, p in self.named_parameters() if p.dim() == 2 and "embed." not in name}

@@ -1,0 +1,22 @@
+"""The list of model families."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from afina.errors import ConfigError, nearest
+from afina.loaders.families.common import Family
+
+MODEL_TYPES = ("llama",)
+
+
+def load_family(hf: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises ``ConfigError`` for a model type that is missing or not supported."""
+    model_type = hf.get("model_type")
+    if model_type not in MODEL_TYPES:
+        hint = nearest(str(model_type), MODEL_TYPES)
+        raise ConfigError(f"config.json: model_type = {model_type!r}{hint}; supported: {', '.join(MODEL_TYPES)}")
+    family: Family = importlib.import_module(f"afina.loaders.families.{model_type}").FAMILY
+    return family
