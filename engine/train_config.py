@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afina.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import yaml
 
 Limit = tuple[str, Callable[[Any], bool]]
 POSITIVE: Limit = ("above 0", lambda v: v > 0)
@@ -263,35 +267,41 @@ def _read_recipe(path: Path) -> list[tuple[str, str, Any]]:
         raise ConfigError(f"{path}: the recipe cannot be read: {reason}; expected a YAML file") from None
     if len(raw) > MAX_RECIPE_BYTES:
         raise ConfigError(f"{path}: {len(raw)} bytes is no recipe; expected a YAML file of settings")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}: found no settings; expected lines of the form learning_rate: 5e-5")
-        loader.flatten_mapping(root)
-        triples, seen = [], set()
-        for key_node, value_node in root.value:
-            key = str(loader.construct_object(key_node, deep=True))
-            where = f"{path}, line {key_node.start_mark.line + 1}: {key}"
-            if key in seen:
-                raise ConfigError(f"{where} is given a second time: keep one of them")
-            seen.add(key)
-            triples.append((where, key, loader.construct_object(value_node, deep=True)))
+        triples = []
+        for key, line, node in _keys(path, root):
+            if isinstance(node, yaml.MappingNode):
+                _keys(path, node)
+            triples.append((f"{path}, line {line}: {key}", key, loader.construct_object(node, deep=True)))
         return triples
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+        at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{at}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    finally:
-        loader.dispose()
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _keys(path: Path, mapping: yaml.MappingNode) -> list[tuple[str, int, yaml.Node]]:
+    """(key, line, value) of a YAML mapping; a key that comes twice is refused (YAML's reader keeps the last)."""
+    keys = [(str(key.value), key.start_mark.line + 1, value) for key, value in mapping.value]
+    lines: dict[str, int] = {}
+    for key, line, _ in keys:
+        if key in lines:
+            raise ConfigError(f"{path}, line {line}: {key} is given a second time, after line {lines[key]}: keep one")
+        lines[key] = line
+    return keys
+
+
+# A short repr, also of nested YAML aliases that would write out to gigabytes.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, 60, 60
+_shown = _SHORT.repr
 
 
 def _to_text(value: Any) -> str:

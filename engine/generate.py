@@ -1,0 +1,241 @@
+"""Text from a model: prompts are prefilled packed, then all rows decode together, one token a step from a KV cache.
+
+Sampling has transformers' semantics and order: repetition penalty, temperature, top-k, top-p, min-p. Each row draws
+its own random numbers, seeded by ``seed`` and its prompt, so its text does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from afina.engine.kv_cache import KVCache
+from afina.errors import ConfigError, DataError
+from afina.loaders.render import render_prompt
+
+if TYPE_CHECKING:
+    from afina.engine.model import GPT
+    from afina.loaders.tokenizer import Tokenizer
+
+Prompt = str | Sequence[dict[str, Any]]  # continued as it is, or chat messages to answer
+REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are no character (yet)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a row ends. ConfigError for values that mean nothing.
+
+    ``temperature`` 0 is greedy (the other choices but the repetition penalty are then without effect). A row ends at an
+    end token of the model, before the first of the ``stop`` strings, after ``max_new_tokens``, or at the end of
+    the model's context.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0  # Keskar et al. 2019, arXiv 1909.05858
+    stop: str | Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, fine, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "a whole number above 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "a whole number above 0"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0 (1: none)"),
+            ("stop", all(self.stop), "texts that are not empty"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+def generate(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> str:
+    """Return the model's continuation of a text, or its answer to chat messages; keywords are those of ``Sampling``.
+
+    Raises ConfigError for a wrong keyword value, DataError for a prompt that is empty or longer than the context.
+    """
+    return generate_batch(model, tokenizer, [prompt], **sampling)[0]
+
+
+def generate_batch(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, batch_size: int = 32, **sampling: Any
+) -> list[str]:
+    """``generate`` for many prompts, ``batch_size`` at a time; the texts are in the order of the prompts."""
+    settings = Sampling(**sampling)
+    rows = [encode_prompt(model, tokenizer, prompt, where=f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
+    texts: list[str] = []
+    for first in range(0, len(rows), batch_size):
+        batch = Decoding(model, tokenizer, rows[first : first + batch_size], settings)
+        while batch.alive:
+            batch.step()
+        texts += [batch.text(row, final=True) for row in range(len(batch.new))]
+    return texts
+
+
+def stream(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+    """``generate`` in pieces as they become certain: no half character, and no part of a stop string."""
+    batch = Decoding(model, tokenizer, [encode_prompt(model, tokenizer, prompt)], Sampling(**sampling))
+    sent = ""
+    while batch.alive:
+        batch.step()
+        text = batch.text(0, final=not batch.alive)
+        if len(text) > len(sent) and text.startswith(sent):
+            yield text[len(sent) :]
+            sent = text
+
+
+def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, where: str = "the prompt") -> list[int]:
+    """The token ids of a prompt as training rendered it; DataError when it is empty or fills the model's context."""
+    ids = list(tokenizer.encode(render_prompt(tokenizer, prompt), add_special=False))
+    limit = model.config.max_positions
+    if not ids:
+        raise DataError(f"{where} is empty; expected at least one token to continue")
+    if len(ids) >= limit:
+        raise DataError(f"{where} has {len(ids)} tokens and the model reads {limit} at most: shorten it")
+    return ids
+
+
+class Decoding:
+    """A batch of prompts being continued. ``step`` adds one token to every row in ``alive``; ``new`` holds them."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.prompts, self.sampling = model, tokenizer, prompts, sampling
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.alive = list(range(len(prompts)))
+        self.device = next(model.parameters()).device
+        room = model.config.max_positions
+        self.limits = [min(sampling.max_new_tokens, room - len(ids)) for ids in prompts]
+        # A stop string of n bytes lies within the last n tokens; a few more keep the window's first character whole.
+        self.window = max((len(s.encode()) for s in sampling.stop), default=0) + 4
+        self.generators = [_generator(sampling.seed, ids) for ids in prompts]
+        self.seen: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)
+            for row, ids in enumerate(prompts):
+                self.seen[row, torch.tensor(ids, device=self.device)] = True
+        self.cache: KVCache | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Choose the next token of every row that is alive, and retire the rows that it ends."""
+        logits = self._prefill() if self.cache is None else self._decode()
+        chosen = next_tokens(logits.float(), self.seen, self.sampling, [self.generators[row] for row in self.alive])
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None].to(self.device), True)
+        kept = []
+        for i, (row, token) in enumerate(zip(self.alive, chosen.tolist(), strict=True)):
+            if token in self.tokenizer.eos_ids:
+                continue
+            self.new[row].append(token)
+            if len(self.new[row]) < self.limits[row] and not self._stopped(row):
+                kept.append(i)
+        if 0 < len(kept) < len(self.alive):
+            rows = torch.tensor(kept, device=self.device)
+            self.cache.keep(rows)
+            self.seen = self.seen[rows] if self.seen is not None else None
+        self.alive = [self.alive[i] for i in kept]
+
+    def _prefill(self) -> Tensor:
+        """All prompts packed into one row of tokens -> the logits (B, V) after each prompt's last token."""
+        lengths = torch.tensor([len(ids) for ids in self.prompts])
+        room = max(len(ids) + limit for ids, limit in zip(self.prompts, self.limits, strict=True))
+        parameter = next(self.model.parameters())
+        self.cache = KVCache(self.model.config, len(self.prompts), room, self.device, parameter.dtype)
+        packed = torch.tensor([[token for ids in self.prompts for token in ids]], device=self.device)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        hidden = self.model.hidden(packed, cu_seqlens=cu_seqlens.to(self.device), cache=self.cache)
+        return self.model.logits(hidden[0, cu_seqlens[1:].long().to(self.device) - 1])
+
+    def _decode(self) -> Tensor:
+        last = torch.tensor([[self.new[row][-1]] for row in self.alive], device=self.device)
+        return self.model(last, cache=self.cache)[:, 0]
+
+    def _stopped(self, row: int) -> bool:
+        stop = self.sampling.stop
+        if not stop:
+            return False
+        tail = self.tokenizer.decode(self.new[row][-self.window :])
+        return any(s in tail for s in stop) and _first_stop(self._decoded(row), self.sampling.stop) is not None
+
+    def _decoded(self, row: int) -> str:
+        """The row's new tokens as text; decoded behind the prompt's end, as some tokenizers strip a first space."""
+        before = self.prompts[row][-4:]
+        start = self.tokenizer.decode(before)
+        text = self.tokenizer.decode(before + self.new[row])
+        return text[len(start) :] if text.startswith(start) else self.tokenizer.decode(self.new[row])
+
+    def text(self, row: int, *, final: bool) -> str:
+        """What row ``row`` says: up to the first stop string, whole characters only.
+
+        Unless ``final``, an ending that could become a stop string is kept back.
+        """
+        text = self._decoded(row)
+        cut = _first_stop(text, self.sampling.stop)
+        if cut is not None:
+            return text[:cut]
+        text = text.rstrip(REPLACEMENT)
+        if not final:
+            held = (n for s in self.sampling.stop for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
+            text = text[: len(text) - max(held, default=0)]
+        return text
+
+
+def filtered(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
+    """Logits (B, V) float32 -> the same, penalised, tempered, and -inf where a token may not be chosen.
+
+    ``seen`` (B, V) marks the tokens of the prompt and of the text so far. Greedy: only the penalty applies.
+    """
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        lowest = torch.topk(logits, sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ascending, order = torch.sort(logits)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped[:, -1] = False
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+    if sampling.min_p is not None:
+        probabilities = logits.softmax(-1)
+        low = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(low, -math.inf)
+    return logits
+
+
+def next_tokens(
+    logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Logits (B, V) -> one token a row, int64 (B,): the likeliest, or drawn with the row's own generator."""
+    logits = filtered(logits, seen, sampling)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # Inverse of the cumulative distribution in float64: one random number a row, the same on every device.
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
+    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+def _generator(seed: int, ids: list[int]) -> torch.Generator:
+    digest = hashlib.blake2b(repr((seed, ids)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins in ``text``, or None."""
+    return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
