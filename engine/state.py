@@ -192,11 +192,11 @@ def _publish(final: Path, writer: Callable[[Path], None]) -> Path:
         if aside.exists() and not final.exists():
             aside.rename(final)
         shutil.rmtree(working, ignore_errors=True)
-        if isinstance(error, OSError):
-            failure = SaveError(
-                f"{final} could not be written: {error.strerror or error}; what was there before is unchanged"
-            )
-            failure.errno = error.errno
+        cause = error.__cause__ if isinstance(error, AfinaError) else error  # how writers below report a full disk
+        if isinstance(cause, OSError):
+            reason = cause.strerror or cause
+            failure = SaveError(f"{final} could not be written: {reason}; what was there before is unchanged")
+            failure.errno = cause.errno
             raise failure from error
         raise
     if aside.exists():
