@@ -1,0 +1,98 @@
+"""JSON from files that others wrote: bounded, strict, and every refusal is one line with its place."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from afina.errors import AfinaError, ConfigError
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
+show = _short.repr  # repr() for names and values from files: one line, bounded
+
+
+def read_json(path: str | Path, *, error: type[AfinaError] = ConfigError, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a UTF-8 file (a byte-order mark is accepted).
+
+    Raises ``error`` (one line with the file and, where it can be told, the line) when the file is missing, unreadable,
+    over ``max_bytes``, not UTF-8 or not an object, and for what JSON readers differ on: duplicate keys, NaN and
+    Infinity, numbers out of range, lone surrogates, nesting deeper than MAX_DEPTH.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise error(f"{path}: no such file: check the path, or download the model again")
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}): check its permissions") from problem
+    if len(data) > max_bytes:
+        raise error(f"{path}: is larger than {max_bytes:,} bytes, too large for a JSON file of a model")
+    return parse_json(data, str(path), error=error)
+
+
+def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError) -> dict[str, Any]:
+    """Return the JSON object in ``data``; ``where`` opens the message of every ``error``. See :func:`read_json`."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = data.count(b"\n", 0, problem.start) + 1
+        raise error(f"{where}: line {line}: byte {problem.start} is not UTF-8: save the file as UTF-8") from problem
+
+    def lines(pattern: str) -> str:
+        """Say where the pattern stands: json's hooks are not told their place."""
+        found = sorted({text.count("\n", 0, match.start()) + 1 for match in re.finditer(pattern, text)})
+        return f"line {', '.join(map(str, found[:5]))}: " if found else ""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            place = lines(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:")
+            raise error(f"{where}: {place}key {show(key)} is given twice in one object: keep one of them")
+        return result
+
+    def number(literal: str) -> float:
+        value = float(literal)
+        if not math.isfinite(value):
+            place = lines(r"(?<![\w.+-])" + re.escape(literal) + r"(?![\w.+-])")
+            raise error(f"{where}: {place}{show(literal)} is not a finite number: JSON has none, write a finite one")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=number, parse_float=number)
+    except json.JSONDecodeError as problem:
+        found = "the file is empty" if not text.strip() else f"{problem.msg} (column {problem.colno})"
+        raise error(f"{where}: line {problem.lineno}: not valid JSON: {found}") from problem
+    except RecursionError:
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: no file of a model needs that") from None
+    except ValueError as problem:  # an integer of more than 4,300 digits
+        raise error(f"{where}: holds an integer too long to read: write a finite, sensible number") from problem
+    if not isinstance(value, dict):
+        raise error(f"{where}: holds {show(value)} where a JSON object {{...}} was expected")
+    if not _shallow(value, MAX_DEPTH):
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: no file of a model needs that")
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            place = lines(r"(?i)\\ud[89a-f]")
+            raise error(f"{where}: {place}a \\u escape is half a character: write the character itself") from problem
+    return value
+
+
+def _shallow(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        return levels > 0 and all(_shallow(item, levels - 1) for item in value.values())
+    if isinstance(value, list):
+        return levels > 0 and all(_shallow(item, levels - 1) for item in value)
+    return True
