@@ -150,6 +150,16 @@ def flip_bit(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
+def file_to_folder(checkpoint: Path) -> None:
+    (checkpoint / STATE).unlink()
+    (checkpoint / STATE).mkdir()
+
+
+def folder_to_file(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.write_text("x")
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "bit of a weight": lambda c: flip_bit(c / "model.safetensors", -1),
     "bit of a header": lambda c: flip_bit(c / "optimizer.safetensors", 12),
@@ -161,8 +171,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "file added": lambda c: (c / "other.safetensors").write_bytes(b"x"),
     "manifest missing": lambda c: (c / MANIFEST).unlink(),
     "manifest truncated": lambda c: os.truncate(c / MANIFEST, 50),
-    "file is a folder": lambda c: ((c / STATE).unlink(), (c / STATE).mkdir()),
-    "not a folder": lambda c: (shutil.rmtree(c), c.write_text("x")),
+    "file is a folder": file_to_folder,
+    "not a folder": folder_to_file,
     "renamed": lambda c: c.rename(c.with_name("checkpoint-9")),
 }
 
