@@ -63,7 +63,8 @@ class Progress:
     step: int = 0  # steps of the data order done, skipped ones included
     trained_tokens: int = 0
     seconds: float = 0.0  # spent in training steps
-    tokens: int = 0  # processed in training steps; nothing of it is padding when packed
+    tokens: int = 0  # real ones in training steps, padding aside
+    processed_tokens: int = 0  # padding included
     loss_sum: float = 0.0  # of the steps that moved the weights
     bad_in_a_row: int = 0
     skipped: int = 0
@@ -258,10 +259,11 @@ class Run:
             self.optimizer.step(lr)
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
-        tokens = sum(mb.tokens for mb in micro_batches)
+        tokens, processed = sum(mb.tokens for mb in micro_batches), sum(mb.input_ids.numel() for mb in micro_batches)
         at.step += 1
         at.seconds += seconds
         at.tokens += tokens
+        at.processed_tokens += processed
         if finite:
             at.bad_in_a_row = 0
             at.trained_tokens += trained
@@ -269,6 +271,8 @@ class Run:
         row |= {
             "trained_tokens": trained,
             "tokens": tokens,
+            "processed_tokens": processed,  # padding included
+            "seconds": seconds,
             "tokens_per_second": round(tokens / seconds, 1),
             "trained_tokens_per_second": round(trained / seconds, 1),
         }
@@ -366,6 +370,7 @@ class Run:
             "skipped_steps": at.skipped,
             "trained_tokens": at.trained_tokens,
             "tokens": at.tokens,
+            "processed_tokens": at.processed_tokens,
             "tokens_per_second": round(at.tokens / at.seconds, 1) if at.seconds else 0.0,
             "trained_tokens_per_second": round(at.trained_tokens / at.seconds, 1) if at.seconds else 0.0,
             "train_seconds": round(at.seconds, 2),
