@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 # Modules that need torch are imported by the verb that runs, so that the help stays quick.
 from afina.engine import commands
-from afina.engine.train_config import FALSE_WORDS, TRUE_WORDS
+from afina.engine.settings import FALSE_WORDS, TRUE_WORDS, fields, flag_help, kinds
 from afina.errors import AfinaError, ConfigError, nearest
 
 
@@ -29,10 +29,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
-    def add_boolean(self, name: str, help: str, group: argparse._ArgumentGroup, **kwargs: Any) -> None:
-        """``--name``, ``--name true``, ``--name false`` and ``--no-name``."""
-        self.booleans.add(f"--{name}")
-        group.add_argument(f"--{name}", help=help, metavar="BOOL", **kwargs)
+    def add_setting(self, owner: type, name: str, **kwargs: Any) -> None:
+        """The flag of a setting and of its aliases. Booleans also as ``--name`` and ``--no-name``."""
+        shown = flag_help(owner, name)
+        for flag in (name, *fields(owner)[name].metadata["aliases"]):
+            if kinds(owner)[name] is bool:
+                self.booleans.add(f"--{flag}")
+            self.add_argument(f"--{flag}", **kwargs, **(shown if flag == name else {"help": argparse.SUPPRESS}))
 
     def normalised(self, argv: list[str]) -> list[str]:
         """Flags in the one spelling that argparse knows; unknown ones refused with the nearest name."""

@@ -1,7 +1,7 @@
 """The verbs of the command line: the options of each, and what it does with them.
 
-Each ``run`` function takes the parsed options, prints for people, and returns what ``--json`` prints. torch is imported
-only inside them.
+Each verb's function takes the parsed options, prints for people, and returns what ``--json`` prints. torch is imported
+only inside them, so that the help is quick.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from afina.engine.train_config import LORA_NAMES, TrainConfig, kinds, settings
+from afina.engine.settings import fields
+from afina.engine.train_config import LORA_NAMES, TrainConfig
 from afina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,25 +26,16 @@ def train_options(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output_dir")
     parser.add_argument("--dry_run", action="store_true", help="check the request, print the resolved recipe and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group("settings (recipe keys and flags)")
-    for name, f in settings().items():
-        kind, choices, also = kinds()[name], f.metadata["choices"], f.metadata["aliases"]
-        default = "" if f.default is None or kind is dict else f" [{str(f.default).lower()}]"
-        help = f.metadata["help"] + default + (f"; also {', '.join(also)}" if also else "")
-        for flag in (name, *also):
-            shown = help.replace("%", "%%") if flag == name else argparse.SUPPRESS
-            if kind is bool:
-                parser.add_boolean(flag, shown, action="append", group=group)
-            else:
-                metavar = "|".join(choices) or {int: "N", float: "X", dict: "PAIRS"}.get(kind, name.upper())
-                group.add_argument(f"--{flag}", action="append", metavar=metavar, help=shown)
-    for flag in LORA_NAMES:
-        group.add_argument(f"--{flag}", action="append", help=argparse.SUPPRESS)
+    for name in fields(TrainConfig):
+        parser.add_setting(TrainConfig, name, action="append")
+    for name in LORA_NAMES:
+        parser.add_argument(f"--{name}", action="append", help=argparse.SUPPRESS)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    own = {"recipe", "resume", "resume_from_checkpoint", "overwrite", "dry_run", "quiet", "json", "debug"}
-    flags = [(name, value) for name, values in vars(args).items() if name not in own for value in values or ()]
+    names = [*fields(TrainConfig), *LORA_NAMES]
+    names += [alias for f in fields(TrainConfig).values() for alias in f.metadata["aliases"]]
+    flags = [(name, value) for name in names for value in getattr(args, name) or ()]
     config = TrainConfig.resolve(args.recipe, flags, prefix="--")
     resume = args.resume or _resume_word(args.resume_from_checkpoint)
     if resume and args.overwrite:
@@ -58,6 +50,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _resume_word(value: str | None) -> bool:
+    """``--resume_from_checkpoint`` as other trainers take it: true, false, or a path, which Afina finds by itself."""
     if value is None or value.lower() in ("false", "none", "null"):
         return False
     if value.lower() != "true":

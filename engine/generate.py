@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from afina.engine.kv_cache import KVCache
-from afina.errors import ConfigError, DataError
+from afina.engine.sampling import Sampling
+from afina.errors import DataError
 from afina.loaders.render import render_prompt
 
 if TYPE_CHECKING:
@@ -25,39 +25,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[dict[str, Any]]  # continued as it is, or chat messages to answer
 REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are no character (yet)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when a row ends. ConfigError for values that mean nothing.
-
-    ``temperature`` 0 is greedy (the other choices but the repetition penalty are then without effect). A row ends at an
-    end token of the model, before the first of the ``stop`` strings, after ``max_new_tokens``, or at the end of
-    the model's context.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0  # Keskar et al. 2019, arXiv 1909.05858
-    stop: str | Sequence[str] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name, fine, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "a whole number above 0"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "a whole number above 0"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0 (1: none)"),
-            ("stop", all(self.stop), "texts that are not empty"),
-        ):
-            if not fine:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> str:
@@ -154,8 +121,9 @@ class Decoding:
         self.cache = KVCache(self.model.config, len(self.prompts), room, self.device, parameter.dtype)
         packed = torch.tensor([[token for ids in self.prompts for token in ids]], device=self.device)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        hidden = self.model.hidden(packed, cu_seqlens=cu_seqlens.to(self.device), cache=self.cache)
-        return self.model.logits(hidden[0, cu_seqlens[1:].long().to(self.device) - 1])
+        cu_seqlens = cu_seqlens.to(self.device)
+        last = cu_seqlens[1:].long() - 1
+        return self.model.logits(self.model.hidden(packed, cu_seqlens=cu_seqlens, cache=self.cache, rows=last))
 
     def _decode(self) -> Tensor:
         last = torch.tensor([[self.new[row][-1]] for row in self.alive], device=self.device)

@@ -1,58 +1,43 @@
-"""The settings of a training run: one frozen dataclass, from which ``afina train --help`` is built too.
+"""The settings of a training run, and the YAML recipes that hold them.
 
-A setting comes from a YAML recipe, a flag or a Python keyword; all three take the same names (and the aliases that
-other trainers use), the same values and the same checks.
+A setting comes from a recipe, a flag or a Python keyword; all three take the same names (and the aliases that other
+trainers use), the same values and the same checks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-import reprlib
-import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afina.engine.settings import (
+    BETA,
+    DEVICE,
+    FRACTION,
+    INNER_FRACTION,
+    LENGTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    SEED,
+    Settings,
+    checked,
+    fields,
+    setting,
+)
 from afina.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import yaml
 
-Limit = tuple[str, Callable[[Any], bool]]
-POSITIVE: Limit = ("above 0", lambda v: v > 0)
-NOT_NEGATIVE: Limit = ("0 or more", lambda v: v >= 0)
-FRACTION: Limit = ("from 0 to 1", lambda v: 0 <= v <= 1)
-INNER_FRACTION: Limit = ("above 0 and below 1", lambda v: 0 < v < 1)
-BETA: Limit = ("from 0 to below 1", lambda v: 0 <= v < 1)
-RATE: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
-SEED: Limit = ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
-LENGTH: Limit = ("2 or more", lambda v: v >= 2)
-
-TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 MAX_RECIPE_BYTES = 1 << 20
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    aliases: tuple[str, ...] = (),
-    choices: tuple[str, ...] = (),
-    limit: Limit | None = None,
-) -> Any:
-    """A dataclass field that carries its documentation, its other names and the values it takes."""
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "limit": limit}
-    if default is dict:
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that decides a training run. Checked when it is made; saved with the run as ``recipe.yaml``."""
 
     model: str | None = setting(
@@ -107,7 +92,7 @@ class TrainConfig:
     packing: bool = setting(True, "concatenate rows instead of padding them; rows stay isolated, the maths is the same")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     dtype: str = setting("auto", "auto is float32 on a CPU, bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", limit=DEVICE)
     seed: int = setting(42, "seed of the split, the order of the rows and a random start", limit=SEED)
     threads: int | None = setting(None, "CPU threads (default: torch's choice)", limit=POSITIVE)
     report_to: str = setting("none", "where else metrics go", choices=("none", "tensorboard"))
@@ -123,13 +108,7 @@ class TrainConfig:
     allow_nonfinite: bool = setting(False, "accept weights that hold NaN or Inf")
 
     def __post_init__(self) -> None:
-        for name in settings():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, checked(name, value, name))
-        self._check_together()
-
-    def _check_together(self) -> None:
+        super().__post_init__()
         for name in ("data", "output_dir"):
             if getattr(self, name) is None:
                 raise ConfigError(f"{name} is missing: give --{name}, or {name}: in the recipe")
@@ -188,49 +167,13 @@ _NOT_HERE = {
     **dict.fromkeys(LORA_NAMES, "is for LoRA, which is not in this version: leave it out"),
     "resume_from_checkpoint": "is a flag, not a setting of the run: use afina train --resume",
 }
-_SYNONYMS = {"fp32": "float32", "bf16": "bfloat16"}
 _INVERTED = ("completion_only_loss",)
-
-
-@cache
-def settings() -> dict[str, dataclasses.Field[Any]]:
-    """The fields of TrainConfig by name."""
-    return {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 
 @cache
 def aliases() -> dict[str, str]:
     """Every accepted name of a setting -> its own name."""
-    return {alias: name for name, f in settings().items() for alias in (name, *f.metadata["aliases"])}
-
-
-@cache
-def kinds() -> dict[str, type]:
-    """The type of each setting (str, int, float, bool or dict), without its "or None"."""
-    kinds = {}
-    for name, hint in typing.get_type_hints(TrainConfig).items():
-        args = [a for a in typing.get_args(hint) if a is not type(None)]
-        kinds[name] = dict if typing.get_origin(hint) is dict else args[0] if args else hint
-    return kinds
-
-
-def checked(name: str, value: Any, where: str) -> Any:
-    """``value`` in the type of the setting ``name``; ConfigError, beginning with ``where``, if it cannot be."""
-    kind, metadata = kinds()[name], settings()[name].metadata
-    try:
-        value = _CONVERT[kind](value)
-    except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"{where} is {_shown(value)}; expected {_EXPECTED[kind]}") from None
-    choices, limit = metadata["choices"], metadata["limit"]
-    if choices:
-        value = _SYNONYMS.get(value, value)
-        if value not in choices:
-            raise ConfigError(f"{where} is {_shown(value)}; expected {', '.join(choices)}{nearest(value, choices)}")
-    if name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise ConfigError(f"{where} is {_shown(value)}; expected auto, cpu, cuda or cuda:N")
-    if limit and not limit[1](value):
-        raise ConfigError(f"{where} is {_shown(value)}; expected {_EXPECTED[kind]} {limit[0]}")
-    return value
+    return {alias: name for name, f in fields(TrainConfig).items() for alias in (name, *f.metadata["aliases"])}
 
 
 def _canonical(items: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
@@ -245,7 +188,7 @@ def _canonical(items: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
         name = aliases().get(key)
         if name is None:
             raise ConfigError(f"{where} is not a setting{nearest(key, aliases())}")
-        value = checked(name, value, where)
+        value = checked(TrainConfig, name, value, where)
         if key in _INVERTED:
             value = not value
         if name in given and given[name] != value:
@@ -296,62 +239,3 @@ def _keys(path: Path, mapping: yaml.MappingNode) -> list[tuple[str, int, yaml.No
             raise ConfigError(f"{path}, line {line}: {key} is given a second time, after line {lines[key]}: keep one")
         lines[key] = line
     return keys
-
-
-# A short repr, also of nested YAML aliases that would write out to gigabytes.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, 60, 60
-_shown = _SHORT.repr
-
-
-def _to_text(value: Any) -> str:
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise TypeError
-    return str(value)
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = value.strip().lower() if isinstance(value, str) else ""
-    if word not in TRUE_WORDS + FALSE_WORDS:
-        raise ValueError
-    return word in TRUE_WORDS
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError
-    number = int(value)
-    if isinstance(value, float) and number != value:
-        raise ValueError
-    return number
-
-
-def _to_columns(value: Any) -> dict[str, str]:
-    if isinstance(value, str):
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        value = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-        if len(value) != len(pairs):
-            raise ValueError
-    if not isinstance(value, dict) or not all(isinstance(t, str) and t for pair in value.items() for t in pair):
-        raise ValueError
-    return dict(value)
-
-
-_CONVERT: dict[type, Callable[[Any], Any]] = {
-    str: _to_text, bool: _to_bool, float: _to_float, int: _to_int, dict: _to_columns
-}  # fmt: skip
-_EXPECTED = {
-    str: "text",
-    bool: "true or false",
-    float: "a number",
-    int: "a whole number",
-    dict: "pairs like prompt=question,completion=answer",
-}

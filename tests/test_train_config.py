@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from afina.engine.train_config import TrainConfig, aliases, settings
+from afina.engine.settings import fields
+from afina.engine.train_config import TrainConfig, aliases
 from afina.errors import ConfigError
 
 BASE = {"model": "m", "data": "d.jsonl", "output_dir": "out"}
@@ -61,7 +62,7 @@ def test_every_known_name_is_accepted() -> None:
         gradient_accumulation_steps max_steps lr_scheduler_type warmup_ratio warmup_steps val_size eval_steps save_steps
         logging_steps save_total_limit early_stopping_patience output_dir report_to seed packing gradient_checkpointing
     """
-    assert set(own.split()) <= set(settings())
+    assert set(own.split()) <= set(fields(TrainConfig))
     assert made(per_device_train_batch_size=3, lr="1e-4", sequence_len=64).batch_size == 3
 
 
@@ -251,11 +252,11 @@ def test_saved_and_read_again_is_equal(tmp_path: Path) -> None:
     config = made(lr=3e-5, epochs=0.5, columns={"prompt": "frage ü"}, adam_epsilon=1e-8, warmup_steps=0, data="a: b #c")
     config.save(tmp_path / "r.yaml")
     assert TrainConfig.resolve(tmp_path / "r.yaml") == config
-    assert list(yaml.safe_load(config.to_yaml())) == list(settings())
+    assert list(yaml.safe_load(config.to_yaml())) == list(fields(TrainConfig))
 
 
 def test_every_setting_is_documented() -> None:
-    for name, f in settings().items():
+    for name, f in fields(TrainConfig).items():
         assert f.metadata["help"], name
         default = f.default
         if f.metadata["choices"]:
