@@ -1,0 +1,267 @@
+"""THE renderer: examples to text with the ranges that are trained, and that text to ids with a mask.
+
+Training, evaluation, generation, chat and serving all take their text from here, so they cannot disagree. The text
+holds its special tokens (one BOS at most, the end of the text or of the turn), is tokenised once as a whole, and the
+mask comes from where each token starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afina.errors import DataError, TokenizerError
+from afina.loaders.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+_MARK, _SLOT = "\ue000mark\ue000", "\ue001slot"  # private-use characters: no text has them, no template changes them
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: exactly one of ``text``, ``prompt`` with ``completion``, or ``messages``; ``where`` it was read."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        given = (self.text is not None, self.prompt is not None or self.completion is not None, bool(self.messages))
+        if sum(given) != 1 or (self.prompt is None) != (self.completion is None):
+            raise DataError(f"{self.where or 'row'}: expected one of text, prompt with completion, or messages")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text with its special tokens, and the ranges [start, end) of its characters that are trained."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: bool = False) -> Rendered:
+    """Return the text of a row and its trained ranges.
+
+    text: everything, the end-of-text token included. prompt and completion: the completion and the end-of-text token.
+    messages: each assistant turn from where its generation prompt ends (so, what the model will have to write) up to
+    and with its end-of-turn tokens. ``train_on_prompt``: everything but BOS. Raises DataError naming the row.
+    """
+    if example.messages is not None:
+        try:
+            text, spans = _conversation(tokenizer, example.messages, train_on_prompt)
+        except DataError as problem:
+            raise DataError(f"{example.where or 'row'}: {problem}") from problem
+    elif example.text is not None:
+        text, train_on_prompt = _ended(tokenizer, tokenizer.with_bos(example.text)), True
+    else:
+        prompt = render_prompt(tokenizer, example)
+        text = _ended(tokenizer, tokenizer.with_bos((example.prompt or "") + (example.completion or "")))
+        spans = ((len(prompt), len(text)),)
+    if train_on_prompt:
+        bos = tokenizer.bos_token or ""
+        has_bos = tokenizer.adds_bos or (example.messages is not None and bos != tokenizer.eos_token)
+        spans = ((len(bos) if has_bos and text.startswith(bos) else 0, len(text)),)
+    return Rendered(text, spans)
+
+
+def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str) -> str:
+    """Return what the model is given before it writes: the text of `render_example` up to the last trained range.
+
+    A plain text or prompt loses its trailing spaces: tokenizers join a space to the word after it, so training and
+    generation agree only when the answer brings its own space. Of messages, a final assistant turn is the answer.
+    """
+    if isinstance(prompt, Example):
+        if prompt.messages is None:
+            prompt = prompt.prompt if prompt.prompt is not None else prompt.text or ""
+        else:
+            try:
+                return render_prompt(tokenizer, prompt.messages)
+            except DataError as problem:
+                raise DataError(f"{prompt.where or 'row'}: {problem}") from problem
+    if isinstance(prompt, str):
+        return tokenizer.with_bos(prompt.rstrip(" "))
+    messages = _checked(prompt)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return _opened(tokenizer, messages)
+
+
+def encode_rendered(
+    tokenizer: Tokenizer, rendered: Sequence[Rendered]
+) -> tuple[list[NDArray[np.int32]], list[NDArray[np.bool_]]]:
+    """Return, for each row, its ids (T,) int32 and which of them are trained (T,) bool.
+
+    A token is trained if it starts inside a trained range. One that starts before a range and reaches into it belongs
+    to the prompt; one that starts inside and reaches past the end is trained.
+    """
+    encodings = tokenizer.encodings([row.text for row in rendered], offsets=True)
+    ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    masks = []
+    for row, encoding, numbers in zip(rendered, encodings, ids):
+        mask = np.zeros(len(numbers), dtype=np.bool_)
+        for start, end in row.spans:
+            first = _first_from(encoding, start)
+            mask[first : len(numbers) if end >= len(row.text) else _first_from(encoding, end)] = True
+        masks.append(mask)
+    return ids, masks
+
+
+def _first_from(encoding: Any, position: int) -> int:
+    """The first token that starts at ``position`` or after it."""
+    if position == 0:
+        return 0
+    token = encoding.char_to_token(position)  # a scan in native code: far cheaper than a list of all offsets
+    if token is None:  # no token covers this character (a normalizer removed it)
+        return next((i for i, (start, end) in enumerate(encoding.offsets) if start >= position), len(encoding))
+    while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
+        token += 1
+    return int(token)
+
+
+def _ended(tokenizer: Tokenizer, text: str) -> str:
+    if tokenizer.eos_token is None:
+        raise TokenizerError(f"{tokenizer.where}: no end-of-text token: set eos_token in tokenizer_config.json")
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _checked(messages: Messages) -> Messages:
+    if not messages:
+        raise DataError("messages is empty: expected a list of {role, content}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise DataError(f"message {number}: role and content must be texts")
+    return messages
+
+
+def _opened(tokenizer: Tokenizer, messages: Messages) -> str:
+    """The conversation with the assistant's next turn opened."""
+    return tokenizer.render(messages, add_generation_prompt=True)
+
+
+def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> tuple[str, tuple[tuple[int, int], ...]]:
+    roles = tuple(message["role"] for message in _checked(messages))
+    if "assistant" not in roles and not any_role:
+        raise DataError(f"no assistant turn to learn from (roles: {', '.join(roles)})")
+    text = tokenizer.render(messages)
+    if all(message.keys() == {"role", "content"} for message in messages):
+        layout = _layout(tokenizer, roles)
+        for contents in (
+            [tokenizer.defang(m["content"]) for m in messages],
+            [tokenizer.defang(m["content"].strip()) for m in messages],
+        ):
+            placed = layout.place(text, contents)
+            if placed is not None:
+                return placed
+    return _search(tokenizer, messages, text)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a template writes for a sequence of roles, whatever the contents: the text between them, and the trained
+    ranges as (contents before, literal characters before) pairs."""
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    closing: str
+
+    def place(self, text: str, contents: list[str]) -> tuple[str, tuple[tuple[int, int], ...]] | None:
+        """The text and its trained ranges, or None when ``text`` is not these contents in this layout."""
+        parts, sizes, total = [self.literals[0]], [0], 0
+        for slot, literal in zip(self.order, self.literals[1:]):
+            parts += (contents[slot], literal)
+            total += len(contents[slot])
+            sizes.append(total)
+        text += self.closing
+        if "".join(parts) != text:
+            return None
+        return text, tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
+
+
+@lru_cache(maxsize=4096)
+def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
+    contents = [f"{_SLOT}{number}." for number in range(len(roles))]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    plain = tokenizer.render(messages)
+    for number, (role, content) in enumerate(zip(roles, contents), 1):
+        if plain.count(content) != 1:
+            how = "leaves out" if content not in plain else "repeats"
+            raise DataError(f"the chat template of {tokenizer.where} {how} message {number} ({role})")
+    text, found = _search(tokenizer, messages, plain)
+    places = sorted((text.index(content), number) for number, content in enumerate(contents))
+    literals, position = [], 0
+    for place, number in places:
+        literals.append(text[position:place])
+        position = place + len(contents[number])
+    literals.append(text[position:])
+
+    def mark(position: int) -> tuple[int, int]:
+        before = [number for place, number in places if place + len(contents[number]) <= position]
+        return len(before), position - sum(len(contents[number]) for number in before)
+
+    spans = tuple((mark(start), mark(end)) for start, end in found)
+    return _Layout(tuple(literals), tuple(number for _, number in places), spans, text[len(plain) :])
+
+
+def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Find the trained ranges by rendering again with a mark at the end of each assistant turn's content."""
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        end, rest = _end_of_content(tokenizer, messages, number, text)
+        try:
+            prompt = _opened(tokenizer, messages[:number])
+        except DataError:  # a template may refuse a conversation that opens with the assistant
+            prompt = ""
+        start = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= end else -1
+        if start < (spans[-1][1] if spans else 0):
+            start = _start_of_content(tokenizer, messages, number, text)
+        # The turn's own ending is what the template writes after it both here and when nothing follows.
+        _, alone = _end_of_content(tokenizer, messages[: number + 1], number, None)
+        tail = _common(alone, rest)
+        tokens = list(tokenizer.special_pattern.finditer(tail))
+        if tokens:
+            tail = tail[: tokens[-1].end()]
+        elif number == len(messages) - 1 and tokenizer.eos_token:
+            # A template that never ends its last turn would teach the model never to stop.
+            text += tokenizer.eos_token
+            tail = text[end:]
+        spans.append((start, end + len(tail)))
+    return text, tuple(spans)
+
+
+def _end_of_content(tokenizer: Tokenizer, messages: Messages, number: int, text: str | None) -> tuple[int, str]:
+    """Where the content of a message ends in ``text``, and what follows it."""
+    content = messages[number]["content"]
+    for variant in (content, content.rstrip()):
+        marked = list(messages)
+        marked[number] = {**messages[number], "content": variant + _MARK}
+        before, mark, after = tokenizer.render(marked).partition(_MARK)
+        if mark and (text is None or text.startswith(before)):
+            return len(before), after if text is None else text[len(before) :]
+    raise DataError(f"message {number + 1}: the chat template does not write this assistant turn, or changes it")
+
+
+def _start_of_content(tokenizer: Tokenizer, messages: Messages, number: int, text: str) -> int:
+    content = messages[number]["content"]
+    for variant in (content, content.lstrip()):
+        marked = list(messages)
+        marked[number] = {**messages[number], "content": _MARK + variant}
+        before, mark, _ = tokenizer.render(marked).partition(_MARK)
+        if mark and text.startswith(before):
+            return len(before)
+    raise DataError(f"message {number + 1}: the chat template does not write this assistant turn, or changes it")
+
+
+def _common(one: str, other: str) -> str:
+    """The longest text that both start with."""
+    size = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:size]
