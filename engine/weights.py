@@ -185,7 +185,7 @@ def _match(model: GPT, checkpoint: Checkpoint, folder: Path) -> dict[str, HFTens
         if checkpoint.shape(name) != shape:
             problems.append(f"{name} has shape {checkpoint.shape(name)}, expected {shape}")
     for name in sorted(found - set(table)):
-        if name == "lm_head.weight" and model.config.tie_embeddings:
+        if name == family.head and model.config.tie_embeddings:
             embedding = next(theirs for theirs, tensor in table.items() if tensor.ours == "embed.weight")
             if embedding in found and not _equal(checkpoint, name, embedding):
                 problems.append(

@@ -68,7 +68,8 @@ class Family:
     """One model family.
 
     ``prefix`` is what the HF class puts before the names of its body (left out in files saved from the bare body);
-    ``ignorable`` are patterns (``re.search``) of tensors that old files hold and that carry no weights.
+    ``head`` is its name for the output matrix; ``ignorable`` are patterns (``re.search``) of tensors that old files
+    hold and that carry no weights.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class Family:
     config_fields: Callable[[Mapping[str, Any]], Fields]
     tensors: Callable[[Fields], Iterator[HFTensor]]
     prefix: str = "model."
+    head: str = "lm_head.weight"
     ignorable: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
 
 
@@ -104,7 +106,7 @@ class Reader:
         value = value if len(value) <= 100 else value[:97] + "..."
         return ConfigError(f"config.json ({self.model_type}): {key} = {value}: {expected}")
 
-    def get(self, key: str, default: T) -> Any | T:
+    def get(self, key: str, default: Any) -> Any:
         """The value, or ``default`` where the key is absent or null."""
         self.seen.add(key)
         value = self.hf.get(key)
@@ -122,6 +124,16 @@ class Reader:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.error(key, "expected a number above 0")
         return float(value)
+
+    def optional_number(self, key: str, default: float | None) -> float | None:
+        """Null switches it off; ``default`` is the HF class's, for an absent key."""
+        absent = default is None or key in self.hf
+        return None if self.get(key, None) is None and absent else self.number(key, default)
+
+    def window(self, default: int | None) -> int | None:
+        """``sliding_window``: null is none; ``default`` is the HF class's, for an absent key."""
+        absent = default is None or "sliding_window" in self.hf
+        return None if self.get("sliding_window", None) is None and absent else self.size("sliding_window", default)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
@@ -190,15 +202,14 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def rope_settings(reader: Reader, default_theta: float) -> dict[str, Any]:
-    """The one RoPE dict of a config in either style: ``rope_theta`` + ``rope_scaling``, or ``rope_parameters``."""
+def rope_settings(reader: Reader) -> dict[str, Any]:
+    """The RoPE dict of a config in either style: ``rope_scaling`` (which wins, as in HF), or ``rope_parameters``."""
     key = "rope_scaling" if reader.get("rope_scaling", None) else "rope_parameters"
     settings = reader.get(key, {})
     reader.seen.add("rope_parameters")
     if not isinstance(settings, dict):
         raise reader.error(key, "expected an object")
-    theta = reader.number("rope_theta", default_theta)
-    return {"rope_theta": theta, **{k: v for k, v in settings.items() if v is not None}}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def rope_fields(
@@ -210,6 +221,7 @@ def rope_fields(
     original_max: int | None = None,
     partial: bool = False,
     aliases: Mapping[str, str] | None = None,
+    kinds: Iterable[str] = _ROPE_KEYS,
 ) -> Fields:
     """Check one RoPE dict and give the fields of ``RopeConfig``.
 
@@ -230,8 +242,8 @@ def rope_fields(
 
     kind = settings.get("rope_type", settings.get("type", "default"))
     kind = (aliases or {}).get(kind, kind)
-    if kind not in _ROPE_KEYS:
-        raise fail("rope_type" if "rope_type" in settings else "type", f"supported: {', '.join(_ROPE_KEYS)}")
+    if kind not in kinds:
+        raise fail("rope_type" if "rope_type" in settings else "type", f"supported: {', '.join(kinds)}")
     allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     unknown = sorted(set(settings) - allowed)
     if unknown:
@@ -293,8 +305,10 @@ def _yarn_attention_factor(factor: float, settings: Mapping[str, Any]) -> float:
 
 # --- The Llama layout, which most families share ---------------------------------------------------------------------
 
+# HF's names of the activations -> ours; three of HF's are the same tanh approximation.
 GATED: Mapping[str, str] = {"silu": "silu", "swish": "silu"}
-GATED_GELU: Mapping[str, str] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+GATED_GELU: Mapping[str, str] = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
+PLAIN: Mapping[str, str] = {"gelu": "gelu", **GATED_GELU}
 
 
 def llama_fields(
@@ -307,6 +321,7 @@ def llama_fields(
     theta: float = 10_000.0,
     partial_rotary: bool = False,
     rope_aliases: Mapping[str, str] | None = None,
+    rope_kinds: Iterable[str] = _ROPE_KEYS,
     original_max: int | None = None,
     activation: tuple[str, str, Mapping[str, str]] = ("hidden_act", "silu", GATED),
     rope: bool = True,
@@ -333,9 +348,10 @@ def llama_fields(
         "layer_windows": (None,) * layers,
     }
     if rope:
-        settings = rope_settings(reader, theta)
+        settings = {"rope_theta": reader.number("rope_theta", theta)}
         if partial_rotary:
-            settings.setdefault("partial_rotary_factor", reader.number("partial_rotary_factor", 1.0))
+            settings["partial_rotary_factor"] = reader.number("partial_rotary_factor", 1.0)
+        settings |= rope_settings(reader)
         original = reader.get("original_max_position_embeddings", original_max)
         if original is not None:
             original = reader.size("original_max_position_embeddings", original_max)
@@ -347,6 +363,7 @@ def llama_fields(
             original_max=original,
             partial=partial_rotary,
             aliases=rope_aliases,
+            kinds=rope_kinds,
         )
         fields |= {"ropes": (one,), "layer_ropes": (0,) * layers}
     return fields

@@ -9,7 +9,19 @@ from typing import Any
 from afina.errors import ConfigError, nearest
 from afina.loaders.families.common import Family
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 
 
 def load_family(hf: Mapping[str, Any]) -> Family:
