@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_setting(self, owner: type, name: str, **kwargs: Any) -> None:
         """The flag of a setting and of its aliases. Booleans also as ``--name`` and ``--no-name``."""
-        shown = flag_help(owner, name)
+        shown: dict[str, Any] = flag_help(owner, name)
         for flag in (name, *fields(owner)[name].metadata["aliases"]):
             if kinds(owner)[name] is bool:
                 self.booleans.add(f"--{flag}")

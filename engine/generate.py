@@ -7,9 +7,10 @@ its own random numbers, seeded by ``seed`` and its prompt, so its text does not 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +18,21 @@ from torch import Tensor
 from afina.engine.kv_cache import KVCache
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
-from afina.loaders.render import render_prompt
+from afina.loaders.render import Example, render_prompt
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
     from afina.loaders.tokenizer import Tokenizer
 
-Prompt = str | Sequence[dict[str, Any]]  # continued as it is, or chat messages to answer
+Prompt = str | Sequence[Mapping[str, Any]] | Example  # continued as it is; chat messages to answer; a row of data
 REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are no character (yet)
+
+
+class Completion(NamedTuple):
+    """What a model wrote, and how many tokens it took."""
+
+    text: str
+    tokens: int
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> str:
@@ -39,15 +47,22 @@ def generate_batch(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, batch_size: int = 32, **sampling: Any
 ) -> list[str]:
     """``generate`` for many prompts, ``batch_size`` at a time; the texts are in the order of the prompts."""
-    settings = Sampling(**sampling)
-    rows = [encode_prompt(model, tokenizer, prompt, where=f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
-    texts: list[str] = []
-    for first in range(0, len(rows), batch_size):
-        batch = Decoding(model, tokenizer, rows[first : first + batch_size], settings)
+    names = ["the prompt"] if len(prompts) == 1 else [f"prompt {i + 1}" for i in range(len(prompts))]
+    rows = [encode_prompt(model, tokenizer, prompt, where=name) for prompt, name in zip(prompts, names, strict=True)]
+    done = complete(model, tokenizer, rows, Sampling(**sampling), batch_size=batch_size)
+    return [completion.text for completion in done]
+
+
+def complete(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], sampling: Sampling, *, batch_size: int = 32
+) -> Iterator[Completion]:
+    """The completions of encoded prompts, in order, as each batch is done."""
+    for first in range(0, len(prompts), batch_size):
+        batch = Decoding(model, tokenizer, prompts[first : first + batch_size], sampling)
         while batch.alive:
             batch.step()
-        texts += [batch.text(row, final=True) for row in range(len(batch.new))]
-    return texts
+        for row, new in enumerate(batch.new):
+            yield Completion(batch.text(row, final=True), len(new))
 
 
 def stream(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> Iterator[str]:
@@ -76,11 +91,13 @@ def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, where: st
 class Decoding:
     """A batch of prompts being continued. ``step`` adds one token to every row in ``alive``; ``new`` holds them."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], sampling: Sampling) -> None:
         self.model, self.tokenizer, self.prompts, self.sampling = model, tokenizer, prompts, sampling
         self.new: list[list[int]] = [[] for _ in prompts]
         self.alive = list(range(len(prompts)))
-        self.device = next(model.parameters()).device
+        # A stop string may be a control token, which the text does not show.
+        self.ends = {*tokenizer.eos_ids, *(tokenizer.token_id(s) for s in sampling.stop)}
+        self.device = model.embed.weight.device
         room = model.config.max_positions
         self.limits = [min(sampling.max_new_tokens, room - len(ids)) for ids in prompts]
         # A stop string of n bytes lies within the last n tokens; a few more keep the window's first character whole.
@@ -91,18 +108,19 @@ class Decoding:
             self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)
             for row, ids in enumerate(prompts):
                 self.seen[row, torch.tensor(ids, device=self.device)] = True
-        self.cache: KVCache | None = None
+        longest = max(len(ids) + limit for ids, limit in zip(prompts, self.limits, strict=True))
+        self.cache = KVCache(model.config, len(prompts), longest, self.device, model.embed.weight.dtype)
 
     @torch.no_grad()
     def step(self) -> None:
         """Choose the next token of every row that is alive, and retire the rows that it ends."""
-        logits = self._prefill() if self.cache is None else self._decode()
+        logits = self._decode() if self.cache.longest else self._prefill()
         chosen = next_tokens(logits.float(), self.seen, self.sampling, [self.generators[row] for row in self.alive])
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None].to(self.device), True)
         kept = []
         for i, (row, token) in enumerate(zip(self.alive, chosen.tolist(), strict=True)):
-            if token in self.tokenizer.eos_ids:
+            if token in self.ends:
                 continue
             self.new[row].append(token)
             if len(self.new[row]) < self.limits[row] and not self._stopped(row):
@@ -115,13 +133,9 @@ class Decoding:
 
     def _prefill(self) -> Tensor:
         """All prompts packed into one row of tokens -> the logits (B, V) after each prompt's last token."""
-        lengths = torch.tensor([len(ids) for ids in self.prompts])
-        room = max(len(ids) + limit for ids, limit in zip(self.prompts, self.limits, strict=True))
-        parameter = next(self.model.parameters())
-        self.cache = KVCache(self.model.config, len(self.prompts), room, self.device, parameter.dtype)
         packed = torch.tensor([[token for ids in self.prompts for token in ids]], device=self.device)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        cu_seqlens = cu_seqlens.to(self.device)
+        starts = [0, *itertools.accumulate(len(ids) for ids in self.prompts)]
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=self.device)
         last = cu_seqlens[1:].long() - 1
         return self.model.logits(self.model.hidden(packed, cu_seqlens=cu_seqlens, cache=self.cache, rows=last))
 
@@ -133,15 +147,15 @@ class Decoding:
         stop = self.sampling.stop
         if not stop:
             return False
-        tail = self.tokenizer.decode(self.new[row][-self.window :])
+        tail = self.tokenizer.decode(self.new[row][-self.window :], skip_special=True)
         return any(s in tail for s in stop) and _first_stop(self._decoded(row), self.sampling.stop) is not None
 
     def _decoded(self, row: int) -> str:
         """The row's new tokens as text; decoded behind the prompt's end, as some tokenizers strip a first space."""
         before = self.prompts[row][-4:]
-        start = self.tokenizer.decode(before)
-        text = self.tokenizer.decode(before + self.new[row])
-        return text[len(start) :] if text.startswith(start) else self.tokenizer.decode(self.new[row])
+        start = self.tokenizer.decode(before, skip_special=True)
+        text = self.tokenizer.decode(before + self.new[row], skip_special=True)
+        return text[len(start) :] if text.startswith(start) else self.tokenizer.decode(self.new[row], skip_special=True)
 
     def text(self, row: int, *, final: bool) -> str:
         """What row ``row`` says: up to the first stop string, whole characters only.

@@ -52,10 +52,11 @@ class Settings:
     """Base of a frozen dataclass of settings: values are checked and take their field's type when it is made."""
 
     def __post_init__(self) -> None:
-        for name in fields(type(self)):
+        owner: type = type(self)
+        for name in fields(owner):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, checked(type(self), name, value, name))
+                object.__setattr__(self, name, checked(owner, name, value, name))
 
 
 @cache
