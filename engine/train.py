@@ -33,8 +33,7 @@ from afina.engine.weights import load_model, new_model, save_model
 from afina.errors import ConfigError
 from afina.loaders.batches import Batches, MicroBatch
 from afina.loaders.dataset import Data, prepare
-from afina.loaders.rows import read_rows
-from afina.loaders.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_bpe
+from afina.loaders.tokenizer import Tokenizer, check_vocab, load_tokenizer
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 
@@ -99,10 +98,7 @@ def finetune(
     prepare_process(threads=config.threads, seed=config.seed)
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(config.output_dir, resume=resume, overwrite=overwrite) as folder:
-        if config.tokenizer_vocab_size:
-            tokenizer = _new_tokenizer(config)
-        else:
-            tokenizer = load_tokenizer(config.tokenizer or config.model)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
         data = prepare(
             config.data,
             tokenizer,
@@ -123,14 +119,6 @@ def finetune(
         with StopRequest() as stop:
             run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
         return run.finish()
-
-
-def _new_tokenizer(config: TrainConfig) -> Tokenizer:
-    """Train a byte-level BPE on the training data's own text (init random)."""
-    assert config.data is not None
-    assert config.tokenizer_vocab_size is not None
-    rows = read_rows(config.data, columns=config.columns, skip_bad_lines=config.skip_bad_lines)
-    return train_bpe((text for row in rows for text in row.example.texts()), config.tokenizer_vocab_size)
 
 
 def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
@@ -179,7 +167,7 @@ class Run:
         )
         self.total = c.max_steps or max(1, math.ceil(c.epochs * self.batches.steps_per_epoch))
         self.warmup = c.warmup_steps if c.warmup_steps is not None else math.ceil(c.warmup_ratio * self.total)
-        self.eval_steps = c.eval_steps or min(self.batches.steps_per_epoch, self.total)
+        self.eval_steps = c.eval_steps or math.ceil(self.total / 10)
         self.save_steps = c.save_steps or self.eval_steps
         self.board = _tensorboard(self.folder.path) if c.report_to == "tensorboard" else None
         self.saved_step = 0
