@@ -2,9 +2,12 @@
 
 The environment is the one that transformers renders with (immutable sandbox, `trim_blocks`, `lstrip_blocks`, loop
 controls, `tojson`, `raise_exception`, `strftime_now`), so a template writes the same text here and there. On top, a
-template cannot run away: every loop and call is counted against a limit of steps and of seconds, the output has a
-limit, and strings that grow by doubling or by a factor are stopped. The limits are checked inside the template's own
+template cannot run away: loops and calls are counted against a limit of steps and of seconds, texts and the output
+have a limit, and what could multiply a text in one step is refused. The limits are checked inside the template's own
 steps, so they hold in any thread and need no signal, timer or process.
+
+A template can also be traced: rendered with contents that may only be stripped, joined and written. If that works,
+what it writes around the contents depends on the roles alone, and rows need no Jinja (:meth:`ChatTemplate.trace`).
 """
 
 from __future__ import annotations
@@ -29,26 +32,69 @@ MAX_SOURCE = 1 << 18  # characters of a template
 MAX_STEPS = 1_000_000  # loop turns and calls of one rendering
 MAX_SECONDS = 5.0
 SPARE_OUTPUT = 1 << 20  # characters that a template may write besides four times its messages
+SLOT = re.compile("\ue001([0-9]+)([\ue002\ue003])")  # a content in a traced text: its number; \ue003: stripped
 _SHORT = 256  # longest argument of the string methods and filters that can multiply a text
-_MULTIPLIERS = frozenset({"replace", "join", "indent"})
+_MULTIPLIERS = ("replace", "join", "indent")
 _USELESS = ("batch", "center", "format", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
 _WIDE = re.compile(r"\d{4}|\*|\{[^}]*\{")  # format strings that pad to a width of their own choosing
-_FAILURES = (
+# What may be done with a content, or with messages, without looking at what a content says.
+_BLIND_FILTERS = {"trim", "string", "default", "d", "length", "count", "list", "first", "last", "map"}
+_BLIND_FILTERS |= {"selectattr", "rejectattr", "reverse", "metered", "capped", "written"}
+_BLIND_TESTS = {"string", "defined", "undefined", "none", "mapping", "sequence", "iterable", "boolean", "number"}
+_FAILURES: tuple[type[Exception], ...] = (
     jinja2.TemplateError,
     ArithmeticError,
     AssertionError,
     AttributeError,
     LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
 )
+_FAILURES += (MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
 class _Runaway(RuntimeError):
     """A template went past one of its limits."""
+
+
+class _Looked(RuntimeError):
+    """A traced template looked at what a content says."""
+
+
+class _Opaque(str):
+    """A content that may be stripped and joined; everything else that a text can do raises _Looked."""
+
+    __slots__ = ()
+
+    def strip(self, chars: Any = None, /) -> _Opaque:
+        if chars is not None or not SLOT.fullmatch(str.__str__(self)):
+            raise _Looked
+        return _Opaque(str.__getitem__(self, slice(-1)) + "\ue003")
+
+    def __add__(self, other: Any) -> _Opaque:
+        return _Opaque(str.__add__(self, other))
+
+    def __radd__(self, other: Any) -> _Opaque:
+        return _Opaque(str.__add__(other, self))
+
+
+def _look(*_: Any, **__: Any) -> Any:
+    raise _Looked
+
+
+for _name in {*dir(str), "__bool__", "__radd__"} - {*dir(object), "strip", "__add__", "__radd__"}:
+    setattr(_Opaque, _name, _look)
+for _name in (
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__hash__",
+    "__str__",
+    "__repr__",
+    "__format__",
+):
+    setattr(_Opaque, _name, _look)
 
 
 class _Generation(Extension):
@@ -66,29 +112,44 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        self.steps, self.deadline, self.limit = 0, 0.0, SPARE_OUTPUT
+        self.steps, self.deadline, self.limit, self.tracing = 0, 0.0, SPARE_OUTPUT, False
         for name in _USELESS:
             del self.filters[name]
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
         for name in _MULTIPLIERS:
-            self.filters[name] = self._short_arguments(self.filters[name])
+            self.filters[name] = _short_arguments(self.filters[name])
         self.filters |= {"tojson": _to_json, "metered": self._metered, "capped": self._capped}
+        self.filters |= {"written": self._written, "unseen": self._unseen}
         self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
 
     def build(self, source: str) -> jinja2.Template:
-        """Compile ``source`` with meters on its loops and caps on what its expressions join or write."""
+        """Compile ``source`` with its loops metered, its texts capped, and its looks at contents noticed."""
         tree = self.parse(source)
-        for node in list(tree.find_all((nodes.For, nodes.Concat, nodes.Add, nodes.Output))):
+        for node in list(tree.find_all(nodes.Node)):
             if isinstance(node, nodes.For):
                 node.iter = _filtered(node.iter, "metered")
             elif isinstance(node, nodes.Add):
                 node.left, node.right = _filtered(node.left, "capped"), _filtered(node.right, "capped")
-            elif isinstance(node, nodes.Concat | nodes.Output):
-                node.nodes = [n if isinstance(n, nodes.TemplateData) else _filtered(n, "capped") for n in node.nodes]
+            elif isinstance(node, nodes.Concat):
+                node.nodes = [_filtered(item, "capped", "unseen") for item in node.nodes]
+            elif isinstance(node, nodes.Output):
+                text = nodes.TemplateData
+                node.nodes = [item if isinstance(item, text) else _filtered(item, "written") for item in node.nodes]
+            elif isinstance(node, nodes.Compare):
+                node.expr = _filtered(node.expr, "unseen")
+                for operand in node.ops:
+                    operand.expr = _filtered(operand.expr, "unseen")
+            elif (isinstance(node, nodes.Test) and node.name not in _BLIND_TESTS) or (
+                isinstance(node, nodes.Filter) and node.name not in _BLIND_FILTERS
+            ):
+                node.args = [_filtered(item, "unseen") for item in node.args]
+                for keyword in node.kwargs:
+                    keyword.value = _filtered(keyword.value, "unseen")
+                node.node = _filtered(node.node, "unseen") if node.node else None
         return self.from_string(tree)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         self.steps -= 1
         if self.steps < 0:
             raise _Runaway(f"more than {MAX_STEPS:,} steps")
@@ -97,33 +158,34 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _metered(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
-            self._tick()
+            self.tick()
             yield item
 
     def _capped(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple) and len(value) > self.limit:
+        if isinstance(value, str | list | tuple) and type(value) is not _Opaque and len(value) > self.limit:
             raise _Runaway(f"a text of more than {self.limit:,} characters")
         return value
 
-    def _short_arguments(self, function: Any) -> Any:
-        # Jinja passes its context first to filters that carry this mark; the value filtered comes next.
-        given = 2 if hasattr(function, "jinja_pass_arg") else 1
+    def _written(self, value: Any) -> Any:
+        if type(value) is _Opaque:
+            return str.__str__(value)
+        if self.tracing and isinstance(value, str) and SLOT.search(value):
+            raise _Looked  # a content came here by a way that was not traced
+        return self._capped(value)
 
-        def short(*arguments: Any, **keywords: Any) -> Any:
-            for argument in (*arguments[given:], *keywords.values()):
-                _check_short(argument)
-            return function(*arguments, **keywords)
-
-        short.__dict__.update(function.__dict__)
-        return short
+    def _unseen(self, value: Any) -> Any:
+        if self.tracing and _holds_content(value):
+            raise _Looked
+        return value
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self._tick()
+        __self.tick()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             if __obj.__name__ == "join":
                 _check_short(owner)
             for argument in (*args, *kwargs.values()):
+                __self._unseen(argument)
                 _check_short(argument)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -134,77 +196,130 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return method
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        left, right = self._unseen(left), self._unseen(right)
         if operator == "%" and isinstance(left, str):
             if _WIDE.search(left):
                 raise _Runaway("a format that pads its text")
-        elif operator == "**":
-            if not (abs(left) < 1 << 16 and abs(right) <= 16):
-                raise _Runaway("a number too large to be meant")
-        elif operator == "*":
+        elif operator != "%":
             sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
-            if not sizes[0] * sizes[1] < 1 << 53:
+            numbers = isinstance(left, int | float) and isinstance(right, int | float)
+            if max(sizes) > 1 << 53 or (operator == "**" and sizes[1] > 16):
                 raise _Runaway("a number too large to be meant")
-            if not (isinstance(left, int | float) and isinstance(right, int | float)) and (
-                sizes[0] * sizes[1] > self.limit
-            ):
+            if not numbers and sizes[0] * sizes[1] > self.limit:
                 raise _Runaway(f"a text of more than {self.limit:,} characters")
         return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
-    """A compiled chat template. ``names``: what it may read besides the messages (`bos_token`, `eos_token`, ...)."""
+    """A compiled chat template. ``names``: what it may read besides the messages (`bos_token`, `eos_token`, ...).
+
+    ``problems``: what it does badly, one line each; ``turn_end``: what it writes after an assistant turn.
+    TokenizerError when it cannot be compiled or does not write a user's and an assistant's message exactly once.
+    """
 
     def __init__(self, source: str, where: str, names: Mapping[str, Any]) -> None:
         if len(source) > MAX_SOURCE:
-            raise TokenizerError(
-                f"{where}: the chat template has {len(source):,} characters, at most {MAX_SOURCE:,} are accepted"
-            )
-        self.source, self.where = source, where
-        self._names = dict(names)
-        self._sandbox = _Sandbox()
+            size = f"{len(source):,} characters, at most {MAX_SOURCE:,} are accepted"
+            raise TokenizerError(f"{where}: the chat template has {size}")
+        self.where, self._names, self._sandbox = where, dict(names), _Sandbox()
         self._lock = threading.Lock()  # one rendering at a time: the limits are counted in the environment
+        self._header = ""
         try:
             self._template = self._sandbox.build(source)
         except _FAILURES as problem:
-            line = getattr(problem, "lineno", None)
-            at = f", line {line}" if line else ""
-            raise TokenizerError(f"{where}: the chat template{at} cannot be compiled: {_brief(problem)}") from problem
+            line = f", line {problem.lineno}" if isinstance(problem, jinja2.TemplateSyntaxError) else ""
+            raise TokenizerError(f"{where}: the chat template{line} cannot be compiled: {_brief(problem)}") from problem
+        self.problems: list[str] = []
+        try:
+            talk = self._canary("user", "assistant")
+            opened, closed = (self.render(_numbered("user"), add_generation_prompt=flag) for flag in (True, False))
+        except DataError as problem:
+            raise TokenizerError(f"{where}: of a user's and an assistant's message, {problem}") from problem
+        _, answer = SLOT.finditer(talk)
+        self.turn_end = talk[answer.end() :]
+        if opened == closed and talk.startswith(opened):
+            # The template knows no generation prompt: open the turn as it is opened before an answer.
+            header = talk[len(opened) : answer.start()]
+            self._header = header if header.strip() else ""
+        for roles in (("system", "user"), ("user", "assistant", "user", "assistant")):
+            try:
+                self._canary(*roles)
+            except DataError as problem:
+                self.problems.append(f"conversation {', '.join(roles)}: {problem}")
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def _canary(self, *roles: str) -> str:
+        text = self.render(_numbered(*roles))
+        for number, role in enumerate(roles):
+            times = [match[1] for match in SLOT.finditer(text)].count(str(number))
+            if times != 1:
+                raise DataError(f"the chat template writes message {number + 1} ({role}) {times} times, not once")
+        return text
+
+    def trace(self, roles: Sequence[str]) -> tuple[str, bool]:
+        """Return what is written for messages of these roles, a SLOT for each content, and whether that is what is
+        written for whatever contents (else the template looks at them, and this is one case)."""
+        messages = _numbered(*roles)
+        try:
+            opaque = [{**message, "content": _Opaque(message["content"])} for message in messages]
+            return self.render(opaque, tracing=True), True
+        except _Looked:
+            return self.render(messages), False
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, tracing: bool = False
+    ) -> str:
         """Return the text of ``messages``, with the header of a next assistant turn if asked for.
 
         DataError when the template refuses the messages or fails on them, TokenizerError when it goes past a limit.
         """
-        size = sum(len(message["content"] or "") for message in messages)
+        size = sum(str.__len__(message["content"]) for message in messages)
         parts: list[str] = []
         with self._lock:
             box = self._sandbox
-            box.steps, box.deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
+            box.steps, box.deadline, box.tracing = MAX_STEPS, time.monotonic() + MAX_SECONDS, tracing
             left = box.limit = SPARE_OUTPUT + 4 * size
+            names = self._names | {"messages": messages, "add_generation_prompt": add_generation_prompt}
             try:
-                for part in self._template.generate(
-                    **self._names,
-                    messages=messages,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=None,
-                    documents=None,
-                ):
+                for part in self._template.generate(names, tools=None, documents=None):
                     parts.append(part)
                     left -= len(part)
                     if left < 0:
                         raise _Runaway(f"an output of more than {box.limit:,} characters")
             except _Runaway as problem:
-                raise TokenizerError(
-                    f"{self.where}: the chat template was stopped: {problem} for a conversation of {len(messages)} "
-                    f"messages and {size:,} characters"
-                ) from problem
+                found = f"{problem} for {len(messages)} messages of {size:,} characters"
+                raise TokenizerError(f"{self.where}: the chat template was stopped: {found}") from problem
             except _FAILURES as problem:
                 raise DataError(f"the chat template refuses this conversation: {_brief(problem)}") from problem
-        return "".join(parts)
+        return "".join(parts) + (self._header if add_generation_prompt else "")
 
 
-def _filtered(node: Any, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _numbered(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"\ue001{number}\ue002"} for number, role in enumerate(roles)]
+
+
+def _filtered(node: Any, *names: str) -> Any:
+    for name in names:
+        node = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+    return node
+
+
+def _holds_content(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return type(value) is _Opaque or (isinstance(value, list | tuple) and any(map(_holds_content, value)))
+
+
+def _short_arguments(function: Any) -> Any:
+    # Jinja passes its context first to filters that carry this mark; the value filtered comes next.
+    given = 2 if hasattr(function, "jinja_pass_arg") else 1
+
+    def short(*arguments: Any, **keywords: Any) -> Any:
+        for argument in (*arguments[given:], *keywords.values()):
+            _check_short(argument)
+        return function(*arguments, **keywords)
+
+    short.__dict__.update(function.__dict__)
+    return short
 
 
 def _check_short(argument: Any) -> None:
@@ -220,12 +335,6 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **rest: Any) -> str:
     # Jinja's own filter escapes HTML; the models were trained on plain JSON.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **rest)

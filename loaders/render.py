@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afina.errors import DataError, TokenizerError
+from afina.loaders.chat_template import SLOT
 from afina.loaders.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
-_MARK, _SLOT = "\ue000mark\ue000", "\ue001slot"  # private-use characters: no text has them, no template changes them
+Spans = tuple[tuple[int, int], ...]
+_MARK = "\ue000mark\ue000"  # private-use characters: no text has them, no template changes them
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Rendered:
     """Text with its special tokens, and the ranges [start, end) of its characters that are trained."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: Spans
 
 
 def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: bool = False) -> Rendered:
@@ -61,9 +63,11 @@ def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: b
     elif example.text is not None:
         text, train_on_prompt = _ended(tokenizer, tokenizer.with_bos(example.text)), True
     else:
-        prompt = render_prompt(tokenizer, example)
-        text = _ended(tokenizer, tokenizer.with_bos((example.prompt or "") + (example.completion or "")))
-        spans = ((len(prompt), len(text)),)
+        both = (example.prompt or "") + (example.completion or "")
+        text = tokenizer.with_bos(both)
+        start = len(text) - len(both) + len((example.prompt or "").rstrip(" "))
+        text = _ended(tokenizer, text)
+        spans = ((start, len(text)),)
     if train_on_prompt:
         bos = tokenizer.bos_token or ""
         has_bos = tokenizer.adds_bos or (example.messages is not None and bos != tokenizer.eos_token)
@@ -87,10 +91,8 @@ def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str) -> str
                 raise DataError(f"{prompt.where or 'row'}: {problem}") from problem
     if isinstance(prompt, str):
         return tokenizer.with_bos(prompt.rstrip(" "))
-    messages = _checked(prompt)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return _opened(tokenizer, messages)
+    answered = bool(prompt) and prompt[-1].get("role") == "assistant"
+    return tokenizer.render(prompt[:-1] if answered else prompt, add_generation_prompt=True)
 
 
 def encode_rendered(
@@ -131,86 +133,78 @@ def _ended(tokenizer: Tokenizer, text: str) -> str:
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
-def _checked(messages: Messages) -> Messages:
-    if not messages:
-        raise DataError("messages is empty: expected a list of {role, content}")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise DataError(f"message {number}: role and content must be texts")
-    return messages
-
-
-def _opened(tokenizer: Tokenizer, messages: Messages) -> str:
-    """The conversation with the assistant's next turn opened."""
-    return tokenizer.render(messages, add_generation_prompt=True)
-
-
-def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> tuple[str, tuple[tuple[int, int], ...]]:
-    roles = tuple(message["role"] for message in _checked(messages))
+def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> tuple[str, Spans]:
+    roles = tuple(message.get("role") for message in messages)
     if "assistant" not in roles and not any_role:
-        raise DataError(f"no assistant turn to learn from (roles: {', '.join(roles)})")
-    text = tokenizer.render(messages)
+        raise DataError(f"no assistant turn to learn from (roles: {', '.join(map(str, roles))})")
     if all(message.keys() == {"role", "content"} for message in messages):
+        contents = [message["content"] for message in tokenizer.checked(messages)]
         layout = _layout(tokenizer, roles)
-        for contents in (
-            [tokenizer.defang(m["content"]) for m in messages],
-            [tokenizer.defang(m["content"].strip()) for m in messages],
-        ):
-            placed = layout.place(text, contents)
-            if placed is not None:
-                return placed
-    return _search(tokenizer, messages, text)
+        if layout.fixed:
+            return layout.fill(contents)
+        text = tokenizer.render(messages)
+        for variant in (contents, [content.strip() for content in contents]):
+            filled = layout.fill(variant)
+            if filled[0] == text + layout.closing:
+                return filled
+    return _search(tokenizer, messages, tokenizer.render(messages))
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a template writes for a sequence of roles, whatever the contents: the text between them, and the trained
-    ranges as (contents before, literal characters before) pairs."""
+    """What a template writes for a sequence of roles: the text around the contents, which message is at each place,
+    whether it is stripped there, and the trained ranges as pairs (contents before, other characters before).
+
+    ``fixed``: proven for whatever contents; else a row must be rendered and compared. ``closing``: text added to what
+    the template writes.
+    """
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
+    stripped: tuple[bool, ...]
     spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    fixed: bool
     closing: str
 
-    def place(self, text: str, contents: list[str]) -> tuple[str, tuple[tuple[int, int], ...]] | None:
-        """The text and its trained ranges, or None when ``text`` is not these contents in this layout."""
+    def fill(self, contents: list[str]) -> tuple[str, Spans]:
         parts, sizes, total = [self.literals[0]], [0], 0
-        for slot, literal in zip(self.order, self.literals[1:]):
-            parts += (contents[slot], literal)
-            total += len(contents[slot])
+        for number, strip, literal in zip(self.order, self.stripped, self.literals[1:]):
+            content = contents[number].strip() if strip else contents[number]
+            parts += (content, literal)
+            total += len(content)
             sizes.append(total)
-        text += self.closing
-        if "".join(parts) != text:
-            return None
-        return text, tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
+        return "".join(parts), tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
 
 
 @lru_cache(maxsize=4096)
 def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
-    contents = [f"{_SLOT}{number}." for number in range(len(roles))]
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    plain = tokenizer.render(messages)
-    for number, (role, content) in enumerate(zip(roles, contents), 1):
-        if plain.count(content) != 1:
-            how = "leaves out" if content not in plain else "repeats"
-            raise DataError(f"the chat template of {tokenizer.where} {how} message {number} ({role})")
+    traced, fixed = tokenizer.template.trace(roles)
+    traced = tokenizer.with_bos(traced, glue="")
+    plain = traced.replace("\ue003", "\ue002")
+    slots = sorted(SLOT.finditer(traced), key=lambda slot: slot.start())
+    order = [int(slot[1]) for slot in slots]
+    for number, role in enumerate(roles):
+        if order.count(number) != 1:
+            how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
+            raise DataError(f"the chat template of {tokenizer.where} {how}")
+    messages = [{"role": role, "content": f"\ue001{number}\ue002"} for number, role in enumerate(roles)]
     text, found = _search(tokenizer, messages, plain)
-    places = sorted((text.index(content), number) for number, content in enumerate(contents))
-    literals, position = [], 0
-    for place, number in places:
-        literals.append(text[position:place])
-        position = place + len(contents[number])
-    literals.append(text[position:])
 
     def mark(position: int) -> tuple[int, int]:
-        before = [number for place, number in places if place + len(contents[number]) <= position]
-        return len(before), position - sum(len(contents[number]) for number in before)
+        before = [len(slot[0]) for slot in slots if slot.end() <= position]
+        return len(before), position - sum(before)
 
-    spans = tuple((mark(start), mark(end)) for start, end in found)
-    return _Layout(tuple(literals), tuple(number for _, number in places), spans, text[len(plain) :])
+    return _Layout(
+        literals=tuple(SLOT.split(text)[::3]),
+        order=tuple(order),
+        stripped=tuple(slot[2] == "\ue003" for slot in slots),
+        spans=tuple((mark(start), mark(end)) for start, end in found),
+        fixed=fixed,
+        closing=text[len(plain) :],
+    )
 
 
-def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, Spans]:
     """Find the trained ranges by rendering again with a mark at the end of each assistant turn's content."""
     spans: list[tuple[int, int]] = []
     for number, message in enumerate(messages):
@@ -218,7 +212,7 @@ def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, t
             continue
         end, rest = _end_of_content(tokenizer, messages, number, text)
         try:
-            prompt = _opened(tokenizer, messages[:number])
+            prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
         except DataError:  # a template may refuse a conversation that opens with the assistant
             prompt = ""
         start = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= end else -1
@@ -240,7 +234,7 @@ def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, t
 
 def _end_of_content(tokenizer: Tokenizer, messages: Messages, number: int, text: str | None) -> tuple[int, str]:
     """Where the content of a message ends in ``text``, and what follows it."""
-    content = messages[number]["content"]
+    content: str = messages[number]["content"]
     for variant in (content, content.rstrip()):
         marked = list(messages)
         marked[number] = {**messages[number], "content": variant + _MARK}

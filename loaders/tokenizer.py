@@ -301,17 +301,22 @@ class Tokenizer:
         ``add_special=False``. A control token spelt inside a message is broken with a space ("< |im_end|>"): messages
         are data, and no content may end its own turn.
         """
-        clean = [{**message, "content": self.defang(message.get("content"))} for message in messages]
-        text = self.template.render(clean, add_generation_prompt=add_generation_prompt)
+        text = self.template.render(self.checked(messages), add_generation_prompt=add_generation_prompt)
         return self.with_bos(text, glue="")
 
-    def defang(self, content: Any) -> Any:
-        if isinstance(content, str):
-            while match := self.special_pattern.search(content):
-                if len(match[0]) == 1:
-                    break
+    def checked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return ``messages`` with the control tokens in their contents broken. DataError when they are no messages."""
+        clean = []
+        for number, message in enumerate(messages, 1):
+            content = message.get("content")
+            if not isinstance(message.get("role"), str) or not isinstance(content, str):
+                raise DataError(f"message {number}: role and content must be texts")
+            while (match := self.special_pattern.search(content)) and len(match[0]) > 1:
                 content = content[: match.start() + 1] + " " + content[match.start() + 1 :]
-        return content
+            clean.append({**message, "content": content})
+        if not clean:
+            raise DataError("messages is empty: expected a list of {role, content}")
+        return clean
 
     def with_bos(self, text: str, *, glue: str | None = None) -> str:
         """Return ``text`` with exactly one BOS in front if the tokenizer's texts start with one."""
@@ -337,12 +342,8 @@ class Tokenizer:
         ids = {self.token_id(self.eos_token)} - {None}
         for config in self._model_config:
             ids |= {number for number in _ids(config.get("eos_token_id")) if number < self.vocab_size}
-        if self.chat_template is not None:
-            mark = "content-of-the-answer"
-            talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-            end = self.special_pattern.search(self.render(talk).partition(mark)[2])
-            if end:
-                ids.add(self.token_id(end[0]))
+        if end := self.special_pattern.search(self.template.turn_end if self.chat_template is not None else ""):
+            ids.add(self.token_id(end[0]))
         return sorted(i for i in ids if i is not None)
 
     # Files
