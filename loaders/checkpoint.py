@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -57,16 +58,22 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        with self._open() as file:
+            self.entries, self.metadata = self._parse(file)
+
+    @contextmanager
+    def _open(self, offset: int = 0) -> Iterator[FileIO]:
         try:
-            with path.open("rb") as file:
-                self.entries, self.metadata = self._parse(file)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                yield file
         except OSError as problem:
             raise self._bad(f"cannot be read ({problem.strerror})", "check the path and its permissions") from problem
 
     def _bad(self, found: str, mend: str = "the file is damaged, download or save it again") -> WeightsError:
         return WeightsError(f"{self.path}: {found}: {mend}")
 
-    def _parse(self, file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
+    def _parse(self, file: FileIO) -> tuple[dict[str, Entry], dict[str, str]]:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start == b"version ":
@@ -79,9 +86,9 @@ class SafetensorsFile:
         if size < 8 + length:
             raise self._bad(f"is truncated: {size:,} bytes where its header alone ends at {8 + length:,}")
         raw = file.read(length)
-        # Each tensor has one "{", two "[" and four ":"; counting bytes costs nothing, parsing millions of them does.
-        if max(raw.count(b"{") - 2, raw.count(b"[") // 2, raw.count(b":") // 5) > MAX_TENSORS:
-            raise self._bad(f"its header names more than {MAX_TENSORS:,} tensors", "no supported model has as many")
+        # A tensor has one "{", two "[", four ":" and a few ","; counting them is cheap, parsing millions is not.
+        if max(raw.count(b"{") - 2, raw.count(b"[") // 2, raw.count(b":") // 5, raw.count(b",") // 16) > MAX_TENSORS:
+            raise self._bad(f"its header has the size of more than {MAX_TENSORS:,} tensors, the most allowed")
         header = parse_json(raw, f"{self.path}: header", error=WeightsError)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -141,8 +148,7 @@ class SafetensorsFile:
 
         buffer = torch.empty(min(PIECE, out.numel() * dtype.itemsize), dtype=torch.uint8)
         done = 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(offset)
+        with self._open(offset) as file:
             for piece in _pieces(out, PIECE // max(dtype.itemsize, out.itemsize)):
                 source = piece
                 if dtype != out.dtype or piece.device.type != "cpu" or not piece.is_contiguous():
@@ -160,7 +166,18 @@ class SafetensorsFile:
                         raise self._bad(f"tensor {show(name)} holds values too large for {out.dtype}", mend)
                 done += piece.numel()
 
-    def _fill(self, file: Any, piece: Tensor) -> None:
+    def stored(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor as they lie in the file, at most PIECE at a time, all in one buffer."""
+        dtype, shape, offset = self.entries[name]
+        size = math.prod(shape) * dtype.itemsize
+        buffer = torch.empty(min(PIECE, size), dtype=torch.uint8)
+        with self._open(offset) as file:
+            for start in range(0, size, PIECE):
+                piece = buffer[: size - start]
+                self._fill(file, piece)
+                yield memoryview(_bytes(piece))
+
+    def _fill(self, file: FileIO, piece: Tensor) -> None:
         left = memoryview(_bytes(piece))
         while left:
             count = file.readinto(left)
@@ -249,14 +266,10 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name in self.names():
             file = self._file(name)
-            dtype, shape, offset = file.entries[name]
+            dtype, shape, _ = file.entries[name]
             digest.update(json.dumps([name, _NAMES[dtype], shape]).encode())
-            left = math.prod(shape) * dtype.itemsize
-            with file.path.open("rb", buffering=0) as raw:
-                raw.seek(offset)
-                while left and (data := raw.read(min(left, PIECE))):
-                    digest.update(data)
-                    left -= len(data)
+            for piece in file.stored(name):
+                digest.update(piece)
         return digest.hexdigest()
 
 
@@ -371,7 +384,7 @@ def _pieces(x: Tensor, limit: int) -> Iterator[Tensor]:
 
 def _bytes(x: Tensor) -> Any:
     """Return the memory of a contiguous CPU tensor as a flat array of bytes."""
-    return x.view(-1).view(torch.uint8).numpy()
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy()  # x.view(-1) keeps the stride of one element
 
 
 def _first_not_finite(x: Tensor) -> int | None:
