@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -193,6 +194,37 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
         assert (tmp_path / LOCK).read_text().startswith(f"PID {os.getpid()} on ")
         folder.begin(CONFIG, FACTS)
     assert not (tmp_path / LOCK).exists()
+
+
+def test_another_run_that_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is empty when first looked at, and another process has used it by the time the lock is taken."""
+    take_lock = RunFolder._take_lock
+
+    def late(self: RunFolder) -> None:
+        monkeypatch.undo()
+        make_run(self.path, 1)
+        take_lock(self)
+
+    monkeypatch.setattr(RunFolder, "_take_lock", late)
+    with pytest.raises(RunError, match="already holds a run"):
+        RunFolder(tmp_path)
+
+
+def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder closed and another took a new file: a lock on the old one, which has no name any more, is none."""
+    others: list[RunFolder] = []
+    flock = fcntl.flock
+
+    def late(handle: int, operation: int) -> None:
+        monkeypatch.undo()
+        (tmp_path / LOCK).unlink()
+        others.append(RunFolder(tmp_path))
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunError, match="in use by another run"):
+        RunFolder(tmp_path)
+    others[0].close()
 
 
 def test_two_at_once(tmp_path: Path) -> None:
