@@ -6,8 +6,6 @@ Exit status: 0 done; 1 failed while running; 2 the request or the input was wron
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 import traceback
@@ -102,17 +100,8 @@ def _dispatch(argv: list[str]) -> int:
     args = parser.parse_args(parser.normalised(argv[1:]))
     result = execute(args)
     if args.json:
-        print(json.dumps(_without_nan(result), ensure_ascii=False, default=str))
+        print(commands.to_json(result))
     return 0
-
-
-def _without_nan(value: Any) -> Any:
-    """``value`` with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _help() -> str:

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from afina.engine.generate import complete, encode_prompt
+from afina.engine.sampling import Sampling
+from afina.errors import DataError
 from afina.loaders.batches import eval_batches
+from afina.loaders.render import Example
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
     from afina.loaders.dataset import TokenSet
+    from afina.loaders.tokenizer import Tokenizer
+
+TASKS = ("auto", "loss", "exact_match", "classification")
 
 
 @torch.no_grad()
@@ -50,6 +57,50 @@ def evaluate_loss(
     if text_bytes:
         result["bits_per_byte"] = total / math.log(2) / text_bytes
     return result
+
+
+def learnt_bytes(token_set: TokenSet, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text that is predicted, control tokens aside: what the loss is spread over in bits per byte,
+    a measure that does not depend on the tokenizer."""
+    rows = (token_set.row(number) for number in range(len(token_set)))
+    return sum(len(tokenizer.decode(ids[learnt], skip_special=True).encode()) for ids, learnt in rows)
+
+
+def evaluate_task(
+    model: GPT,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    task: str,
+    *,
+    batch_size: int = 32,
+    ignore_case: bool = False,
+    max_new_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Metrics of greedy answers to the examples' prompts against the examples' own answers; ``answered`` counts them.
+
+    ``task``: "exact_match" or "classification". ``max_new_tokens`` defaults to a few more than the longest answer has.
+    Raises DataError when there is no answer to compare with, or a prompt fills the model's context.
+    """
+    references = [answer_of(example) for example in examples]
+    if None in references:
+        where = examples[references.index(None)].where
+        raise DataError(f"{where}: has no answer to compare with; task {task} needs one in every row")
+    longest = max(len(ids) for ids in tokenizer.encode_batch([str(text) for text in references], add_special=False))
+    prompts = [encode_prompt(model, tokenizer, example, where=example.where) for example in examples]
+    sampling = Sampling(max_new_tokens=max_new_tokens or longest + 8)
+    answers = [done.text for done in complete(model, tokenizer, prompts, sampling, batch_size=batch_size)]
+    wanted = [str(text) for text in references]
+    if task == "classification":
+        return {**classification(answers, wanted, ignore_case=ignore_case), "answered": len(answers)}
+    return {"exact_match": exact_match(answers, wanted, ignore_case=ignore_case), "answered": len(answers)}
+
+
+def answer_of(example: Example) -> str | None:
+    """What a row says should be answered: its completion, or the assistant's last turn; None where it says nothing."""
+    if example.messages is not None:
+        last = example.messages[-1]
+        return str(last["content"]) if last["role"] == "assistant" else None
+    return example.completion or None
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], *, ignore_case: bool = False) -> float:

@@ -1,0 +1,412 @@
+"""The command line: help without torch, every wrong request one line and status 2, and the verbs' results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import saved
+
+from afina.engine import commands
+from afina.engine.cli import run
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(saved(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    lines = [{"prompt": f"one two {i}", "completion": f" three {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(tmp_path / "rows.jsonl")
+
+
+def afina(*argv: str, stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """The real command, as a user runs it."""
+    command = [sys.executable, "-m", "afina", *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, cwd=REPO, env=env, timeout=120, **options
+    )
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a request that must be refused: status 2, one line, nothing changed on disk; returns the line."""
+
+    def check(*argv: str) -> str:
+        before = snapshot(tmp_path)
+        assert run(list(argv)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("afina: error: ")
+        assert err.count("\n") == 1
+        assert snapshot(tmp_path) == before
+        return err
+
+    return check
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+# ---------------------------------------------------------------- the frame
+
+
+def test_help_is_quick_because_torch_stays_out() -> None:
+    code = (
+        "import sys; from afina.engine.cli import run; status = run(['--help']);"
+        "heavy = {'torch', 'numpy', 'transformers', 'tokenizers', 'huggingface_hub'} & set(sys.modules);"
+        "sys.exit(status or ', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for verb in commands.VERBS:
+        assert f"  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", list(commands.VERBS))
+def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--json" in out
+    assert "--debug" in out
+
+
+def test_train_help_names_every_setting_with_its_default_and_other_names(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "--learning_rate X peak learning rate [5e-05]; also lr",
+        "--gradient_accumulation_steps N micro-batches in an optimizer step [1]",
+        "--min_lr_ratio X last learning rate as a share of the peak [0.0]",
+        "--lr_scheduler_type cosine|linear|constant|wsd",
+        "[true]",
+        "also max_seq_length, sequence_len, cutoff_len",
+    ):
+        assert expected in text
+
+
+def test_the_real_command_end_to_end() -> None:
+    done = afina("--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "afina")
+    done = afina("trian")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "afina: error: 'trian' is not a verb of afina (did you mean 'train'?); see afina --help\n"
+    done = afina("train", "--debug", "--data", "x")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("afina: error: output_dir is missing")
+    assert afina().returncode == 2
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m afina train --help | head -1", shell=True, capture_output=True, text=True, cwd=REPO
+    )
+    assert (done.stderr, done.stdout.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "words"),
+    [
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (MemoryError(), 1, "out of memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "out of memory"),
+        (type("PanicException", (BaseException,), {})("called `unwrap`"), 1, "a library failed"),
+        (KeyError("x"), 1, "internal error, KeyError: 'x' (add --debug"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            type("NonFiniteError", (RuntimeError,), {"__module__": "afina.engine.train"})("3\nsteps"),
+            1,
+            "error: 3 steps",
+        ),
+    ],
+)
+def test_failures_while_running(
+    raised: BaseException, status: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: Any) -> dict[str, Any]:
+        raise raised
+
+    monkeypatch.setitem(commands.VERBS, "fail", ("fails", lambda parser: None, fail))
+    assert run(["fail"]) == status
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("afina: error: ")
+    assert words in err
+    assert run(["fail", "--debug"]) == status
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_is_the_last_line_and_valid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"loss": float("nan"), "list": [float("inf"), 1.5], "path": Path("a"), "text": "ü\n"}
+
+    def say(args: Any) -> dict[str, Any]:
+        print("words for people")
+        return result
+
+    monkeypatch.setitem(commands.VERBS, "say", ("says", lambda parser: None, say))
+    assert run(["say", "--json"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    expected = {"loss": None, "list": [None, 1.5], "path": "a", "text": "ü\n"}
+    assert json.loads(last, parse_constant=pytest.fail) == expected
+
+
+# ---------------------------------------------------------------- train: options, recipe, model source
+
+
+def dry(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert run(["train", *argv, "--dry-run", "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_flags_in_every_spelling(model: str, rows: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--data", rows, "--output-dir", "out", "--base-model", model]
+    assert dry(capsys, *base)["packing"] is True
+    for flags in (["--packing", "false"], ["--packing=False"], ["--no-packing"], ["--no_packing"]):
+        assert dry(capsys, *base, *flags)["packing"] is False
+    assert dry(capsys, *base, "--gradient-checkpointing")["gradient_checkpointing"] is True
+    for flag in ("--lr", "--learning_rate", "--learning-rate"):
+        assert dry(capsys, *base, flag, "2e-5")["learning_rate"] == 2e-5
+    assert dry(capsys, *base, "--lr", "1e-4", "--learning_rate", "0.0001")["learning_rate"] == 1e-4
+    assert dry(capsys, *base, "--columns", "prompt=question")["columns"] == {"prompt": "question"}
+    assert dry(capsys, *base, "--completion-only-loss", "false")["train_on_prompt"] is True
+    assert dry(capsys, *base, "--no-completion-only-loss")["train_on_prompt"] is True
+
+
+def test_a_boolean_flag_does_not_swallow_the_recipe(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {model}\ndata: {rows}\noutput_dir: out\nlr: 3e-4\n")
+    found = dry(capsys, "--no-packing", "--gradient_checkpointing", str(tmp_path / "r.yaml"), "--epochs", "1")
+    assert (found["learning_rate"], found["epochs"], found["gradient_checkpointing"]) == (3e-4, 1.0, True)
+
+
+def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(tmp_path)
+    argv = ["train", "--model", model, "--data", rows, "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert run(argv) == 0
+    printed = capsys.readouterr().out
+    assert snapshot(tmp_path) == before
+    (tmp_path / "again.yaml").write_text(printed)
+    assert run(["train", str(tmp_path / "again.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning-rat", "1"], "--learning-rat is not an option of afina train (did you mean '--learning_rate'?)"),
+        (["--bathc_size=4"], "(did you mean '--batch_size'?)"),
+        (["--no-seed"], "--no-seed is not an option"),
+        (["-x"], "unrecognized arguments: -x"),
+        (["--seed"], "expected one argument"),
+        (["--no-packing=true"], "takes no value"),
+        (["--packing", "--no-packing"], "give packing two different values"),
+        (["--lr", "1e-4", "--learning-rate", "2e-4"], "give learning_rate two different values"),
+        (["--lr", "1e-4", "--lr", "2e-4"], "give learning_rate two different values"),
+        (["--batch_size", "0"], "--batch_size is 0; expected a whole number above 0"),
+        (["--per-device-train-batch-size", "x"], "--per_device_train_batch_size is 'x'; expected a whole number"),
+        (["--lr_scheduler_type", "cosin"], "(did you mean 'cosine'?)"),
+        (["--learning_rate", "-1"], "above 0"),
+        (["--learning_rate", "nan"], "expected a number"),
+        (["--method", "lora"], "method lora is not in this version"),
+        (["--adapter", "qlora"], "method qlora is not in this version"),
+        (["--lora_r", "8"], "--lora_r is for LoRA"),
+        (["--columns", "prompt"], "pairs like prompt=question"),
+        (["--init", "random"], "leave out model"),
+        (["--config", "c.json"], "config is for init random"),
+        (["--resume", "--overwrite"], "contradict"),
+        (["--resume_from_checkpoint", "runs/a/checkpoint-3"], "use --resume"),
+        (["no-such-recipe.yaml"], "no-such-recipe.yaml: the recipe cannot be read: No such file or directory"),
+        (["one.yaml", "two.yaml"], "unrecognized arguments: two.yaml"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "tests"], "no config.json"),
+        (["--model", "README.md"], "pass the folder"),
+        (["--device", "tpu"], "expected auto, cpu, cuda"),
+        (["--device", "cuda:99"], "cuda"),
+        (["--tokenizer", "tests"], "tests"),
+        (["--data", "no-such.jsonl"], "no-such.jsonl"),
+        (["--val_file", "no-such.jsonl"], "no-such.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_wrong_train_requests(
+    flags: list[str],
+    words: str,
+    dry_run: bool,
+    model: str,
+    rows: str,
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(REPO)
+    base = {"--model": model, "--data": rows, "--output_dir": str(tmp_path / "out")}
+    argv = [part for pair in base.items() if pair[0] not in flags for part in pair]
+    assert words in refused("train", *argv, *flags, *(["--dry-run"] if dry_run else []))
+
+
+def test_wrong_recipes_on_the_command_line(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "r.yaml"
+    for text, words in (
+        ("epochs: 1\nlearning_rat: 1e-4\n", f"{path}, line 2: learning_rat is not a setting (did you mean"),
+        ("lr: 1e-4\nlr: 1e-4\n", "line 2: lr is given a second time"),
+        ("lr: 1e-4\nlearning_rate: 2e-4\n", "two different values"),
+        ("data: x\n", "output_dir is missing"),
+        ("[", "not valid YAML"),
+    ):
+        path.write_text(text)
+        assert words in refused("train", str(path))
+
+
+# ---------------------------------------------------------------- generate, chat, export
+
+
+def test_generate_one(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", model, "--prompt", "one two", "--max-new-tokens", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) >= {"text", "tokens", "tokens_per_second"}
+    assert result["tokens"] == 5
+    assert run(["generate", model, "--prompt", "one two", "--max_new_tokens", "5"]) == 0
+    assert capsys.readouterr().out == result["text"] + "\n"
+    assert run(["generate", model, "--prompt", "one two", "--chat", "--max_new_tokens", "5"]) == 0
+    assert capsys.readouterr().out != result["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "one of --prompt TEXT and --data FILE"),
+        (["--prompt", "a", "--data", "b", "--output", "c"], "one of --prompt TEXT and --data FILE"),
+        (["--data", "b"], "go together"),
+        (["--prompt", "a", "--output", "b"], "go together"),
+        (["--prompt", ""], "is empty"),
+        (["--prompt", "a b c " * 99], "tokens and the model reads 96 at most"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0; expected a number 0 or more"),
+        (["--prompt", "a", "--top_p", "1.5"], "--top_p"),
+        (["--prompt", "a", "--max_new_tokens", "many"], "a whole number"),
+        (["--prompt", "a", "--temprature", "1"], "(did you mean '--temperature'?)"),
+        (["--prompt", "a", "--stop", ""], "not empty"),
+        (["--prompt", "a", "--threads", "0"], "--threads"),
+    ],
+)
+def test_wrong_generate_requests(flags: list[str], words: str, model: str, refused: Refused) -> None:
+    assert words in refused("generate", model, *flags)
+
+
+def test_a_model_is_needed(refused: Refused) -> None:
+    for verb in ("generate", "chat", "export", "eval"):
+        assert "arguments are required" in refused(verb)
+
+
+def test_chat_with_piped_input(model: str) -> None:
+    talk = "hello\n\n/what\n/reset\nhello\n" + "again " * 200 + "\n/quit\nnever\n"
+    done = afina("chat", model, "--max-new-tokens", "4", "--system", "short", "--json", stdin=talk)
+    assert done.returncode == 0
+    *answers, last = done.stdout.splitlines()
+    assert json.loads(last) == {"turns": 2}
+    assert len(answers) >= 2
+    unknown, long = done.stderr.splitlines()
+    assert unknown.startswith("unknown command /what")
+    assert "tokens and the model reads 96 at most" in long
+    assert long.endswith("or /reset")
+
+
+def test_chat_remembers_until_reset(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from afina.engine import generate
+
+    asked: list[list[dict[str, str]]] = []
+
+    def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], **sampling: Any) -> list[str]:
+        asked.append(messages)
+        return ["A", "B"]
+
+    monkeypatch.setattr(generate, "stream", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n/reset\n3\n"))
+    assert run(["chat", model, "--system", "S"]) == 0
+    contents = [[message["content"] for message in messages] for messages in asked]
+    assert contents == [["S", "1"], ["S", "1", "AB", "2"], ["S", "3"]]
+    assert [message["role"] for message in asked[1]] == ["system", "user", "assistant", "user"]
+
+
+def test_export_is_what_transformers_loads(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from afina.engine.weights import load_model
+
+    out = tmp_path / "deep" / "out"
+    assert run(["export", model, "--to", "hf", "--output", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["output"] == str(out)
+    assert result["check"]["logits_relative_error"] <= 1e-5
+    assert os.listdir(out.parent) == ["out"]
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out)("how do I reset my password?")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, load_model(model)(ids), atol=1e-4, rtol=1e-4)
+    half = tmp_path / "half"
+    assert run(["export", model, "--output", str(half), "--dtype", "bf16", "--json"]) == 0
+    check = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
+    assert check["dtype"] == "bfloat16"
+    assert 1e-5 < check["logits_relative_error"] <= check["limit"]
+    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
+    # A bf16 model stays bf16, and exactly what it was.
+    assert run(["export", str(half), "--output", str(tmp_path / "third"), "--json"]) == 0
+    check = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
+    assert (check["dtype"], check["logits_relative_error"]) == ("bfloat16", 0.0)
+
+
+def test_an_export_that_computes_something_else_is_not_published(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from afina.engine import export
+
+    def broken(gpt: Any, tokenizer: Any, folder: Path) -> None:
+        gpt.norm.weight.data[0] += 0.1
+        real(gpt, tokenizer, folder)
+
+    real = export.save_model
+    monkeypatch.setattr(export, "save_model", broken)
+    assert run(["export", model, "--output", str(tmp_path / "out")]) == 1
+    assert "logits differ by" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "the following arguments are required: --output"),
+        (["--output", "TMP/x", "--to", "peft"], "--to peft is not in this version"),
+        (["--output", "TMP/x", "--to", "gguf"], "--to gguf is not in this version"),
+        (["--output", "TMP/x", "--to", "pef"], "(did you mean 'peft'?)"),
+        (["--output", "TMP/x", "--dtype", "int8"], "expected auto, float32"),
+        (["--output", "TMP/rows.jsonl"], "already exists"),
+        (["--output", "TMP"], "already exists"),
+    ],
+)
+def test_wrong_export_requests(
+    flags: list[str], words: str, model: str, rows: str, tmp_path: Path, refused: Refused
+) -> None:
+    assert words in refused("export", model, *(flag.replace("TMP", str(tmp_path)) for flag in flags))
