@@ -1,0 +1,154 @@
+"""Tokens on disk: every file of rows is tokenised once, into flat arrays that are mapped into memory.
+
+A cache folder is named after the SHA-256 of all that decides its content. It is built under another name and renamed
+when complete, so that several processes may build the same one, and its manifest holds each array's size and checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afina.errors import DataError
+
+MANIFEST = "manifest.json"
+# One value a token.
+TOKENS = {"ids": "<u4", "trained": "|b1"}
+# One value a row: where its tokens start, how many they are, how many are learnt, the file and line it was read from,
+# the number of the row of the file that it is part of, and that row's digest.
+ROWS = {"start": "<i8", "length": "<i4", "learnt": "<i4", "file": "<i4", "line": "<i8", "unit": "<i8", "digest": "|S16"}
+COLUMNS = TOKENS | ROWS
+
+
+def cache_folder() -> Path:
+    """Where token caches lie: AFINA_CACHE, else ~/.cache/afina."""
+    return Path(os.environ.get("AFINA_CACHE") or "~/.cache/afina").expanduser()
+
+
+class TokenCache:
+    """The arrays of a complete cache folder, as attributes named like COLUMNS, and its ``report``."""
+
+    ids: NDArray[Any]
+    trained: NDArray[np.bool_]
+    start: NDArray[np.int64]
+    length: NDArray[np.int32]
+    learnt: NDArray[np.int32]
+    file: NDArray[np.int32]
+    line: NDArray[np.int64]
+    unit: NDArray[np.int64]
+    digest: NDArray[np.bytes_]
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError or OSError when the folder is incomplete or damaged."""
+        manifest = json.loads((folder / MANIFEST).read_text())
+        self.folder, self.report = folder, manifest["report"]
+        for name in COLUMNS:
+            kind, size, checksum = manifest["columns"][name]
+            path = folder / f"{name}.bin"
+            if path.stat().st_size != size or _checksum(path) != checksum:
+                raise ValueError(f"{path} is damaged")
+            # An empty file cannot be mapped.
+            array = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, kind)
+            setattr(self, name, array)
+
+
+def open_cache(folder: Path) -> TokenCache | None:
+    """Return the cache in ``folder``, or None when there is none or it is damaged."""
+    try:
+        return TokenCache(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Writer:
+    """Context in which a cache folder is built; ``commit`` puts it in its place, leaving without it removes it."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
+        self.kinds = COLUMNS | ({"ids": "<u2"} if vocab_size <= 1 << 16 else {})
+        self.sums = dict.fromkeys(COLUMNS, 0)
+
+    def __enter__(self) -> Writer:
+        with self._disk():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=self.folder.parent))
+            self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in COLUMNS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files.values():
+            file.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def append(self, columns: Mapping[str, Any]) -> None:
+        """Add values to each column."""
+        with self._disk():
+            for name, values in columns.items():
+                data = np.ascontiguousarray(values, dtype=self.kinds[name]).data.cast("B")
+                self.sums[name] = zlib.crc32(data, self.sums[name])
+                self.files[name].write(data)
+
+    def commit(self, report: Mapping[str, Any]) -> TokenCache:
+        """Publish the folder. Where another process was faster, its folder is the one returned."""
+        with self._disk():
+            for file in self.files.values():
+                file.close()
+            sizes = {name: (self.temporary / f"{name}.bin").stat().st_size for name in COLUMNS}
+            columns = {name: (self.kinds[name], sizes[name], self.sums[name]) for name in COLUMNS}
+            (self.temporary / MANIFEST).write_text(json.dumps({"columns": columns, "report": report}))
+            while True:
+                try:
+                    self.temporary.rename(self.folder)
+                except OSError:
+                    if not self.folder.exists():
+                        raise
+                    if (cache := open_cache(self.folder)) is not None:
+                        return cache
+                    # Damaged: move it aside under a name of our own, then try again.
+                    aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=self.folder.parent))
+                    with contextlib.suppress(FileNotFoundError):  # another process did
+                        self.folder.rename(aside)
+                    shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    return TokenCache(self.folder)
+
+    def _disk(self) -> _Disk:
+        return _Disk(self.folder.parent)
+
+
+class _Disk:
+    """Turns what the disk refuses into a DataError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(value, OSError):
+            mend = "free some space, or set AFINA_CACHE to another folder"
+            raise DataError(f"{self.folder}: the token cache cannot be written ({value.strerror}): {mend}") from value
+
+
+def _checksum(path: Path) -> int:
+    result = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            result = zlib.crc32(chunk, result)
+    return result
