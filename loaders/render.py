@@ -21,6 +21,8 @@ from afina.loaders.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 Spans = tuple[tuple[int, int], ...]
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
 _MARK = "\ue000mark\ue000"  # private-use characters: no text has them, no template changes them
 
 
@@ -95,22 +97,23 @@ def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str) -> str
     return tokenizer.render(prompt[:-1] if answered else prompt, add_generation_prompt=True)
 
 
-def encode_rendered(
-    tokenizer: Tokenizer, rendered: Sequence[Rendered]
-) -> tuple[list[NDArray[np.int32]], list[NDArray[np.bool_]]]:
+def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> tuple[list[Ids], list[Mask]]:
     """Return, for each row, its ids (T,) int32 and which of them are trained (T,) bool.
 
     A token is trained if it starts inside a trained range. One that starts before a range and reaches into it belongs
     to the prompt; one that starts inside and reaches past the end is trained.
     """
-    encodings = tokenizer.encodings([row.text for row in rendered], offsets=True)
-    ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-    masks = []
-    for row, encoding, numbers in zip(rendered, encodings, ids):
+    # Places in the text are needed only where a part of it is trained.
+    offsets = any(row.spans != ((0, len(row.text)),) for row in rendered)
+    encodings = tokenizer.encodings([row.text for row in rendered], offsets=offsets)
+    ids, masks = [], []
+    for row, encoding in zip(rendered, encodings):
+        numbers = np.array(encoding.ids, dtype=np.int32)
         mask = np.zeros(len(numbers), dtype=np.bool_)
         for start, end in row.spans:
             first = _first_from(encoding, start)
             mask[first : len(numbers) if end >= len(row.text) else _first_from(encoding, end)] = True
+        ids.append(numbers)
         masks.append(mask)
     return ids, masks
 
@@ -134,15 +137,16 @@ def _ended(tokenizer: Tokenizer, text: str) -> str:
 
 
 def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> tuple[str, Spans]:
-    roles = tuple(message.get("role") for message in messages)
+    clean = tokenizer.checked(messages)
+    roles = tuple([message["role"] for message in clean])
     if "assistant" not in roles and not any_role:
-        raise DataError(f"no assistant turn to learn from (roles: {', '.join(map(str, roles))})")
-    if all(message.keys() == {"role", "content"} for message in messages):
-        contents = [message["content"] for message in tokenizer.checked(messages)]
+        raise DataError(f"no assistant turn to learn from (roles: {', '.join(roles)})")
+    if all(len(message) == 2 for message in clean):  # role and content, nothing else that a template could read
+        contents = [message["content"] for message in clean]
         layout = _layout(tokenizer, roles)
         if layout.fixed:
             return layout.fill(contents)
-        text = tokenizer.render(messages)
+        text = tokenizer.render(clean)
         for variant in (contents, [content.strip() for content in contents]):
             filled = layout.fill(variant)
             if filled[0] == text + layout.closing:

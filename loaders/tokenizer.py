@@ -304,7 +304,7 @@ class Tokenizer:
         text = self.template.render(self.checked(messages), add_generation_prompt=add_generation_prompt)
         return self.with_bos(text, glue="")
 
-    def checked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def checked(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Return ``messages`` with the control tokens in their contents broken. DataError when they are no messages."""
         clean = []
         for number, message in enumerate(messages, 1):
@@ -313,7 +313,8 @@ class Tokenizer:
                 raise DataError(f"message {number}: role and content must be texts")
             while (match := self.special_pattern.search(content)) and len(match[0]) > 1:
                 content = content[: match.start() + 1] + " " + content[match.start() + 1 :]
-            clean.append({**message, "content": content})
+                message = {**message, "content": content}
+            clean.append(message)
         if not clean:
             raise DataError("messages is empty: expected a list of {role, content}")
         return clean
