@@ -6,6 +6,7 @@ Exit status: 0 done; 1 failed while running; 2 the request or the input was wron
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,9 @@ from typing import Any, NoReturn
 from afina.engine import commands
 from afina.engine.settings import FALSE_WORDS, TRUE_WORDS, fields, flag_help, kinds
 from afina.errors import AfinaError, ConfigError, nearest
+
+# A full or broken disk is no fault of the request, however the message is worded.
+DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +131,8 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         status, message = 130, message or "interrupted"
     elif isinstance(error, AfinaError):
-        status = 2
+        cause = error.__cause__
+        status = 1 if isinstance(cause, OSError) and cause.errno in DISK_FAILURES else 2
     elif isinstance(error, MemoryError) or name == "OutOfMemoryError":
         message = f"out of memory; a smaller batch_size or max_length needs less: {message}"
     elif name == "PanicException":  # from tokenizers or safetensors (pyo3), outside Exception

@@ -263,6 +263,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     new_tokens = args.max_new_tokens and checked(Sampling, "max_new_tokens", args.max_new_tokens, "--max_new_tokens")
     from afina.engine.evaluate import TASKS, evaluate_loss, evaluate_task, learnt_bytes
     from afina.loaders.dataset import prepare
+    from afina.loaders.hub import resolve
 
     if args.task not in TASKS:
         raise ConfigError(f"--task is {args.task!r}; expected {', '.join(TASKS)}{nearest(args.task, TASKS)}")
@@ -287,6 +288,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             )
         return {"model": source, "data": args.data, "task": task, **result, "metrics": metrics}
 
+    if args.base:
+        resolve(args.base)  # before the first model is measured
     result = measure(args.model)
     if args.base:
         result["base"] = measure(args.base)
