@@ -184,7 +184,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             if __obj.__name__ == "join":
                 _check_short(owner)
-            for argument in (*args, *kwargs.values()):
+            # Jinja's compiler adds keywords with an underscore for its own use.
+            for argument in (*args, *(value for name, value in kwargs.items() if name[0] != "_")):
                 __self._unseen(argument)
                 _check_short(argument)
         return super().call(__context, __obj, *args, **kwargs)
@@ -232,7 +233,7 @@ class ChatTemplate:
         self.problems: list[str] = []
         try:
             talk = self._canary("user", "assistant")
-            opened, closed = (self.render(_numbered("user"), add_generation_prompt=flag) for flag in (True, False))
+            opened, closed = (self.render(numbered(["user"]), add_generation_prompt=flag) for flag in (True, False))
         except DataError as problem:
             raise TokenizerError(f"{where}: of a user's and an assistant's message, {problem}") from problem
         _, answer = SLOT.finditer(talk)
@@ -248,22 +249,22 @@ class ChatTemplate:
                 self.problems.append(f"conversation {', '.join(roles)}: {problem}")
 
     def _canary(self, *roles: str) -> str:
-        text = self.render(_numbered(*roles))
+        text = self.render(numbered(roles))
         for number, role in enumerate(roles):
             times = [match[1] for match in SLOT.finditer(text)].count(str(number))
             if times != 1:
                 raise DataError(f"the chat template writes message {number + 1} ({role}) {times} times, not once")
         return text
 
-    def trace(self, roles: Sequence[str]) -> tuple[str, bool]:
+    def trace(self, roles: Sequence[str], *, add_generation_prompt: bool = False) -> tuple[str, bool]:
         """Return what is written for messages of these roles, a SLOT for each content, and whether that is what is
         written for whatever contents (else the template looks at them, and this is one case)."""
-        messages = _numbered(*roles)
+        messages = numbered(roles)
+        opaque = [{**message, "content": _Opaque(message["content"])} for message in messages]
         try:
-            opaque = [{**message, "content": _Opaque(message["content"])} for message in messages]
-            return self.render(opaque, tracing=True), True
+            return self.render(opaque, add_generation_prompt=add_generation_prompt, tracing=True), True
         except _Looked:
-            return self.render(messages), False
+            return self.render(messages, add_generation_prompt=add_generation_prompt), False
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, tracing: bool = False
@@ -293,7 +294,8 @@ class ChatTemplate:
         return "".join(parts) + (self._header if add_generation_prompt else "")
 
 
-def _numbered(*roles: str) -> list[dict[str, str]]:
+def numbered(roles: Sequence[str]) -> list[dict[str, str]]:
+    """Messages of these roles whose contents are SLOTs."""
     return [{"role": role, "content": f"\ue001{number}\ue002"} for number, role in enumerate(roles)]
 
 

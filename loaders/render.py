@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afina.errors import DataError, TokenizerError
-from afina.loaders.chat_template import SLOT
+from afina.loaders.chat_template import SLOT, numbered
 from afina.loaders.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -191,8 +191,11 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
         if order.count(number) != 1:
             how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
             raise DataError(f"the chat template of {tokenizer.where} {how}")
-    messages = [{"role": role, "content": f"\ue001{number}\ue002"} for number, role in enumerate(roles)]
-    text, found = _search(tokenizer, messages, plain)
+    text, found = _search(tokenizer, numbered(roles), plain)
+    for number in [number for number, role in enumerate(roles) if role == "assistant"]:
+        # The ranges come from these parts of the conversation, so they too must not depend on contents.
+        fixed = fixed and tokenizer.template.trace(roles[: number + 1])[1]
+        fixed = fixed and (not number or tokenizer.template.trace(roles[:number], add_generation_prompt=True)[1])
 
     def mark(position: int) -> tuple[int, int]:
         before = [len(slot[0]) for slot in slots if slot.end() <= position]
@@ -226,8 +229,11 @@ def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, S
         _, alone = _end_of_content(tokenizer, messages[: number + 1], number, None)
         tail = _common(alone, rest)
         tokens = list(tokenizer.special_pattern.finditer(tail))
+        after = tokenizer.special_pattern.match(rest, len(rest) - len(rest.lstrip()))
         if tokens:
             tail = tail[: tokens[-1].end()]
+        elif after and tokenizer.token_id(after[0]) in tokenizer.eos_ids:
+            tail = rest[: after.end()]  # some templates end every turn but the last
         elif number == len(messages) - 1 and tokenizer.eos_token:
             # A template that never ends its last turn would teach the model never to stop.
             text += tokenizer.eos_token

@@ -123,12 +123,22 @@ class Tokenizer:
         data = self._files.get(name)
         return parse_json(data, f"{self.where}/{name}", error=TokenizerError) if data is not None else {}
 
+    def _error(self, name: str, found: str) -> TokenizerError:
+        return TokenizerError(f"{self.where}/{name}: {found}")
+
+    def _refuse(self, name: str, problem: BaseException) -> NoReturn:
+        # `tokenizers` raises bare Exception, and pyo3's PanicException, a BaseException, on files it did not foresee.
+        if isinstance(problem, KeyboardInterrupt | SystemExit):
+            raise problem
+        reason = " ".join(str(problem).split())[:200]
+        raise self._error(name, f"cannot be read as a tokenizer ({reason}): download it again") from problem
+
     def _build(self, config: dict[str, Any]) -> tokenizers.Tokenizer:
         if "tokenizer.json" in self._files:
             try:
                 return tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
             except BaseException as problem:
-                _refuse_file(problem, f"{self.where}/tokenizer.json")
+                self._refuse("tokenizer.json", problem)
         if not {"vocab.json", "merges.txt"} <= self._files.keys():
             found = ", ".join(self._files) or "no tokenizer file"
             raise TokenizerError(
@@ -141,23 +151,17 @@ class Tokenizer:
                 f"{self.where}: vocab.json and merges.txt of a {kind}, whose way of splitting words is not known here: "
                 "add its tokenizer.json (transformers writes it with save_pretrained)"
             )
-        vocab: dict[str, int] = self._json("vocab.json")
         merges = []
         for number, line in enumerate(self._files["merges.txt"].decode("utf-8", "replace").split("\n"), 1):
-            pair = line.rstrip("\r").split(" ")
             if line.strip() and not line.startswith("#version"):
-                if len(pair) != 2 or not {pair[0], pair[1], "".join(pair)} <= vocab.keys():
-                    raise TokenizerError(
-                        f"{self.where}/merges.txt: line {number}: {line[:80]!r} is not two tokens of vocab.json that "
-                        "merge into a third: download both files again"
-                    )
-                merges.append((pair[0], pair[1]))
-        if not all(isinstance(value, int) and 0 <= value < 1 << 32 for value in vocab.values()):
-            raise TokenizerError(f"{self.where}/vocab.json: an id is not a whole number from 0: expected token: id")
+                left, _, right = line.rstrip("\r").partition(" ")
+                if not left or not right or " " in right:
+                    raise self._error("merges.txt", f"line {number}: found {line[:80]!r}, expected two tokens")
+                merges.append((left, right))
         try:
-            backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+            backend = tokenizers.Tokenizer(models.BPE(vocab=self._json("vocab.json"), merges=merges))
         except BaseException as problem:
-            _refuse_file(problem, f"{self.where}/vocab.json")
+            self._refuse("vocab.json with merges.txt", problem)
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
         backend.decoder = decoders.ByteLevel()
         return backend
@@ -168,12 +172,12 @@ class Tokenizer:
         known = backend.get_added_tokens_decoder()
         listed = config.get("added_tokens_decoder") or {}
         if not isinstance(listed, dict):
-            raise TokenizerError(f"{self.where}/tokenizer_config.json: added_tokens_decoder is not an object")
+            raise self._error("tokenizer_config.json", "added_tokens_decoder is not an object")
         for key in sorted(listed, key=lambda text: int(text) if text.isdecimal() else -1):
             content = _content(listed[key])
             if content is None or not key.isdecimal():
-                raise TokenizerError(
-                    f"{self.where}/tokenizer_config.json: added_tokens_decoder[{key!r}]: expected an id with a token"
+                raise self._error(
+                    "tokenizer_config.json", f"added_tokens_decoder[{key!r}]: expected an id with a token"
                 )
             flags = {f: bool(listed[key].get(f, False)) for f in ("lstrip", "rstrip", "single_word", "special")}
             token = AddedToken(content, normalized=bool(listed[key].get("normalized", not flags["special"])), **flags)
@@ -181,16 +185,15 @@ class Tokenizer:
             if old is None or repr(old) != repr(token):
                 (backend.add_special_tokens if flags["special"] else backend.add_tokens)([token])
             if backend.token_to_id(content) != int(key):
-                raise TokenizerError(
-                    f"{self.where}/tokenizer_config.json: added_tokens_decoder gives {content!r} the id {key}, the "
-                    f"vocabulary gives it {backend.token_to_id(content)}: the files are of different tokenizers"
-                )
+                found = f"gives {content!r} the id {key}, the vocabulary gives it {backend.token_to_id(content)}"
+                mend = "the files are of different tokenizers: download them again"
+                raise self._error("tokenizer_config.json", f"added_tokens_decoder {found}: {mend}")
         if "tokenizer.json" not in self._files:
             for content, value in sorted(self._json("added_tokens.json").items(), key=lambda item: str(item[1])):
                 if backend.token_to_id(content) is None:
                     backend.add_tokens([content])
                 if backend.token_to_id(content) != value:
-                    raise TokenizerError(f"{self.where}/added_tokens.json: {content!r} cannot have the id {value}")
+                    raise self._error("added_tokens.json", f"{content!r} cannot have the id {value}")
             names.setdefault("eos_token", "<|endoftext|>")
             names.setdefault("bos_token", names["eos_token"])
         listing = [item for key in _LISTED for item in names.get(key) or []]
@@ -206,9 +209,9 @@ class Tokenizer:
         if token is not None:
             if self._backend.token_to_id(token) is None:
                 hint = nearest(token, [t.content for t in self._backend.get_added_tokens_decoder().values()])
-                raise TokenizerError(
-                    f"{self.where}: {name} {token!r} is not in the vocabulary{hint}: add it there, or correct {name} "
-                    "in tokenizer_config.json"
+                found = f"{name} {token!r} is not in the vocabulary{hint}"
+                raise self._error(
+                    "tokenizer_config.json", f"{found}: correct it, or use the model's own tokenizer files"
                 )
             return token
         for config in self._model_config:
@@ -233,21 +236,18 @@ class Tokenizer:
             try:
                 source: Any = self._files["chat_template.jinja"].decode("utf-8")
             except UnicodeDecodeError as problem:
-                raise TokenizerError(
-                    f"{self.where}/chat_template.jinja: byte {problem.start} is not UTF-8: save the file as UTF-8"
-                ) from problem
+                found = f"byte {problem.start} is not UTF-8: save the file as UTF-8"
+                raise self._error("chat_template.jinja", found) from problem
         else:
             source = config.get("chat_template")
         if isinstance(source, list):
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             if "default" not in named:
                 found = ", ".join(map(str, named))
-                raise TokenizerError(
-                    f"{self.where}/tokenizer_config.json: of the chat templates {found} none is 'default'"
-                )
+                raise self._error("tokenizer_config.json", f"of the chat templates {found} none is named 'default'")
             source = named["default"]
         if source is not None and not isinstance(source, str):
-            raise TokenizerError(f"{self.where}/tokenizer_config.json: chat_template is not a text")
+            raise self._error("tokenizer_config.json", "chat_template is not a text")
         return source if source is not None and source != self._default_template() else None
 
     def _default_template(self) -> str:
@@ -322,7 +322,7 @@ class Tokenizer:
     def with_bos(self, text: str, *, glue: str | None = None) -> str:
         """Return ``text`` with exactly one BOS in front if the tokenizer's texts start with one."""
         bos = self.bos_token
-        if not bos or not (self.adds_bos or text.startswith(bos + bos)):
+        if not bos or not self.adds_bos:
             return text
         while text.startswith(bos):
             text = text[len(bos) :]
@@ -355,7 +355,7 @@ class Tokenizer:
         for name, data in sorted(self._files.items()):
             if name != "generation_config.json":
                 digest.update(f"{name} {len(data)}\n".encode() + data)
-        digest.update((self.chat_template or self._default_template()).encode())
+        digest.update(repr((self.bos_token, self.eos_token, self.chat_template or self._default_template())).encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -452,14 +452,6 @@ def train_bpe(
         config["chat_template"] = chat_template
     files = {"tokenizer.json": backend.to_str(pretty=True).encode(), "tokenizer_config.json": _dump(config)}
     return Tokenizer(files, "the trained tokenizer")
-
-
-def _refuse_file(problem: BaseException, where: str) -> NoReturn:
-    # `tokenizers` raises bare Exception, and pyo3's PanicException, a BaseException, on files it did not foresee.
-    if isinstance(problem, KeyboardInterrupt | SystemExit):
-        raise problem
-    reason = " ".join(str(problem).split())[:200]
-    raise TokenizerError(f"{where}: not a tokenizer that can be read ({reason}): download it again") from problem
 
 
 def _content(token: Any) -> str | None:
