@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 from pathlib import Path
 
 from afina.errors import WeightsError, nearest
+from afina.loaders.jsonfile import show
 
 BUILT_IN = "afina-tiny"
 # Weights, configs, tokenizers and templates of the repository's top folder; never code or pickles.
@@ -21,18 +23,26 @@ def resolve(source: str | Path) -> Path:
     ``source``: a folder with config.json; a run folder (its best model); "afina-tiny"; or "owner/name", with a branch,
     tag or commit as "owner/name@revision". A folder wins over a hub name. Raises WeightsError.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _local(path)
-    if path.exists():
-        raise WeightsError(f"{path}: is a file: pass the folder that holds config.json and model.safetensors")
-    if str(source) == BUILT_IN:
-        return Path(str(importlib.resources.files("afina"))) / "data" / BUILT_IN
-    match = _HUB_ID.fullmatch(str(source))
-    if match and isinstance(source, str) and not source.startswith((".", "-")):
-        return _download(match["id"], match["revision"], _siblings(path))
-    expected = f"a folder, {BUILT_IN!r} or a hub name 'owner/name'"
-    raise WeightsError(f"{source}: no such model{_siblings(path)}: expected {expected}")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _local(path)
+        if path.exists():
+            raise WeightsError(f"{path}: is a file: pass the folder that holds config.json and model.safetensors")
+        if str(source) == BUILT_IN:
+            return Path(str(importlib.resources.files("afina"))) / "data" / BUILT_IN
+        near = nearest(path.name, [BUILT_IN, *(os.listdir(path.parent) if path.parent.is_dir() else ())])
+    except (OSError, RuntimeError) as problem:  # RuntimeError: ~name of no user
+        reason = getattr(problem, "strerror", None) or problem
+        raise WeightsError(
+            f"{show(str(source))}: cannot be read ({reason}): check the path and its rights"
+        ) from problem
+    match = _HUB_ID.fullmatch(source) if isinstance(source, str) and not source.startswith((".", "-")) else None
+    if match:
+        return _download(match["id"], match["revision"], near)
+    raise WeightsError(
+        f"{show(str(source))}: no such model{near}: expected a folder, {BUILT_IN!r} or a hub name 'owner/name'"
+    )
 
 
 def _local(folder: Path) -> Path:
@@ -50,15 +60,7 @@ def _local(folder: Path) -> Path:
     raise WeightsError(f"{folder}: no config.json (found {found or 'an empty folder'}): {mend}")
 
 
-def _siblings(path: Path) -> str:
-    try:
-        names = [item.name for item in path.parent.iterdir()]
-    except OSError:
-        return f" (there is no folder {str(path.parent)!r})"
-    return nearest(path.name, [*names, BUILT_IN])
-
-
-def _download(name: str, revision: str | None, hint: str) -> Path:
+def _download(name: str, revision: str | None, near: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -75,11 +77,11 @@ def _download(name: str, revision: str | None, hint: str) -> Path:
         raise WeightsError(f"{known}: the hub has no revision {revision!r} of this model: {mend}") from problem
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as problem:
         mend += ", or if it is private run `hf auth login`"
-        raise WeightsError(f"{known}: neither a local folder{hint} nor a model on the hub: {mend}") from problem
+        raise WeightsError(f"{known}: neither a local folder{near} nor a model on the hub: {mend}") from problem
     except errors.LocalEntryNotFoundError as problem:
         mend = f"run `hf download {name}` on a connected machine and pass the folder"
         raise WeightsError(
-            f"{known}: no local folder{hint}, not in the download cache, and the hub cannot be reached: {mend}"
+            f"{known}: no local folder{near}, not in the download cache, and the hub cannot be reached: {mend}"
         ) from problem
     except (errors.HTTPError, OSError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__

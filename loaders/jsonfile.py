@@ -16,6 +16,7 @@ MAX_DEPTH = 64
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100
+_short.maxlevel = 1
 show = _short.repr  # repr() for names and values from files: one line, bounded
 
 
@@ -79,7 +80,7 @@ def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError
         raise error(f"{where}: holds an integer too long to read: write a finite, sensible number") from problem
     if not isinstance(value, dict):
         raise error(f"{where}: holds {show(value)} where a JSON object {{...}} was expected")
-    if not _shallow(value, MAX_DEPTH):
+    if not _shallow(value):
         raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: no file of a model needs that")
     if "\\u" in text:
         try:
@@ -90,9 +91,11 @@ def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError
     return value
 
 
-def _shallow(value: Any, levels: int) -> bool:
-    if isinstance(value, dict):
-        return levels > 0 and all(_shallow(item, levels - 1) for item in value.values())
-    if isinstance(value, list):
-        return levels > 0 and all(_shallow(item, levels - 1) for item in value)
-    return True
+def _shallow(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
+        if not inner:
+            return True
+    return False
