@@ -76,7 +76,8 @@ class Progress:
 
 
 def finetune(
-    config: TrainConfig | None = None,
+    train_config: TrainConfig | None = None,
+    /,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -85,16 +86,15 @@ def finetune(
 ) -> RunResult:
     """Fine-tune a model on rows of data and return the best one.
 
-    ``config`` or its fields as keywords (see ``TrainConfig``). ``resume`` goes on from the newest valid checkpoint in
-    ``output_dir``; ``overwrite`` replaces an earlier run there; ``quiet`` prints nothing.
+    The settings are a ``TrainConfig``, or its fields as keywords. ``resume`` goes on from the newest whole checkpoint
+    in ``output_dir``; ``overwrite`` replaces an earlier run there; ``quiet`` prints nothing.
 
     Raises AfinaError for anything wrong with the request or its files (before anything is written), NonFiniteError when
     three steps in a row have no finite gradient, Interrupted after a signal, a resumable checkpoint being on disk then.
     """
-    if config is None:
-        config = TrainConfig(**settings)
-    elif settings:
+    if train_config is not None and settings:
         raise TypeError("finetune takes a TrainConfig or its fields as keywords, not both")
+    config = train_config or TrainConfig(**settings)
     prepare_process(threads=config.threads, seed=config.seed)
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(config.output_dir, resume=resume, overwrite=overwrite) as folder:
@@ -134,6 +134,24 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     check_vocab(tokenizer, model.config.vocab_size)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model.train()
+
+
+def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[], None] | None = None) -> Tensor:
+    """Add the gradient of a step's loss, the mean over all its trained tokens, to ``.grad``; return that loss, ().
+
+    ``poll`` is called before each micro-batch and may raise to stop.
+    """
+    trained = sum(mb.trained for mb in micro_batches)
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for mb in micro_batches:
+        if poll:
+            poll()
+        mb = mb.to(device)
+        loss = model.loss(mb.input_ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="mean") * (mb.trained / trained)
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 @dataclass
@@ -227,13 +245,8 @@ class Run:
         at, started = self.at, time.perf_counter()
         micro_batches = self.batches.step(at.step)
         trained = sum(mb.trained for mb in micro_batches)
-        loss = torch.zeros((), device=self.device)
         try:
-            for mb in micro_batches:
-                self._poll()
-                part = self._loss_sum(mb) / trained
-                part.backward()
-                loss += part.detach()
+            loss = accumulate(self.model, micro_batches, poll=self._poll)
         except Interrupted:
             self.optimizer.zero_grad()
             raise
@@ -270,19 +283,15 @@ class Run:
             self._skipped(row, micro_batches)
         return row
 
-    def _loss_sum(self, mb: MicroBatch) -> Tensor:
-        mb = mb.to(self.device)
-        return self.model.loss(mb.input_ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="sum")
-
     def _skipped(self, row: dict[str, Any], micro_batches: list[MicroBatch]) -> None:
         """Account for a step whose loss or gradient is not finite: weights and moments were left as they were."""
         at = self.at
         at.bad_in_a_row += 1
         at.skipped += 1
-        lines = sorted(int(self.data.train.lines[r]) for mb in micro_batches for r in mb.rows)
-        row |= {"skipped": True, "lines": lines}
+        rows = [self.data.train.where(r) for mb in micro_batches for r in mb.rows]
+        row |= {"skipped": True, "rows": rows}
         self._log(row)
-        where = f"lines {', '.join(map(str, lines[:20]))}{' ...' if len(lines) > 20 else ''} of {self.config.data}"
+        where = f"{', '.join(rows[:10])}{' ...' if len(rows) > 10 else ''}"
         self.say(f"step {at.step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
         if at.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(
