@@ -60,12 +60,11 @@ class AdamW:
         """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay."""
         self.updates += 1
         for names, weight_decay in self.groups:
-            live = [n for n in names if self.params[n].grad is not None]
-            if not live:
-                continue
+            grads = {n: g for n in names if (g := self.params[n].grad) is not None}
+            live = list(grads)
             adamw_(
                 [self.masters[n] for n in live],
-                [self.params[n].grad for n in live],
+                list(grads.values()),
                 [self.exp_avgs[n] for n in live],
                 [self.exp_avg_sqs[n] for n in live],
                 step=self.updates,

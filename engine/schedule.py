@@ -1,7 +1,7 @@
 """Learning-rate schedules: the multiplier of the peak rate at each optimizer step.
 
-Steps are counted in weight updates (never micro-batches), from 0. Warm-up is linear and never wastes a step at zero: update ``s`` of
-``warmup`` runs at ``(s + 1) / (warmup + 1)``, so the peak is reached at update ``warmup``. After it:
+Steps are counted in weight updates (never micro-batches), from 0. Warm-up is linear and never wastes a step at zero:
+update ``s`` of ``warmup`` runs at ``(s + 1) / (warmup + 1)``, so the peak is reached at update ``warmup``. After it:
 
 - ``constant``: 1;
 - ``linear``: straight down, 0 would be reached at update ``total``;

@@ -97,10 +97,10 @@ def finetune(
     config = train_config or TrainConfig(**settings)
     prepare_process(threads=config.threads, seed=config.seed)
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    with RunFolder(config.output_dir, resume=resume, overwrite=overwrite) as folder:
-        tokenizer = load_tokenizer(config.tokenizer or config.model)
+    with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:
+        tokenizer = load_tokenizer(str(config.tokenizer or config.model))
         data = prepare(
-            config.data,
+            str(config.data),
             tokenizer,
             max_length=config.max_length,
             on_long=config.on_long,
@@ -129,7 +129,7 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         )
     else:
         model = load_model(
-            config.model, dtype=config.dtype, device=config.device, allow_nonfinite=config.allow_nonfinite
+            str(config.model), dtype=config.dtype, device=config.device, allow_nonfinite=config.allow_nonfinite
         )
     check_vocab(tokenizer, model.config.vocab_size)
     model.gradient_checkpointing = config.gradient_checkpointing
