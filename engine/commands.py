@@ -57,7 +57,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from afina.engine.train import finetune
 
     result = finetune(config, resume=resume, overwrite=args.overwrite, quiet=args.quiet)
-    return dict(result.metrics)
+    metrics = result.metrics
+    if not args.quiet:
+        print(f"best model: {metrics['best']} (dev loss {metrics['dev_loss_before']:.4f} -> {metrics['dev_loss']:.4f})")
+        print(f"try it: afina generate {metrics['output_dir']} --prompt TEXT, or afina chat {metrics['output_dir']}")
+    return dict(metrics)
 
 
 def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:

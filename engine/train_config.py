@@ -192,7 +192,8 @@ def _canonical(items: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
         if key in _INVERTED:
             value = not value
         if name in given and given[name] != value:
-            raise ConfigError(f"{first[name]} and {where} give {name} two different values: keep one of them")
+            both = where if first[name] == where else f"{first[name]} and {where}"
+            raise ConfigError(f"{both} give {name} two different values: keep one of them")
         given[name] = value
         first[name] = where
     return given

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_model import saved
 
 from afina.engine import commands
@@ -286,6 +287,38 @@ def test_wrong_recipes_on_the_command_line(tmp_path: Path, refused: Refused) -> 
     ):
         path.write_text(text)
         assert words in refused("train", str(path))
+
+
+def test_train_then_use_the_run(model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(f"base_model: {model}\ndata: {rows}\nmicro_batch_size: 4\nlr: 1e-3\n")
+    argv = ["train", str(recipe), "--output_dir", str(out), "--max-steps", "3", "--cutoff-len", "64", "--json"]
+    assert run(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    keys = "output_dir best steps train_loss dev_loss_before dev_loss trained_tokens tokens_per_second peak_memory_gb"
+    assert set(result) >= set(keys.split())
+    assert (result["output_dir"], result["steps"]) == (str(out), 3)
+    assert result["dev_loss"] < result["dev_loss_before"]
+    saved_recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (saved_recipe["batch_size"], saved_recipe["learning_rate"], saved_recipe["max_length"]) == (4, 1e-3, 64)
+    assert run(argv) == 2  # already there
+    assert "--overwrite" in capsys.readouterr().err
+    argv[argv.index("3")] = "4"
+    assert run([*argv, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
+    assert run(["generate", str(out), "--prompt", "one two", "--max-new-tokens", "3"]) == 0
+    assert run(["eval", str(out), "--data", rows]) == 0
+    assert run(["export", str(out), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
+
+
+def test_train_from_a_random_start(model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--init", "random", "--config", f"{model}/config.json", "--tokenizer", model, "--data", rows]
+    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--max_length", "64", "--quiet", "--json"]
+    assert run([*argv, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert run(argv) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["steps"], err) == (2, "")
 
 
 # ---------------------------------------------------------------- generate, chat, export
