@@ -358,11 +358,9 @@ class Tokenizer:
         digest.update(repr((self.bos_token, self.eos_token, self.chat_template or self._default_template())).encode())
         return digest.hexdigest()
 
-    def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into ``folder``: those it was loaded from, byte for byte, the chat template
-        where they had none, and in generation_config.json the ids that end generation."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, bytes]:
+        """What :meth:`save` writes: the files it was loaded from, byte for byte, the default chat template where they
+        have none, and in generation_config.json the ids that end generation."""
         files = dict(self._files)
         if self.chat_template is None and self.eos_token is not None:
             files["chat_template.jinja"] = self._default_template().encode()
@@ -373,7 +371,13 @@ class Tokenizer:
         if sorted(_ids(generation.get("eos_token_id"))) != self.eos_ids:
             generation["eos_token_id"] = self.eos_ids if len(self.eos_ids) != 1 else self.eos_ids[0]
             files["generation_config.json"] = _dump(generation)
-        for name, data in files.items():
+        return files
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer into ``folder``, for Afina and transformers alike."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.files().items():
             (folder / name).write_bytes(data)
 
 
