@@ -28,6 +28,7 @@ from afina.kernels.norm import layer_norm, rms_norm
 from afina.kernels.rope import rope
 
 IGNORE = -100
+DENSE = 0.9  # share of trained tokens above which the last layer computes all of them
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         else:
             out = attention(q, k, v, **self.options)
         out = out.flatten(2)
-        return self.o(out if rows is None else out.flatten(0, 1)[rows])
+        return self.o(out if rows is None else out.flatten(0, 1).index_select(0, rows))
 
 
 class MLP(nn.Module):
@@ -144,7 +145,7 @@ class Layer(nn.Module):
         y, x = _add(self.attn_norm, x, delta)
         attended = self.attn(y, step, rows)
         if rows is not None:
-            x = x.flatten(0, 1)[rows]
+            x = x.flatten(0, 1).index_select(0, rows)
         if self.attn_post_norm is not None:
             attended = self.attn_post_norm(attended)
         if self.parallel:
@@ -183,9 +184,11 @@ class GPT(nn.Module):
         device = torch.device("cpu" if device is None else device)
         # On meta first: the layers' own initialisation would cost time and draw from the global random state.
         with torch.device("meta"):
-            self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+            # nn.Embedding(V, C) would call normal_, which on meta imports torch's whole compiler: seconds and 100 MB.
+            self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
             if config.learned_positions:
-                self.pos_embed = nn.Embedding(config.max_positions, config.hidden_size)
+                positions = torch.empty(config.max_positions, config.hidden_size)
+                self.pos_embed = nn.Embedding.from_pretrained(positions, freeze=False)
             self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
             self.norm = Norm(config, config.hidden_size)
             if not config.tie_embeddings:
@@ -302,11 +305,15 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             # An empty document ends where another does; one at the very start would end at -1, the last token anyway.
             targets[0, cu_seqlens[1:].long() - 1] = IGNORE
-        rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, rows=rows)
-        losses = linear_cross_entropy(
-            hidden, self.head_weight, targets.flatten()[rows], reduction=reduction, softcap=self.config.logit_softcap
-        )
+        targets = targets.flatten()
+        rows = (targets != IGNORE).nonzero().squeeze(1)
+        if reduction != "none" and rows.numel() > DENSE * targets.numel():
+            # The head skips the few ignored tokens itself.
+            hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
+        else:
+            hidden, targets = self.hidden(input_ids, cu_seqlens=cu_seqlens, rows=rows), targets[rows]
+        cap = self.config.logit_softcap
+        losses = linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction, softcap=cap)
         if reduction != "none":
             return losses
         return losses.new_zeros(labels.numel()).index_put((rows + 1,), losses).view(labels.shape)
