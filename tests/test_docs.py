@@ -1,0 +1,79 @@
+"""The documents say what the code does: settings, flags, paths, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from afina.engine.commands import VERBS
+from afina.engine.train_config import TrainConfig
+from afina.loaders.rows import SCHEMAS
+
+REPO = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    REPO / "CONTRIBUTING.md",
+    *sorted((REPO / "docs").glob("*.md")),
+    *sorted((REPO / "examples").rglob("*.md")),
+]
+SETTINGS = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+
+
+def by_name(paths: list[Path]) -> dict[str, Path]:
+    return {str(path.relative_to(REPO)): path for path in paths}
+
+
+def shown(default: object) -> str:
+    if default is None or default is dataclasses.MISSING:
+        return ""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def test_settings_lists_every_field_with_its_default_and_other_names() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\| .*\| ?(.*?) ?\|$", SETTINGS.split("## Environment")[0], re.MULTILINE)
+    listed = {name: (default, set(re.findall("`([a-z_]+)`", others))) for name, default, others in rows}
+    assert len(listed) == len(rows)
+    expected = {f.name: (shown(f.default), set(f.metadata["aliases"])) for f in dataclasses.fields(TrainConfig)}
+    assert listed == expected
+
+
+def test_settings_lists_every_schema_and_environment_variable() -> None:
+    for keys in SCHEMAS.values():
+        assert re.search("^.*".join(f"`{key}`.*" for key in keys).replace("^", ""), SETTINGS), keys
+    code = [
+        p.read_text(encoding="utf-8") for room in ("engine", "kernels", "loaders") for p in (REPO / room).rglob("*.py")
+    ]
+    used = set(re.findall(r"environ(?:\.get)?[\[(]\"(AFINA_\w+)\"", "\n".join(code)))
+    assert used == set(re.findall(r"^\| `(AFINA_\w+)` \|", SETTINGS, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", by_name(DOCUMENTS))
+def test_paths_and_links_lead_somewhere(name: str) -> None:
+    document = by_name(DOCUMENTS)[name]
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("https://") or (document.parent / target).exists(), f"{name} links to {target}"
+    rooms = "afina|engine|kernels|loaders|tests|docs|examples|benchmarks"
+    for path in re.findall(rf"`((?:{rooms})/[\w./-]+\.(?:py|md|yaml|jsonl|json|csv|tsv|txt))`", text):
+        if "NAME" not in path:
+            assert (REPO / path).exists(), f"{name} names {path}"
+
+
+@pytest.mark.parametrize("name", by_name(DOCUMENTS))
+def test_commands_use_verbs_and_flags_that_exist(name: str) -> None:
+    from afina.engine.cli import Parser
+
+    text = by_name(DOCUMENTS)[name].read_text(encoding="utf-8")
+    # A command in a block may go on after a backslash.
+    blocks = [re.sub(r"\\\n\s*", " ", block) for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)]
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(afina [^`\n]*)`", text)
+    for line in lines:
+        for verb, rest in re.findall(r"(?:^|\s)afina (\w+)([^#|]*)", line):
+            assert verb in VERBS, line
+            parser = Parser(prog=f"afina {verb}")
+            VERBS[verb][1](parser)
+            known = set(parser._option_string_actions) | {"--json", "--debug", "--help"}
+            for flag in re.findall(r"(--[a-zA-Z][\w-]*)", rest):
+                assert flag.replace("--", "").replace("-", "_") in {k.lstrip("-") for k in known}, line
