@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afina.errors import DataError
-from afina.loaders.files import Source, cut_text, data_files
+from afina.loaders.files import Source, cut_text, data_files, source_name, unreadable
 from afina.loaders.render import Example, Rendered, encode_rendered, render_example
 from afina.loaders.rows import Row, read_rows
 from afina.loaders.token_cache import TokenCache, Writer, cache_folder, open_cache
@@ -42,12 +44,21 @@ class TokenSet:
     def __init__(self, cache: TokenCache, index: NDArray[Any], fingerprint: str, origin: _Origin) -> None:
         self._cache, self._index, self._origin = cache, index, origin
         self.fingerprint = fingerprint
-        self.lengths: NDArray[np.int32] = cache.length[index]
-        self.trained_counts: NDArray[np.int32] = cache.learnt[index]
-        self.lines: NDArray[np.int64] = cache.line[index]
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        return self._cache.length[self._index]
+
+    @cached_property
+    def trained_counts(self) -> NDArray[np.int32]:
+        return self._cache.learnt[self._index]
+
+    @cached_property
+    def lines(self) -> NDArray[np.int64]:
+        return self._cache.line[self._index]
 
     def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the ids (T,) int32 of a row and which are learnt (T,) bool, never the first."""
@@ -97,21 +108,18 @@ class Data:
 
 def _story(name: str, report: Mapping[str, Any]) -> str:
     told = {
-        "empty": "{:,} empty",
         "bad_lines": "{:,} bad lines skipped",
+        "empty": "{:,} empty",
         "duplicates": "{:,} exact duplicates removed",
         "untrained": "{:,} without a token to learn dropped",
-        "dropped": "{:,} longer than {max_length} tokens dropped",
-        "truncated": "{:,} prompts cut at the start to {max_length} tokens",
-        "split": "{:,} texts split into rows of {max_length} tokens",
+        "dropped": "{:,} of more than {max_length} tokens dropped",
+        "truncated": "{:,} cut at the start to {max_length} tokens",
+        "split": "{:,} split into pieces of {max_length} tokens",
     }
     parts = [text.format(report[key], max_length=report["max_length"]) for key, text in told.items() if report[key]]
-    if report["unused"]:
-        parts.append(f"keys not used: {', '.join(report['unused'])}")
-    cached = " (tokens from the cache)" if report["cached"] else ""
-    return f"{name}: {report['rows']:,} rows of {report['schema']}, {report['usable']:,} usable{cached}; " + (
-        "; ".join(parts) or "none left out"
-    )
+    parts += [f"not used: {', '.join(report['unused'])}"] if report["unused"] else []
+    parts += ["tokens taken from the cache"] if report["cached"] else []
+    return "; ".join([f"{name}: {report['rows']:,} rows of {report['schema']}, {report['usable']:,} usable", *parts])
 
 
 def prepare(
@@ -224,7 +232,7 @@ class _Origin:
 
     @property
     def name(self) -> str:
-        return str(self.source) if isinstance(self.source, str | Path) else ", ".join(map(str, self.source))
+        return source_name(self.source)
 
     def rows(
         self, counts: Counter[str], *, files: list[Path] | None = None, progress: Callable[[int], object] | None = None
@@ -311,7 +319,14 @@ class _Build:
         with (
             Writer(folder, self.tokenizer.vocab_size) as self.writer,
             ThreadPoolExecutor(1) as ahead,
-            tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", delay=1, disable=not self.progress) as bar,
+            tqdm(
+                total=size,
+                unit="B",
+                unit_scale=True,
+                desc="tokenising",
+                delay=1,
+                disable=None if self.progress else True,
+            ) as bar,
         ):
             batches = self._batches(bar.update)
             coming = ahead.submit(next, batches, None)
@@ -321,9 +336,19 @@ class _Build:
             counts = self.read + self.fitted
             report: dict[str, Any] = {
                 key: counts[key]
-                for key in ("rows", "bad_lines", "empty", "duplicates", "untrained", "dropped", "truncated", "split")
+                for key in (
+                    "rows",
+                    "bad_lines",
+                    "empty",
+                    "duplicates",
+                    "untrained",
+                    "dropped",
+                    "truncated",
+                    "split",
+                    "usable",
+                )
             }
-            report |= {"usable": self.units, "max_length": self.max_length, "cached": False}
+            report |= {"max_length": self.max_length, "cached": False}
             report["schema"] = next(key[7:] for key in counts if key.startswith("schema:"))
             report["unused"] = [key[7:] for key in counts if key.startswith("unused:")]
             if not self.units:
@@ -333,7 +358,7 @@ class _Build:
     def _batches(self, progress: Callable[[int], object]) -> Iterator[_Batch]:
         """Read, drop duplicates, render; in a thread of its own."""
         rows: list[Row] = []
-        self.digests, self.inside = _Digests(), False
+        self.digests, self.inside, self.so_far = _Digests(), False, b""
         self.head, _, self.tail = render_example(self.tokenizer, Example(text=_SLOT)).text.partition(_SLOT)
         size = 0
         for row in self.origin.rows(self.read, progress=progress, files=self.files):
@@ -348,6 +373,9 @@ class _Build:
         batch = _Batch()
         for row, new in zip(rows, self.digests.add([row.digest for row in rows])):
             first, self.inside = not self.inside, row.more
+            if not first:  # what is compared of a long document is all of it up to here, not a piece
+                row.digest = blake2b(self.so_far + row.digest, digest_size=16).digest()
+            self.so_far = row.digest
             if not new and first and not row.more:
                 self.read["duplicates"] += 1
             elif (text := row.example.text) is None:
@@ -389,9 +417,11 @@ class _Build:
         tokens = np.repeat(keep, lengths)
         lengths = lengths[keep]
         number = {path: i for i, path in enumerate(self.origin.files)}
-        units = self.units + np.cumsum(np.array(new)[keep], dtype=np.int64) - 1
-        if len(lengths):
-            self.units = int(units[-1]) + 1
+        self.fitted["usable"] += int(np.array(new)[keep].sum())
+        # The rows that a plain text file is split into go to train or dev one by one, else a book would go as a whole.
+        apart = np.array([own or row.path.suffix == ".txt" for own, row in zip(new, rows)])[keep]
+        units = self.units + np.cumsum(apart, dtype=np.int64) - 1
+        self.units += int(apart.sum())
         self.writer.append(
             {
                 "ids": np.concatenate(all_ids)[tokens],
@@ -441,7 +471,7 @@ class _Build:
             windows.append(ids)
         self.carried = ids if more else ids[:0]
         for window in windows:
-            yield window, np.ones(len(window), np.bool_), row, self.windows == 0 or row.path.suffix == ".txt"
+            yield window, np.ones(len(window), np.bool_), row, self.windows == 0
             self.windows += 1
         if not more:
             self.fitted["split"] += self.windows > 1
@@ -467,4 +497,4 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as problem:
-        raise DataError(f"{path}: cannot be read ({problem.strerror}): check its permissions") from problem
+        raise unreadable(path, problem) from problem

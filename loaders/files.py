@@ -26,7 +26,7 @@ MAX_LINE = 16 * 2**20  # bytes of a line, and characters of an element of a JSON
 PIECE = 1 << 14  # characters of plain text handled at once
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 EXPECTED = "expected .jsonl, .json, .csv, .tsv, .parquet or .txt"
-_BLANKS = re.compile(r"[ \t]+(?=\n)")
+_BLANKS = re.compile(r"(?<![ \t])[ \t]+\n")  # the look behind keeps it linear on long runs
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line break; byte-order marks
 Source = str | Path | Sequence[str | Path]
 
@@ -47,27 +47,42 @@ def data_files(source: Source) -> list[Path]:
     """
     if not isinstance(source, str | Path):
         files = [file for item in source for file in data_files(item)]
-        if not files:
-            raise DataError("no data file is named")
-    elif (path := Path(source)).is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        files = [path / name for name in names if name.lower().endswith(SUFFIXES)]
-        if not files:
-            found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
-            raise DataError(f"{path}: no data file in this folder (found {found}): {EXPECTED}")
     else:
-        if not path.exists():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{path}: no such file{nearest(path.name, siblings)}: check the path of the data")
-        if not path.is_file():
-            raise DataError(f"{path}: neither a file nor a folder: {EXPECTED}")
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: unknown file type {path.suffix or '(no extension)'}: {EXPECTED}")
-        files = [path]
+        path = Path(source)
+        try:
+            if path.is_dir():
+                names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+                files = [path / name for name in names if name.lower().endswith(SUFFIXES)]
+                if not files:
+                    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+                    raise DataError(f"{path}: no data file in this folder (found {found}): {EXPECTED}")
+            elif not path.is_file():
+                if path.exists():
+                    raise DataError(f"{path}: neither a file nor a folder: {EXPECTED}")
+                near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+                raise DataError(f"{path}: no such file{near}: check the path of the data")
+            elif path.suffix.lower() not in SUFFIXES:
+                raise DataError(f"{path}: unknown file type {path.suffix or '(no extension)'}: {EXPECTED}")
+            else:
+                files = [path]
+        except (OSError, ValueError) as problem:  # no permission, a name too long, a null character
+            raise unreadable(path, problem) from problem
     kinds = {file.suffix.lower().replace(".ndjson", ".jsonl") for file in files}
-    if len(kinds) > 1:
-        raise DataError(f"{source}: files of several kinds ({', '.join(sorted(kinds))}): name those of one kind")
+    if len(kinds) != 1:
+        found = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file"
+        raise DataError(f"{source_name(source)}: {found}: name one file, or several of one kind")
     return files
+
+
+def source_name(source: Source) -> str:
+    """What ``source`` is called in messages."""
+    return str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
+
+
+def unreadable(path: Path, problem: Exception) -> DataError:
+    """The error to raise for a file that the system would not open or read."""
+    reason = getattr(problem, "strerror", None) or problem
+    return DataError(f"{path}: cannot be read ({reason}): check its name, permissions and disk")
 
 
 class Reader:
@@ -91,10 +106,9 @@ class Reader:
                 elif kind in (".csv", ".tsv"):
                     yield from self._table(file, kind)
                 else:
-                    yield from self._json_lines(file)
+                    yield from self._json_lines(file, kind)
         except OSError as problem:
-            reason = problem.strerror or problem
-            raise DataError(f"{self.path}: cannot be read ({reason}): check its permissions and disk") from problem
+            raise unreadable(self.path, problem) from problem
         except UnicodeDecodeError as problem:
             raise DataError(f"{self.path}: {_first_fault(self.path)}: save the file as UTF-8") from problem
 
@@ -106,29 +120,36 @@ class Reader:
                 return
             start = self.done
             self.done += len(line)
-            problem = ""
             if len(line) > MAX_LINE:
-                problem = f"longer than {MAX_LINE >> 20} MiB"
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)
                     self.done += len(line)
-                yield number, "", problem
+                yield number, "", f"longer than {MAX_LINE >> 20} MiB"
                 continue
             if number == 1 and line.startswith(codecs.BOM_UTF8):
-                line = line[3:]
-                start += 3
+                line, start = line[3:], 3
             try:
                 yield number, line.decode(), ""
             except UnicodeDecodeError as fault:
-                at = f"byte {fault.start + 1} of the line (byte {start + fault.start} of the file)"
+                at = f"byte {fault.start + 1} of the line (byte {start + fault.start + 1} of the file)"
                 yield number, line.decode("utf-8", "replace"), f"{at} is not UTF-8"
 
-    def _json_lines(self, file: io.BufferedReader) -> Iterator[Record]:
+    def _json_lines(self, file: io.BufferedReader, kind: str) -> Iterator[Record]:
         for number, text, problem in self._lines(file):
             if problem:
                 yield Record(number, {}, problem)
-            elif not text.isspace():
-                yield _record(number, text)
+            elif text.strip():
+                try:
+                    record = _checked(number, _JSON.decode(text), text)
+                except (ValueError, RecursionError) as fault:
+                    if kind == ".json":
+                        raise self._no_array(number, _reason(fault)) from fault
+                    record = Record(number, {}, _reason(fault))
+                yield record
+
+    def _no_array(self, line: int, what: str) -> DataError:
+        expected = "expected an array of objects, or an object on each line (JSONL)"
+        return DataError(f"{self.path}: line {line}: {what}: {expected}")
 
     def _array(self, file: io.BufferedReader) -> Iterator[Record]:
         """Decode a JSON array element by element: the file is never in memory as a whole."""
@@ -152,27 +173,23 @@ class Reader:
                 if at < len(buffer) or not read_on():
                     return buffer[at : at + 1]
 
-        def fail(what: str, line: int) -> DataError:
-            return DataError(
-                f"{self.path}: line {line}: not a JSON array of rows: {what}; mend it, or save it as JSONL"
-            )
-
-        def element() -> Any:
+        def element(place: int) -> Record:
             nonlocal at, line
             while True:
                 try:
                     value, end = _JSON.raw_decode(buffer, at)
                     break
                 except json.JSONDecodeError as problem:
-                    place = line + buffer.count("\n", at, problem.pos)
+                    fault = line + buffer.count("\n", at, problem.pos)
                     cut_off = problem.msg.startswith("Unterminated") or problem.pos > len(buffer) - 16
                     if not cut_off or len(buffer) - at > MAX_LINE or not read_on():
-                        raise fail(problem.msg, place) from problem
+                        raise self._no_array(fault, problem.msg) from problem
                 except (ValueError, RecursionError) as problem:
-                    raise fail(_reason(problem), line) from problem
+                    raise self._no_array(line, _reason(problem)) from problem
+            record = _checked(place, value, buffer, at, end)
             line += buffer.count("\n", at, end)
             at = end
-            return value
+            return record
 
         peek()
         at += 1  # the opening bracket
@@ -181,13 +198,13 @@ class Reader:
         while mark == ",":
             peek()
             place = line
-            yield _checked(place, element())
+            yield element(place)
             mark = peek()
             at += 1
         if mark != "]":
-            raise fail(f"found {show(mark)} where , or ] was expected" if mark else "the file ends inside it", line)
+            raise self._no_array(line, f"found {show(mark)}, no comma or ]" if mark else "the file ends in the array")
         if peek():
-            raise fail("text after its closing bracket", line)
+            raise self._no_array(line, "text after the closing bracket")
 
     def _table(self, file: io.BufferedReader, kind: str) -> Iterator[Record]:
         """CSV as RFC 4180 has it, or TSV: one line a row, tabs between fields, quotes only around a whole field."""
@@ -219,18 +236,18 @@ class Reader:
             if faults:
                 problem = faults[0]
                 faults.clear()
-            if not header and not problem:
+            if not header:
                 header = [name.strip() for name in fields]
-                if kind == ".tsv" and len(header) == 2 and not self.names & set(header):
-                    header = ["text", "label"]
-                elif len(set(header)) < len(header):
-                    raise DataError(f"{self.path}: line {line}: two columns have the same name: {show(header)}")
-                else:
+                if problem or len(set(header)) < len(header):
+                    problem = problem or f"two columns have the same name: {show(header)}"
+                    raise DataError(f"{self.path}: line {line}: {problem}: mend the header")
+                if kind == ".csv" or len(header) != 2 or self.names & set(header):
                     continue
+                header = ["text", "label"]
+            if not problem and len(fields) != len(header) and any(fields):
+                problem = f"{len(fields)} fields where the header has {len(header)}"
             if problem or any(fields):
-                if not problem and len(fields) != len(header):
-                    problem = f"{len(fields)} fields where the header has {len(header)}"
-                yield Record(line, {} if problem else dict(zip(header, fields)), problem)
+                yield Record(line, dict(zip(header, fields)), problem)
 
     def _parquet(self) -> Iterator[Record]:
         try:
@@ -251,7 +268,7 @@ class Reader:
                                 value[key] = names[value[key]]
                         yield Record(number, value)
                     self.done = size * number // rows
-        except arrow.ArrowException as problem:
+        except (arrow.ArrowException, UnicodeDecodeError) as problem:
             reason = " ".join(str(problem).split())[:200]
             raise DataError(f"{self.path}: not a Parquet file that can be read ({reason}): write it again") from problem
 
@@ -280,10 +297,14 @@ def clean_text(text: str, *, end: bool = True) -> str:
 
     Line breaks and indentation stay. ``end=False`` keeps the last line's spaces. Unicode Standard Annex 15.
     """
-    if not text.isprintable():  # a line break, a control character, or a space that is not " "
+    # Looking for what is to be changed is many times faster than changing.
+    if not text.isprintable():
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        text = _BLANKS.sub("", _CONTROL.sub("", text))
+        if not text.replace("\n", "").replace("\t", "").isprintable():
+            text = _CONTROL.sub("", text)
+        if " \n" in text or "\t\n" in text:
+            text = _BLANKS.sub("\n", text)
     text = unicodedata.normalize("NFC", text)
     return text.rstrip(" \t\n") if end else text
 
@@ -328,23 +349,22 @@ def _number(literal: str) -> float:
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_number)
 
 
-def _record(line: int, text: str) -> Record:
-    try:
-        return _checked(line, _JSON.decode(text))
-    except (ValueError, RecursionError) as problem:
-        return Record(line, {}, _reason(problem))
-
-
 def _reason(problem: Exception) -> str:
     if isinstance(problem, json.JSONDecodeError):
         return f"not valid JSON: {problem.msg} (column {problem.colno})"
     return "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
 
 
-def _checked(line: int, value: Any) -> Record:
-    if isinstance(value, dict):
-        return Record(line, value)
-    return Record(line, {}, f"holds {show(value)} where an object {{...}} was expected")
+def _checked(line: int, value: Any, text: str, start: int = 0, end: int | None = None) -> Record:
+    """The record of a JSON value that stands in ``text`` from ``start`` to ``end``."""
+    if not isinstance(value, dict):
+        return Record(line, {}, f"holds {show(value)} where an object {{...}} was expected")
+    if text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Record(line, {}, "a \\u escape is half a character (a lone surrogate)")
+    return Record(line, value)
 
 
 def _first_character(file: io.BufferedReader) -> bytes:
@@ -382,7 +402,7 @@ def _first_fault(path: Path) -> str:
                 line += decoder.decode(chunk, final=not chunk).count("\n")
             except UnicodeDecodeError as problem:
                 line += problem.object.count(b"\n", 0, problem.start)
-                return f"line {line}: byte {before - len(held) + problem.start} of the file is not UTF-8"
+                return f"line {line}: byte {before - len(held) + problem.start + 1} of the file is not UTF-8"
             before += len(chunk)
             if not chunk:
                 return "not UTF-8"

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, nearest
-from afina.loaders.files import Reader, Record, Source, clean_text, data_files
+from afina.loaders.files import Reader, Record, Source, clean_text, data_files, source_name
 from afina.loaders.jsonfile import show
 from afina.loaders.render import Example, Rendered, render_example
 from afina.loaders.tokenizer import Tokenizer
@@ -36,8 +36,7 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "text/label": ("text", "label"),
     "text": ("text",),
 }
-OPTIONAL = {"instruction/output": ("input",), "conversations": ("system",)}
-TARGETS = ("completion", "output")  # what a row to be completed may lack
+_SUPPORTED = "one of " + ", ".join("{" + ", ".join(keys) + "}" for keys in SCHEMAS.values())
 KEYS = (
     "messages",
     "conversations",
@@ -54,9 +53,13 @@ ROLES = ("system", "user", "assistant", "tool")
 _FROM = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 _TURN_KEYS = ("role", "from", "content", "value")
 MAX_LISTED = 20  # bad lines that one message lists
-ALPACA = (
-    "Below is an instruction that describes a task{0}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{1}{2}\n\n### Response:\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+ALPACA = _ALPACA.format("") + "### Instruction:\n{}\n\n### Response:\n"
+ALPACA_INPUT = (
+    _ALPACA.format(", paired with an input that provides further context")
+    + "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
 )
 
 
@@ -71,7 +74,7 @@ class Row:
     path: Path
     line: int
     raw: dict[str, Any]
-    example: Example
+    example: Example = field(init=False)
     digest: bytes = b""
     size: int = 0
     learn: int = 0
@@ -126,7 +129,7 @@ def read_rows(
         problems: list[str] = []
         seen = 0
         for record in reader:
-            counts["rows"] += 1
+            counts["rows"] += not record.more
             problem, row = record.problem, None
             if not problem:
                 try:
@@ -159,7 +162,7 @@ def read_rows(
     counts.update({f"unused:{key}": 1 for key in sorted(shape.unused)})
     if not usable:
         found = first_problem or ("every row is empty" if counts["empty"] else "the file is empty")
-        raise DataError(f"{_name(source)}: no usable row ({found}): expected {_supported()}")
+        raise DataError(f"{source_name(source)}: no usable row ({found}): expected {_SUPPORTED}")
 
 
 class _Unfit(ValueError):
@@ -167,132 +170,136 @@ class _Unfit(ValueError):
 
 
 class _Shape:
-    """The schema of a file, taken from its first row, and how its rows become examples."""
+    """The schema of some files, taken from their first row, and how their rows become examples."""
 
     def __init__(self, columns: Mapping[str, str], chat: bool, targets: bool) -> None:
         self.columns, self.chat, self.targets = columns, chat, targets
-        self.name = ""
+        self.renamed = set(columns.values())
+        self.required = {
+            name: set(keys) - (set() if targets else {"completion", "output"}) for name, keys in SCHEMAS.items()
+        }
+        self.name, self.first_row = "", ""
         self.unused: set[str] = set()
-        self.first_line, self.more = 0, False
 
     def row(self, path: Path, record: Record) -> Row | None:
         """Return the row, None when there is nothing in it to learn. Raises _Unfit."""
         value = record.value
+        where = f"{path}: line {record.line}"
         if self.columns:
-            value = {key: item for key, item in value.items() if key not in self.columns.values()}
+            value = {key: item for key, item in value.items() if key not in self.renamed}
             value |= {ours: record.value[theirs] for ours, theirs in self.columns.items() if theirs in record.value}
-        if not self.name or not self._fits(self.name, value):
-            self._choose(value, record.line)
-        self.more = record.more
-        fields = getattr(self, "_" + self.name.replace("/", "_"))(value)
+        if not self.name or not self.required[self.name] <= value.keys():
+            self._choose(value, where)
+        row = Row(path, record.line, record.value, more=record.more)
+        fields = self.make(value, row)
         if fields is None:
             return None
-        learn = fields.pop("learn", 0)
-        example = Example(**fields, where=f"{path}: line {record.line}")
-        row = Row(path, record.line, record.value, example, learn=learn, more=record.more)
+        row.example = Example(**fields, where=where)
         parts = row.texts()  # cleaned: no control character is left in them
-        if example.messages is not None:
-            parts += [message["role"] for message in example.messages]
-        try:
-            content = "\0".join(parts).encode()
-        except UnicodeEncodeError as problem:
-            raise _Unfit("a text holds half a character (a lone surrogate)") from problem
-        row.digest = blake2b(content, digest_size=16, salt=b"%d,%d" % (len(parts), learn)).digest()
+        if row.example.messages is not None:
+            parts += [message["role"] for message in row.example.messages]
+        content = "\0".join((*parts, str(row.learn))).encode()
+        row.digest = blake2b(content, digest_size=16).digest()
         row.size = len(content)
         return row
 
-    def _fits(self, name: str, value: Mapping[str, Any]) -> bool:
-        return all(key in value or (key in TARGETS and not self.targets) for key in SCHEMAS[name])
-
-    def _choose(self, value: Mapping[str, Any], line: int) -> None:
-        name = next((name for name in SCHEMAS if self._fits(name, value)), "")
+    def _choose(self, value: Mapping[str, Any], where: str) -> None:
+        name = next((name for name, keys in self.required.items() if keys <= value.keys()), "")
         found = ", ".join(map(show, value)) or "none"
         if self.name:
-            has = f"has the keys {found}" + (f" ({name})" if name else "")
             if self.name == "text/label" and name == "text":
-                raise _Unfit(f"{has}: the label is missing")
-            raise _Unfit(f"{has}, but the first row (line {self.first_line}) is {self.name}: use one schema in a file")
+                raise _Unfit("the label is missing")
+            kind = f" ({name})" if name else ""
+            raise _Unfit(f"has the keys {found}{kind}, but {self.first_row} is {self.name}: use one schema in a file")
         if not name:
-            known = sorted({key for keys in SCHEMAS.values() for key in keys})
-            absent = [theirs for theirs in self.columns.values() if theirs not in value]
-            if absent:
-                hint = f": there is no column {absent[0]!r}{nearest(absent[0], value)}"
+            known = sorted(set().union(*SCHEMAS.values()))
+            absent = next((theirs for theirs in self.renamed if theirs not in value), None)
+            if absent is not None:
+                hint = f", no column {absent!r}{nearest(absent, value)}"
             else:
-                hint = next((f" for {key!r}{close}" for key in value if (close := nearest(key, known))), "")
+                hint = next((f", {key!r}{close}" for key in value if (close := nearest(key, known))), "")
             mend = f"rename them with columns, as in {{'prompt': {next(iter(value), 'question')!r}}}"
-            raise _Unfit(f"found the keys {found}{hint}: expected {_supported()}; {mend}")
-        self.name, self.first_line = name, line
-        self.unused = set(value) - set(SCHEMAS[name]) - set(OPTIONAL.get(name, ()))
+            raise _Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
+        self.name, self.first_row = name, where
+        self.make: Callable[[Mapping[str, Any], Row], dict[str, Any] | None] = {
+            "messages": self._messages,
+            "conversations": self._messages,
+            "prompt/completion": self._prompt_completion,
+            "instruction/output": self._instruction_output,
+            "text/label": self._text_label,
+            "text": self._text,
+        }[name]
+        self.unused = set(value) - set(SCHEMAS[name]) - {"input" if name == "instruction/output" else "system"}
 
-    def _text(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
-        text = clean_text(_string(value, "text"), end=not self.more)
+    def _answer(self, value: Mapping[str, Any], key: str) -> str:
+        if not self.targets and value.get(key) is None:
+            return ""
+        return clean_text(_string(value, key))
+
+    def _text(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        text = clean_text(_string(value, "text"), end=not row.more)
         return {"text": text} if text.strip() else None
 
-    def _text_label(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _text_label(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
         label = value["label"]
-        if label is None or label == "" or label != label:  # NaN is how a table without it is often written
+        if label is None or label == "" or label != label:  # NaN is how tables often write what is missing
             raise _Unfit("the label is missing")
         if not isinstance(label, str | int | float):
             raise _Unfit(f"label is {_kind(label)}: expected a text or a number")
         text = clean_text(_string(value, "text"))
         return {"prompt": text + "\n", "completion": clean_text(str(label)).strip()} if text.strip() else None
 
-    def _prompt_completion(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
-        prompt, completion = value["prompt"], value.get("completion")
+    def _prompt_completion(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        prompt, answer = value["prompt"], value.get("completion")
         if isinstance(prompt, list):
-            answer = [] if completion is None and not self.targets else completion
-            if not isinstance(answer, list):
-                raise _Unfit(f"prompt is a list of messages, but completion is {_kind(answer)}: expected a list too")
-            learn = sum(_role(turn) == "assistant" for turn in answer)
-            return self._turns([*prompt, *answer], learn)
-        answer = "" if completion is None and not self.targets else _string(value, "completion")
-        if self.targets and not answer.strip():
-            return None
+            turns = [] if answer is None and not self.targets else answer
+            if not isinstance(turns, list):
+                raise _Unfit(f"prompt is a list of messages, but completion is {_kind(turns)}: expected a list too")
+            row.learn = sum(_role(turn) == "assistant" for turn in turns)
+            return self._turns([*prompt, *turns], row)
         # The end of a prompt stays as it is: the completion follows it without a space of its own.
-        return {"prompt": clean_text(_string(value, "prompt"), end=False), "completion": clean_text(answer)}
+        prompt, answer = clean_text(_string(value, "prompt"), end=False), self._answer(value, "completion")
+        return {"prompt": prompt, "completion": answer} if answer or not self.targets else None
 
-    def _instruction_output(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
-        task, answer = clean_text(_string(value, "instruction")), value.get("output")
-        answer = "" if answer is None and not self.targets else clean_text(_string(value, "output"))
+    def _instruction_output(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        task, answer = clean_text(_string(value, "instruction")), self._answer(value, "output")
         given = clean_text(_string(value, "input")) if value.get("input") else ""
-        if self.targets and not answer.strip():
+        if self.targets and not answer:
             return None
         if self.chat:
-            turns = [{"role": "user", "content": f"{task}\n\n{given}" if given else task}]
-            return {"messages": (*turns, *([{"role": "assistant", "content": answer}] if answer else []))}
-        also = (", paired with an input that provides further context", f"\n\n### Input:\n{given}")
-        prompt = ALPACA.format(also[0], task, also[1]) if given else ALPACA.format("", task, "")
+            user = {"role": "user", "content": f"{task}\n\n{given}" if given else task}
+            return {"messages": (user, {"role": "assistant", "content": answer}) if answer else (user,)}
+        prompt = ALPACA_INPUT.format(task, given) if given else ALPACA.format(task)
         return {"prompt": prompt, "completion": answer}
 
-    def _messages(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
-        return self._turns(value["messages"])
-
-    def _conversations(self, value: Mapping[str, Any]) -> dict[str, Any] | None:
-        turns, system = value["conversations"], value.get("system")
-        if system and isinstance(turns, list):
+    def _messages(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        turns, system = value[self.name], value.get("system")
+        if system and isinstance(turns, list) and self.name == "conversations":
             turns = [{"role": "system", "content": system}, *turns]
-        return self._turns(turns)
+        return self._turns(turns, row)
 
-    def _turns(self, turns: Any, learn: int = 0) -> dict[str, Any] | None:
+    def _turns(self, turns: Any, row: Row) -> dict[str, Any] | None:
         if not isinstance(turns, list) or not turns:
             raise _Unfit(f"the conversation is {_kind(turns)}: expected a list of {{role, content}}")
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(turns, 1):
             role = _role(turn)
-            content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
             if role not in ROLES:
                 close = nearest(role, (*ROLES, *_FROM)) if isinstance(role, str) else ""
                 raise _Unfit(f"message {number}: role {show(role)}{close}: expected {', '.join(ROLES)} (or human, gpt)")
+            content = turn.get("content", turn.get("value"))
             if not isinstance(content, str):
                 raise _Unfit(f"message {number} ({role}): content is {_kind(content)}: expected a text")
-            extra = {k: v for k, v in turn.items() if k not in _TURN_KEYS and v is not None}
-            messages.append({"role": role, "content": clean_text(content), **extra})
+            message = {"role": role, "content": clean_text(content)}
+            if len(turn) > 2:  # what a template may read besides, tool calls say; Parquet has all keys in every turn
+                message |= {k: v for k, v in turn.items() if k not in _TURN_KEYS and v is not None}
+            messages.append(message)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if self.targets and not answers:
             raise _Unfit("no assistant turn to learn from")
-        if self.targets and not any(answers):
-            return None
-        return {"messages": tuple(messages), "learn": learn if learn < len(answers) else 0}
+        if row.learn == len(answers):
+            row.learn = 0
+        return {"messages": tuple(messages)} if any(answers) or not self.targets else None
 
 
 def _string(value: Mapping[str, Any], key: str) -> str:
@@ -323,11 +330,3 @@ def _kind(value: Any) -> str:
         dict: "an object",
     }
     return names.get(type(value), type(value).__name__)
-
-
-def _supported() -> str:
-    return "one of " + ", ".join("{" + ", ".join(keys) + "}" for keys in SCHEMAS.values())
-
-
-def _name(source: Source) -> str:
-    return str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))

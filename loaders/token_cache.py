@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,7 +80,7 @@ class Writer:
         self.sums = dict.fromkeys(COLUMNS, 0)
 
     def __enter__(self) -> Writer:
-        with self._disk():
+        with _disk(self.folder.parent):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=self.folder.parent))
             self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in COLUMNS}
@@ -95,7 +95,7 @@ class Writer:
 
     def append(self, columns: Mapping[str, Any]) -> None:
         """Add values to each column."""
-        with self._disk():
+        with _disk(self.folder.parent):
             for name, values in columns.items():
                 data = np.ascontiguousarray(values, dtype=self.kinds[name]).data.cast("B")
                 self.sums[name] = zlib.crc32(data, self.sums[name])
@@ -103,7 +103,7 @@ class Writer:
 
     def commit(self, report: Mapping[str, Any]) -> TokenCache:
         """Publish the folder. Where another process was faster, its folder is the one returned."""
-        with self._disk():
+        with _disk(self.folder.parent):
             for file in self.files.values():
                 file.close()
             sizes = {name: (self.temporary / f"{name}.bin").stat().st_size for name in COLUMNS}
@@ -125,25 +125,15 @@ class Writer:
                 else:
                     return TokenCache(self.folder)
 
-    def _disk(self) -> _Disk:
-        return _Disk(self.folder.parent)
 
-
-class _Disk:
-    """Turns what the disk refuses into a DataError."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(value, OSError):
-            mend = "free some space, or set AFINA_CACHE to another folder"
-            raise DataError(f"{self.folder}: the token cache cannot be written ({value.strerror}): {mend}") from value
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a DataError."""
+    try:
+        yield
+    except OSError as problem:
+        mend = "free some space, or set AFINA_CACHE to another folder"
+        raise DataError(f"{folder}: the token cache cannot be written ({problem.strerror}): {mend}") from problem
 
 
 def _checksum(path: Path) -> int:
