@@ -108,8 +108,9 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these (n,) int64, in this order."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        for tensors in (self.keys, self.values):
+            for layer, x in enumerate(tensors):  # one at a time: the old and the new need not fit together
+                tensors[layer] = x[rows]
         self.lengths = self.lengths[rows]
         if self.ids is not None:
             self.ids = self.ids[rows]

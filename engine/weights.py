@@ -174,31 +174,40 @@ def _match(model: GPT, checkpoint: Checkpoint, folder: Path) -> dict[str, HFTens
     if not any(name.startswith(family.prefix) for name in found):
         # Saved from the bare body, without the head's class around it.
         table = {name.removeprefix(family.prefix): tensor for name, tensor in table.items()}
+    embedding = next(name for name, tensor in table.items() if tensor.ours == "embed.weight")
+    tied = model.config.tie_embeddings and family.head in found
+    if tied and embedding not in found:  # of two equal tensors, the file kept the other
+        table[family.head] = table.pop(embedding)
+        tied = False
     parameters = dict(model.named_parameters())
-    problems = []
+    problems: list[str] = []
+
+    def near(name: str, names: set[str]) -> str:
+        return nearest(name, names) if len(problems) < LISTED else ""  # slow, and nobody reads the rest
+
+    missing, extra = table.keys() - found, found - table.keys()
     for name, tensor in table.items():
-        if name not in found:
-            problems.append(f"{name} missing{nearest(name, found - set(table))}")
+        if name in missing:
+            problems.append(f"{name} missing{near(name, extra)}")
             continue
         rows = parameters[tensor.ours][tensor.start : tensor.stop]
         shape = tuple(rows.t().shape if tensor.transpose else rows.shape)
         if checkpoint.shape(name) != shape:
             problems.append(f"{name} has shape {checkpoint.shape(name)}, expected {shape}")
-    for name in sorted(found - set(table)):
-        if name == family.head and model.config.tie_embeddings:
-            embedding = next(theirs for theirs, tensor in table.items() if tensor.ours == "embed.weight")
-            if embedding in found and not _equal(checkpoint, name, embedding):
+    for name in sorted(extra):
+        if tied and name == family.head:
+            if not _equal(checkpoint, name, embedding):
                 problems.append(
                     f"{name} differs from {embedding}, but config.json ties them: set tie_word_embeddings to false, "
                     "or remove the copy"
                 )
         elif not any(re.search(pattern, name) for pattern in family.ignorable):
-            problems.append(f"{name} unexpected{nearest(name, set(table) - found)}")
+            problems.append(f"{name} unexpected{near(name, missing)}")
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise WeightsError(
-            f"{folder}: {len(problems)} tensors do not fit config.json (model_type {family.model_type}): "
-            f"{'; '.join(problems[:LISTED])}{more}: download the model again, or the config that belongs to it"
+            f"{folder}: the weights differ from config.json (model_type {family.model_type}) in {len(problems)} "
+            f"places: {'; '.join(problems[:LISTED])}{more}: download the model again, or the config that belongs to it"
         )
     return table
 
