@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import traceback
@@ -71,6 +72,9 @@ class Parser(argparse.ArgumentParser):
 def run(argv: list[str]) -> int:
     """Run ``afina`` with these arguments; returns the exit status."""
     debug = "--debug" in argv
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, never an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = _dispatch([a for a in argv if a != "--debug"])
         sys.stdout.flush()

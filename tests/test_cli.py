@@ -179,6 +179,22 @@ def test_json_is_the_last_line_and_valid(monkeypatch: pytest.MonkeyPatch, capsys
     assert json.loads(last, parse_constant=pytest.fail) == expected
 
 
+def test_text_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, stdin = io.BytesIO(), io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    said: list[str] = []
+
+    def say(args: Any) -> dict[str, Any]:
+        said.append(input())
+        print("Grüße")
+        return {}
+
+    monkeypatch.setitem(commands.VERBS, "say", ("says", lambda parser: None, say))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert run(["say"]) == 0
+    assert (said, out.getvalue()) == (["caf\\xe9"], b"Gr\\xfc\\xdfe\n")
+
+
 # ---------------------------------------------------------------- train: options, recipe, model source
 
 
