@@ -81,7 +81,7 @@ class TrainConfig(Settings):
     val_size: float = setting(0.1, "share of the rows held out as dev rows (at least one)", limit=INNER_FRACTION)
     eval_steps: int | None = setting(None, "steps between evaluations (default: ten in the run)", limit=POSITIVE)
     save_steps: int | None = setting(None, "steps between checkpoints (default: at each evaluation)", limit=POSITIVE)
-    logging_steps: int = setting(1, "steps between lines of metrics.jsonl", limit=POSITIVE)
+    logging_steps: int = setting(10, "steps between lines of progress where there is no bar", limit=POSITIVE)
     save_total_limit: int = setting(2, "checkpoints kept", limit=POSITIVE)
     early_stopping_patience: int | None = setting(
         None, "stop after this many evaluations without a better dev loss", limit=POSITIVE
