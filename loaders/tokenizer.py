@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -126,19 +126,20 @@ class Tokenizer:
     def _error(self, name: str, found: str) -> TokenizerError:
         return TokenizerError(f"{self.where}/{name}: {found}")
 
-    def _refuse(self, name: str, problem: BaseException) -> NoReturn:
-        # `tokenizers` raises bare Exception, and pyo3's PanicException, a BaseException, on files it did not foresee.
-        if isinstance(problem, KeyboardInterrupt | SystemExit):
-            raise problem
-        reason = " ".join(str(problem).split())[:200]
-        raise self._error(name, f"cannot be read as a tokenizer ({reason}): download it again") from problem
+    def _try(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Call into `tokenizers`; what it raises about the file ``name`` becomes a TokenizerError."""
+        try:
+            return function(*arguments, **keywords)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as problem:  # it raises bare Exception, and pyo3's PanicException, no Exception at all
+            reason = " ".join(str(problem).split())[:200]
+            raise self._error(name, f"cannot be used as a tokenizer ({reason}): download it again") from problem
 
     def _build(self, config: dict[str, Any]) -> tokenizers.Tokenizer:
         if "tokenizer.json" in self._files:
-            try:
-                return tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
-            except BaseException as problem:
-                self._refuse("tokenizer.json", problem)
+            data = self._files["tokenizer.json"]
+            return self._try("tokenizer.json", tokenizers.Tokenizer.from_buffer, data)
         if not {"vocab.json", "merges.txt"} <= self._files.keys():
             found = ", ".join(self._files) or "no tokenizer file"
             raise TokenizerError(
@@ -158,10 +159,8 @@ class Tokenizer:
                 if not left or not right or " " in right:
                     raise self._error("merges.txt", f"line {number}: found {line[:80]!r}, expected two tokens")
                 merges.append((left, right))
-        try:
-            backend = tokenizers.Tokenizer(models.BPE(vocab=self._json("vocab.json"), merges=merges))
-        except BaseException as problem:
-            self._refuse("vocab.json with merges.txt", problem)
+        model = self._try("vocab.json with merges.txt", models.BPE, vocab=self._json("vocab.json"), merges=merges)
+        backend = tokenizers.Tokenizer(model)
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
         backend.decoder = decoders.ByteLevel()
         return backend
@@ -174,8 +173,8 @@ class Tokenizer:
         if not isinstance(listed, dict):
             raise self._error("tokenizer_config.json", "added_tokens_decoder is not an object")
         for key in sorted(listed, key=lambda text: int(text) if text.isdecimal() else -1):
-            content = _content(listed[key])
-            if content is None or not key.isdecimal():
+            content = _content(listed[key]) if isinstance(listed[key], dict) else None
+            if content is None or not key.isdecimal() or len(key) > 9:
                 raise self._error(
                     "tokenizer_config.json", f"added_tokens_decoder[{key!r}]: expected an id with a token"
                 )
@@ -196,7 +195,8 @@ class Tokenizer:
                     raise self._error("added_tokens.json", f"{content!r} cannot have the id {value}")
             names.setdefault("eos_token", "<|endoftext|>")
             names.setdefault("bos_token", names["eos_token"])
-        listing = [item for key in _LISTED for item in names.get(key) or []]
+        lists = [list(value.values()) if isinstance(value, dict) else value for value in map(names.get, _LISTED)]
+        listing = [item for value in lists if isinstance(value, list) for item in value]
         special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         for item in [*(names.get(key) for key in _NAMED), *listing]:
             content = _content(item)
@@ -222,12 +222,11 @@ class Tokenizer:
 
     def _surroundings(self, config: dict[str, Any]) -> tuple[list[int], list[int]]:
         """The ids that come before and after every text when special tokens are asked for."""
-        if "add_bos_token" in config or "add_eos_token" in config:
+        if "tokenizer.json" not in self._files:  # beside it, transformers leaves these two settings unread
             before = [self.bos_id] if config.get("add_bos_token") and self.bos_id is not None else []
             end = self.token_id(self.eos_token)
             return before, [end] if config.get("add_eos_token") and end is not None else []
-        bare = self._backend.encode("a", add_special_tokens=False).ids
-        full = self._backend.encode("a", add_special_tokens=True).ids
+        bare, full = (self._try("tokenizer.json", self._backend.encode, "a", None, False, x).ids for x in (False, True))
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         return full[:at], full[at + len(bare) :]
 
@@ -276,9 +275,10 @@ class Tokenizer:
         """Return the backend's encodings without added tokens; ``offsets``: with each token's place in its text."""
         encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
         try:
-            return encode(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as problem:
+            "".join(texts).encode()  # native code would say less about what it cannot take
+        except UnicodeEncodeError as problem:
             raise DataError("a text holds half a character (a lone surrogate): mend it in the data") from problem
+        return self._try("tokenizer.json", encode, texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ``ids``, without the control tokens if ``skip_special``."""
