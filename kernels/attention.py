@@ -4,7 +4,7 @@ A query at position i of its document sees the keys j <= i (causal) with j > i -
     s_ij = scale * q_i . k_j       s <- softcap * tanh(s / softcap)       o_i = sum_j softmax(s_i)_j v_j
 With p = softmax(s), delta_i = do_i . o_i, ds = p * (do v^T - delta) (* 1 - (s / softcap)^2):
     dv = p^T do       dq = scale * ds k       dk = scale * ds^T q
-FLOPs: 4 Hq D a visible pair forward, 10 backward with s computed again. Saved: q, k, v, o (FlashAttention,
+FLOPs: 4 Hq D a visible pair forward, 10 backward with s computed again. Saved: q, k, v (as FlashAttention,
 https://arxiv.org/abs/2205.14135); scores exist for one block of queries at a time, so memory is linear in length.
 
 Packed documents of like length are padded on the right to a rectangle (which a causal query never sees) and go
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from afina.kernels.backend import check_floating, check_like, choose, document_offsets
 
-# Scores of one block of queries (all heads of a rectangle): small enough to stay in cache.
+# Queries of one block, and the scores (of all heads, of several documents) that exist at a time: they stay in cache.
+BLOCK_ROWS = 64
 BLOCK_SCORES = 1 << 19
 
 
@@ -34,32 +35,35 @@ class _Options(NamedTuple):
 
 
 class _Bucket(NamedTuple):
-    """Documents laid out as a rectangle (documents, length)."""
+    """Documents laid out as a rectangle (documents, length); where they lie so already, it is a view of the tokens."""
 
     documents: int
     length: int
-    start: int  # of the first document where `gather` is None: the rectangle is a view of the tokens
-    gather: Tensor | None  # (documents * length,) token of each place; a document's last token fills its padding
-    tokens: Tensor | None  # tokens of the bucket
-    places: Tensor | None  # and their places in the rectangle
+    start: int  # the first token of a view
+    gather: Tensor | None  # (documents * length,) token of each place; padding repeats its document's last token
+    padding: Tensor | None  # the places that are padding
+    places: Tensor | None  # and those that are not, if there is padding
+    tokens: Tensor | None  # the tokens of `places`
 
-    def take(self, x: Tensor) -> Tensor:
-        """(tokens, H, D) -> (documents, length, H, D)."""
+    def take(self, x: Tensor, zero: bool = False) -> Tensor:
+        """(tokens, H, D) -> (documents, length, H, D), its padding 0 on request."""
         if self.gather is None:
             rows = x[self.start : self.start + self.documents * self.length]
         else:
             rows = x.index_select(0, self.gather)
+            if zero and self.padding is not None:
+                rows.index_fill_(0, self.padding, 0.0)
         return rows.unflatten(0, (self.documents, self.length))
 
-    def put(self, rectangle: Tensor, out: Tensor) -> None:
+    def put(self, rectangle: Tensor, x: Tensor) -> None:
         """The reverse, without the padding."""
         rows = rectangle.flatten(0, 1)
-        if self.tokens is None:
-            out[self.start : self.start + rows.shape[0]] = rows
-        elif self.places is None:
-            out.index_copy_(0, self.tokens, rows)
+        if self.gather is None:
+            x[self.start : self.start + rows.shape[0]] = rows
+        elif self.tokens is None or self.places is None:
+            x.index_copy_(0, self.gather, rows)
         else:
-            out.index_copy_(0, self.tokens, rows.index_select(0, self.places))
+            x.index_copy_(0, self.tokens, rows.index_select(0, self.places))
 
 
 @lru_cache(maxsize=32)
@@ -74,17 +78,19 @@ def _plan(offsets: tuple[int, ...], exact: bool, device: torch.device) -> tuple[
         group, documents = sorted(documents[:count], key=lambda pair: pair[1]), documents[count:]
         starts = torch.tensor([start for _, start in group])
         sizes = torch.tensor([size for size, _ in group])
-        full = int(sizes.min()) == length
-        if full and bool((starts.diff() == length).all()):
-            buckets.append(_Bucket(count, length, group[0][1], None, None, None))
-            continue
         place = torch.arange(length).expand(count, length)
         gather = (starts.unsqueeze(1) + place.minimum(sizes.unsqueeze(1) - 1)).flatten().to(device)
-        if full:
-            buckets.append(_Bucket(count, length, 0, gather, gather, None))
+        if group[-1][0] == group[0][0] == length and group[-1][1] - group[0][1] == (count - 1) * length:
+            buckets.append(_Bucket(count, length, group[0][1], None, None, None, None))
             continue
-        places = (place < sizes.unsqueeze(1)).flatten().nonzero().squeeze(1).to(device)
-        buckets.append(_Bucket(count, length, 0, gather, gather[places], places))
+        padding = (place >= sizes.unsqueeze(1)).flatten()
+        if not padding.any():
+            buckets.append(_Bucket(count, length, 0, gather, None, None, None))
+            continue
+        places = (~padding).nonzero().squeeze(1).to(device)
+        buckets.append(
+            _Bucket(count, length, 0, gather, padding.nonzero().squeeze(1).to(device), places, gather[places])
+        )
     return tuple(buckets)
 
 
@@ -104,8 +110,7 @@ def attention_reference(
         options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
         offsets = cu_seqlens.tolist()
         pieces = [
-            attention_reference(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0]
-            for a, b in pairwise(offsets)
+            attention_reference(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0] for a, b in pairwise(offsets)
         ]
         return torch.cat(pieces) if pieces else torch.zeros_like(q)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -115,98 +120,151 @@ def attention_reference(
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~_visible(0, length, 0, keys, keys - length, causal, window, q.device)
+    hidden = ~_visible(length, keys, keys - length, causal, window, q.device)
     p = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1).masked_fill(hidden, 0.0)
     return torch.einsum("bhij,bjhd->bihd", p, v.to(wide).repeat_interleave(group, 2)).to(q.dtype)
 
 
-def _visible(
-    i0: int, i1: int, j0: int, j1: int, shift: int, causal: bool, window: int | None, device: torch.device
-) -> Tensor:
-    """Which of the keys j0..j1 each of the queries i0..i1 sees; query i stands at position i + shift."""
-    i = torch.arange(i0 + shift, i1 + shift, device=device).unsqueeze(1)
-    j = torch.arange(j0, j1, device=device)
-    seen = (j <= i) if causal else torch.ones(i1 - i0, j1 - j0, dtype=torch.bool, device=device)
+def _visible(rows: int, columns: int, shift: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (columns) each query (rows) sees; query i stands at position i + shift."""
+    i = torch.arange(shift, rows + shift, device=device).unsqueeze(1)
+    j = torch.arange(columns, device=device)
+    seen = (j <= i) if causal else torch.ones(rows, columns, dtype=torch.bool, device=device)
     return seen if window is None else seen & (j > i - window)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
-    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D) and what the flash kernel's backward needs."""
+    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D), and the log-sum-exp of its rows if it is kept."""
+    group = q.shape[2] // k.shape[2]
     if _flash(q, k, options):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, options.causal, scale=options.scale
+            q.transpose(1, 2), _repeat(k, group), _repeat(v, group), 0.0, options.causal, scale=options.scale
         )
         return out.transpose(1, 2), lse
+    wide, heads = _wide(q.dtype), k.shape[2]
+    tiles, blocks, size = _tiles(q, k, options)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    for rows, columns, p, _ in _blocks(q, k, options):
-        out[:, rows] = _ungroup(torch.bmm(p, _heads(v[:, columns], p.dtype)), out[:, rows])
+    scores = q.new_empty(size, dtype=wide)
+    for documents in tiles:
+        keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
+        for rows, columns in blocks:
+            queries = _group(q[documents, rows], heads, wide)
+            p, _ = _probabilities(queries, keys[:, columns], scores, rows, columns, q, k, options)
+            _put(out[documents, rows], torch.bmm(p, values[:, columns]), heads)
     return out, None
 
 
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as in `_forward` -> dq, dk, dv."""
+    group = q.shape[2] // k.shape[2]
     if lse is not None:
-        group = q.shape[2] // k.shape[2]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(group, 1),
-            v.transpose(1, 2).repeat_interleave(group, 1), out.transpose(1, 2), lse, 0.0, options.causal,
-            scale=options.scale,
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do.transpose(1, 2), q.transpose(1, 2), _repeat(k, group), _repeat(v, group), out.transpose(1, 2), lse, 0.0,
+            options.causal, scale=options.scale,
         )  # fmt: skip
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        if group > 1:
-            dk, dv = (grad.unflatten(2, (k.shape[2], group)).sum(3) for grad in (dk, dv))
-        return dq, dk, dv
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return dq.transpose(1, 2), _fold(dk, group), _fold(dv, group)
+    wide, heads = _wide(q.dtype), k.shape[2]
+    tiles, blocks, size = _tiles(q, k, options)
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=wide, device=q.device)
-    dv = torch.zeros(v.shape, dtype=wide, device=q.device)
-    for rows, columns, p, slope in _blocks(q, k, options):
-        g, o, qs = (_group(x[:, rows], k.shape[2], wide) for x in (do, out, q))
-        ks, vs = _heads(k[:, columns], wide), _heads(v[:, columns], wide)
-        ds = torch.bmm(g, vs.transpose(1, 2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p)
-        if slope is not None:
-            ds.mul_(slope)
-        dv[:, columns] += _unheads(torch.bmm(p.transpose(1, 2), g), v.shape[0])
-        dk[:, columns] += _unheads(torch.bmm(ds.transpose(1, 2), qs), k.shape[0]).mul_(options.scale)
-        dq[:, rows] = _ungroup(torch.bmm(ds, ks).mul_(options.scale), dq[:, rows])
+    dk, dv = torch.zeros(k.shape, dtype=wide, device=k.device), torch.zeros(k.shape, dtype=wide, device=k.device)
+    scores, gradients = q.new_empty(2, size, dtype=wide)
+    for documents in tiles:
+        keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
+        for rows, columns in blocks:
+            queries, g = (_group(x[documents, rows], heads, wide) for x in (q, do))
+            p, slope = _probabilities(queries, keys[:, columns], scores, rows, columns, q, k, options)
+            ds = gradients[: p.numel()].view_as(p)
+            torch.bmm(g, values[:, columns].transpose(1, 2), out=ds)
+            # p * (ds - rowsum(p * ds)), and rowsum(p * ds) = rowsum(do * o) = delta.
+            torch.ops.aten._softmax_backward_data.out(ds, p, -1, wide, grad_input=ds)
+            if slope is not None:
+                ds.mul_(slope)
+            ds.mul_(options.scale)
+            _put(dq[documents, rows], torch.bmm(ds, keys[:, columns]), heads)
+            dk[documents, columns] += _unheads(torch.bmm(ds.transpose(1, 2), queries), heads)
+            dv[documents, columns] += _unheads(torch.bmm(p.transpose(1, 2), g), heads)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _flash(q: Tensor, k: Tensor, options: _Options) -> bool:
-    """torch's CPU flash kernel has neither softcap nor window, and aligns causal queries to the keys' start."""
+    """torch's CPU flash kernel has no window and no softcap, and aligns causal queries to the start of the keys."""
     return (
-        options.softcap is None
+        q.device.type == "cpu"
+        and options.softcap is None
         and options.window is None
-        and q.device.type == "cpu"
-        and q.shape[1] > 0
         and (not options.causal or q.shape[1] == k.shape[1])
-        and k.shape[1] > 0
+        and min(q.numel(), k.numel()) > 0
     )
 
 
-def _blocks(q: Tensor, k: Tensor, options: _Options) -> Any:
-    """For each block of queries: its rows, the columns they see, the probabilities (n * Hkv, G * rows, columns) and,
-    with a softcap, its derivative 1 - (s / softcap)^2."""
-    (n, length, _, _), (keys, heads) = q.shape, k.shape[1:3]
+def _repeat(x: Tensor, group: int) -> Tensor:
+    """(n, S, Hkv, D) -> (n, Hq, S, D), a head for each query head; its reverse for gradients is `_fold`."""
+    return (x if group == 1 else x.repeat_interleave(group, 2)).transpose(1, 2)
+
+
+def _fold(x: Tensor, group: int) -> Tensor:
+    return (x if group == 1 else x.unflatten(1, (-1, group)).sum(2)).transpose(1, 2)
+
+
+def _tiles(q: Tensor, k: Tensor, options: _Options) -> tuple[list[slice], list[tuple[slice, slice]], int]:
+    """Groups of documents; blocks of queries, each with the columns of the keys that it sees; scores of the largest."""
+    (n, length, heads, _), keys = q.shape, k.shape[1]
     shift = keys - length
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    size = max(16, BLOCK_SCORES // max(1, n * q.shape[2] * min(keys, (options.window or keys) + 64)))
-    # Causal queries before the first key (T > S) see nothing; their output stays 0.
-    for i0 in range(max(0, -shift) if options.causal else 0, length if keys else 0, size):
-        i1 = min(length, i0 + size)
+    rows = BLOCK_ROWS if length > 2 * BLOCK_ROWS else max(1, length)
+    blocks = []
+    # Causal queries before the first key (S < T) see nothing.
+    for i0 in range(max(0, -shift) if options.causal else 0, length if keys else 0, rows):
+        i1 = min(length, i0 + rows)
         j0 = 0 if options.window is None else max(0, i0 + shift - options.window + 1)
-        j1 = i1 + shift if options.causal else keys
-        qs = _group(q[:, i0:i1], heads, wide)
-        s = torch.bmm(qs, _heads(k[:, j0:j1], wide).transpose(1, 2)).mul_(options.scale)
-        slope = None
-        if options.softcap is not None:
-            s.div_(options.softcap).tanh_()
-            slope = 1 - s * s
-            s.mul_(options.softcap)
-        hidden = ~_visible(i0, i1, j0, j1, shift, options.causal, options.window, q.device)
-        s.view(n * heads, -1, i1 - i0, j1 - j0).masked_fill_(hidden, -torch.inf)
-        yield slice(i0, i1), slice(j0, j1), torch.softmax(s, dim=-1), slope
+        blocks.append((slice(i0, i1), slice(j0, i1 + shift if options.causal else keys)))
+    widest = heads * rows * max((columns.stop - columns.start for _, columns in blocks), default=1)
+    step = min(n, max(1, BLOCK_SCORES // widest))
+    return [slice(first, min(n, first + step)) for first in range(0, n, max(1, step))], blocks, step * widest
+
+
+def _probabilities(
+    queries: Tensor,
+    keys: Tensor,
+    scores: Tensor,
+    rows: slice,
+    columns: slice,
+    q: Tensor,
+    k: Tensor,
+    options: _Options,
+) -> tuple[Tensor, Tensor | None]:
+    """queries (n * Hkv, G * rows, D), keys (n * Hkv, columns, D) -> softmax of their scores (n * Hkv, G * rows,
+    columns), inside the buffer `scores`, and with a softcap its derivative 1 - (s / softcap)^2."""
+    shape = (queries.shape[0], queries.shape[1], keys.shape[1])
+    s = scores[: shape[0] * shape[1] * shape[2]].view(shape)
+    torch.baddbmm(s, queries, keys.transpose(1, 2), beta=0, alpha=options.scale, out=s)
+    slope = None
+    if options.softcap is not None:
+        s.div_(options.softcap).tanh_()
+        slope = 1 - s * s
+        s.mul_(options.softcap)
+    if options.causal:
+        size, shift = rows.stop - rows.start, k.shape[1] - q.shape[1]
+        # Without a window only the square at the diagonal hides anything.
+        first = columns.start if options.window is not None else rows.start + shift
+        by_head = s.unflatten(1, (-1, size))
+        by_head[..., first - columns.start :] += _mask(
+            size, columns.stop - first, rows.start + shift - first, options.window, s.dtype, s.device
+        )
+    # In place: the softmax kernels read a row's maximum and sum before they write it (a test watches this).
+    return torch.softmax(s, dim=-1, out=s), slope
+
+
+@lru_cache(maxsize=64)
+def _mask(rows: int, columns: int, shift: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where query i at position i + shift sees key j, -inf elsewhere."""
+    seen = _visible(rows, columns, shift, True, window, device)
+    return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,39 +272,44 @@ def _heads(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
-def _unheads(x: Tensor, n: int) -> Tensor:
-    return x.unflatten(0, (n, -1)).transpose(1, 2)
+def _unheads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+def _by_key_head(x: Tensor, heads: int) -> Tensor:
+    """(n, T, Hq, D) -> a view (n, Hkv, G, T, D)."""
+    return x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _group(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """(n, T, Hq, D) -> (n * Hkv, G * T, D): the queries that share a key head as the rows of one matrix."""
-    n, dim = x.shape[0], x.shape[3]
-    return x.to(dtype).unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).reshape(n * heads, -1, dim)
+    """(n, T, Hq, D) -> (n * Hkv, G * T, D): the queries that share a key head are the rows of one matrix."""
+    return _by_key_head(x, heads).flatten(2, 3).flatten(0, 1).to(dtype)
 
 
-def _ungroup(x: Tensor, like: Tensor) -> Tensor:
-    n, length, total, dim = like.shape
-    return x.view(n, -1, total * n // x.shape[0], length, dim).permute(0, 3, 1, 2, 4).reshape(like.shape)
+def _put(out: Tensor, grouped: Tensor, heads: int) -> None:
+    """The reverse of `_group`, into `out` (n, T, Hq, D)."""
+    target = _by_key_head(out, heads)
+    target.copy_(grouped.view(target.shape))
 
 
 class _Attention(torch.autograd.Function):
-    """q (n, T, Hq, D), or with offsets (T, Hq, D)."""
+    """q (n, T, Hq, D), or (T, Hq, D) with the plan of a packed batch."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options, plan: tuple[_Bucket, ...] | None
     ) -> Tensor:
         ctx.options, ctx.plan = options, plan
+        saved: list[Tensor | None] = []
         if plan is None:
             out, lse = _forward(q, k, v, options)
-            ctx.save_for_backward(q, k, v, out, lse)
-            return out
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        saved = []
-        for bucket in plan:
-            rectangle, lse = _forward(bucket.take(q), bucket.take(k), bucket.take(v), options)
-            bucket.put(rectangle, out)
             saved.append(lse)
+        else:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            for bucket in plan:
+                rectangle, lse = _forward(bucket.take(q), bucket.take(k), bucket.take(v), options)
+                bucket.put(rectangle, out)
+                saved.append(lse)
         ctx.save_for_backward(q, k, v, out, *saved)
         return out
 
@@ -257,13 +320,10 @@ class _Attention(torch.autograd.Function):
             return (*_backward(do, q, k, v, out, saved[0], ctx.options), None, None)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         for bucket, lse in zip(ctx.plan, saved):
-            rectangles = [bucket.take(x) for x in (do, q, k, v, out)]
-            if bucket.places is not None:
-                # Padding is no output: no gradient comes from it.
-                real = rectangles[0].new_zeros(bucket.documents * bucket.length, 1, 1)
-                real[bucket.places] = 1
-                rectangles[0] = rectangles[0] * real.unflatten(0, (bucket.documents, bucket.length))
-            for grad, rectangle in zip(grads, _backward(*rectangles, lse, ctx.options)):
+            # Padding is no output: no gradient comes from it.
+            do_rows, q_rows, k_rows, v_rows, out_rows = (bucket.take(x, zero=x is do) for x in (do, q, k, v, out))
+            rectangles = _backward(do_rows, q_rows, k_rows, v_rows, out_rows, lse, ctx.options)
+            for rectangle, grad in zip(rectangles, grads):
                 bucket.put(rectangle, grad)
         return (*grads, None, None)
 
@@ -289,10 +349,17 @@ def attention(
     """
     choose(backend, q)
     _check(q, k, v, causal, window, softcap, cu_seqlens)
+    length = k.shape[1] if cu_seqlens is None else q.shape[0]
+    plan = None
+    if cu_seqlens is not None:
+        plan = _plan(document_offsets(cu_seqlens, length), not causal, q.device)
+        length = max((bucket.length for bucket in plan), default=0)
+    if window is not None and window >= length:
+        window = None
     options = _Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
-    if cu_seqlens is None:
-        return _Attention.apply(q, k, v, options, None)
-    plan = _plan(document_offsets(cu_seqlens, q.shape[0]), not causal, q.device)
+    if plan is not None and len(plan) == 1 and plan[0].gather is None:
+        out = _Attention.apply(*(plan[0].take(x) for x in (q, k, v)), options, None)
+        return out.flatten(0, 1)
     return _Attention.apply(q, k, v, options, plan)
 
 
