@@ -13,7 +13,7 @@ import tokenizers
 from chat_templates import CHATML, GEMMA, LLAMA2, MISTRAL, QWEN3, SPECIAL, TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from afina.errors import DataError, TokenizerError
 from afina.loaders import render
@@ -28,15 +28,26 @@ TEXTS = ["the quick brown fox answers user one two three", "hello world 12 34, y
 @pytest.fixture(scope="module")
 def make() -> Make:
     """A small byte-level tokenizer with the control tokens of all templates; keywords go into its config."""
-    base = train_bpe(TEXTS, 256 + len(SPECIAL) + 160, SPECIAL, "</s>").files()["tokenizer.json"]
+    plain = train_bpe(TEXTS, 256 + len(SPECIAL) + 160, SPECIAL, "</s>").files()["tokenizer.json"].decode()
+    with_bos = with_a_bos(tokenizers.Tokenizer.from_str(plain))
 
-    def build(template: str | None = None, **config: Any) -> Tokenizer:
-        config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False, **config}
+    def build(template: str | None = None, *, add_bos: bool = False, **config: Any) -> Tokenizer:
+        config = {"bos_token": "<s>", "eos_token": "</s>", **config}
         if template is not None:
             config["chat_template"] = template
-        return Tokenizer({"tokenizer.json": base, "tokenizer_config.json": json.dumps(config).encode()}, "folder")
+        data = with_bos if add_bos else plain
+        return Tokenizer(
+            {"tokenizer.json": data.encode(), "tokenizer_config.json": json.dumps(config).encode()}, "folder"
+        )
 
     return build
+
+
+def with_a_bos(backend: tokenizers.Tokenizer) -> str:
+    """The file of ``backend`` with a post-processor that puts <s> in front."""
+    bos = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [bos])
+    return backend.to_str()
 
 
 def talk(roles: str, *contents: str) -> Example:
@@ -165,18 +176,16 @@ def test_rows_that_cannot_be_rendered_are_named(make: Make) -> None:
 
 # Text, prompt and completion
 
-BOS = {"add_bos_token": True}
-
 
 def test_text_is_trained_whole(make: Make) -> None:
     assert render_example(make(), Example(text="abc")) == Rendered("abc</s>", ((0, 7),))
-    assert render_example(make(**BOS), Example(text="abc")) == Rendered("<s>abc</s>", ((3, 10),))
+    assert render_example(make(add_bos=True), Example(text="abc")) == Rendered("<s>abc</s>", ((3, 10),))
     assert render_example(make(), Example(text="abc</s>")).text == "abc</s>"
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("a:", " yes"), ("a: ", "yes"), ("a\n", "yes"), ("", "yes")])
 def test_prompt_and_completion(make: Make, prompt: str, completion: str) -> None:
-    for tokenizer in (make(), make(**BOS)):
+    for tokenizer in (make(), make(add_bos=True)):
         example = Example(prompt=prompt, completion=completion)
         row = render_example(tokenizer, example)
         given = render_prompt(tokenizer, example)
@@ -200,7 +209,7 @@ def test_a_token_over_the_boundary_belongs_to_the_prompt(make: Make) -> None:
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("name", [*TEMPLATES, None])
 def test_exactly_one_bos_everywhere(make: Make, name: str | None, add_bos: bool) -> None:
-    tokenizer = make(TEMPLATES[name] if name else None, add_bos_token=add_bos)
+    tokenizer = make(TEMPLATES[name] if name else None, add_bos=add_bos)
     writes = name in ("llama3", "llama2", "mistral", "gemma")
     one_per_turn = name == "llama2"
     for example in (TURNS, Example(text="x"), Example(prompt="x", completion="y")):
@@ -217,7 +226,7 @@ def test_exactly_one_bos_everywhere(make: Make, name: str | None, add_bos: bool)
 
 @pytest.mark.parametrize("name", ["llama3", "chatml", "gemma"])
 def test_train_on_prompt_trains_all_but_bos(make: Make, name: str) -> None:
-    for tokenizer in (make(TEMPLATES[name], **BOS), make(TEMPLATES[name])):
+    for tokenizer in (make(TEMPLATES[name], add_bos=True), make(TEMPLATES[name])):
         for example in (TURNS, Example(prompt="a ", completion="b"), Example(text="c")):
             row = render_example(tokenizer, example, train_on_prompt=True)
             (ids,), (mask,) = encode_rendered(tokenizer, [row])
@@ -294,8 +303,8 @@ def test_sentencepiece_style_tokenizers() -> None:
         )
         backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
         backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-        config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": LLAMA2}
-        files = {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+        config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA2}
+        files = {"tokenizer.json": with_a_bos(backend).encode(), "tokenizer_config.json": json.dumps(config).encode()}
         tokenizer = Tokenizer(files, "x")
         for example in (Example(prompt="a:", completion=" b"), Example(text="ab"), Example(text=" ab")):
             (ids,), (mask,) = encode_rendered(tokenizer, [render_example(tokenizer, example)])
@@ -312,7 +321,7 @@ def test_default_template(make: Make) -> None:
     row = render_example(make(), talk("suaua", "be kind", " hi ", "yo", "a", "b"))
     assert row.text == ("System:\nbe kind</s>\nUser:\nhi</s>\nAssistant:\nyo</s>\nUser:\na</s>\nAssistant:\nb</s>\n")
     assert trained(row) == ["yo</s>", "b</s>"]
-    assert render_prompt(make(**BOS), [{"role": "user", "content": "hi"}]) == "<s>User:\nhi</s>\nAssistant:\n"
+    assert render_prompt(make(add_bos=True), [{"role": "user", "content": "hi"}]) == "<s>User:\nhi</s>\nAssistant:\n"
 
 
 def test_examples_are_frozen() -> None:
