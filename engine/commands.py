@@ -219,7 +219,7 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
         for row, done in zip(rows, complete(model, tokenizer, prompts, sampling, batch_size=batch_size), strict=True):
             own = answer_of(row.example)
             line = {**row.raw, "completion": done.text} | ({} if own is None else {"reference": own})
-            file.write(to_json(line).encode() + b"\n")
+            file.write(to_json(line).encode(errors="backslashreplace") + b"\n")  # half characters as JSON escapes
             tokens += done.tokens
             bar.update()
     seconds = time.perf_counter() - started

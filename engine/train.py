@@ -94,7 +94,7 @@ def finetune(
     """
     if train_config is not None and settings:
         raise TypeError("finetune takes a TrainConfig or its fields as keywords, not both")
-    config = train_config or TrainConfig(**settings)
+    config = train_config or TrainConfig.resolve(overrides=settings)
     prepare_process(threads=config.threads, seed=config.seed)
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:

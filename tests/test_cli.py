@@ -17,6 +17,7 @@ from tiny_model import saved
 
 from afina.engine import commands
 from afina.engine.cli import run
+from afina.errors import ConfigError
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -325,6 +326,16 @@ def test_train_then_use_the_run(model: str, rows: str, tmp_path: Path, capsys: p
     assert run(["generate", str(out), "--prompt", "one two", "--max-new-tokens", "3"]) == 0
     assert run(["eval", str(out), "--data", rows]) == 0
     assert run(["export", str(out), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
+
+
+def test_python_takes_the_same_names_and_checks(model: str, rows: str, tmp_path: Path) -> None:
+    from afina import finetune
+
+    given = {"base_model": model, "data": rows, "output_dir": tmp_path / "run"}
+    for wrong, words in (({"lr": "fast"}, "lr is 'fast'"), ({"epoch": 1}, "did you mean 'epochs'")):
+        with pytest.raises(ConfigError, match=words):
+            finetune(**given | wrong)
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_from_a_random_start(model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
