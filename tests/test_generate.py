@@ -268,6 +268,9 @@ def test_the_context_is_respected(model: GPT, tokenizer: Tokenizer) -> None:
         generate_batch(model, tokenizer, ["fine", long])
     with pytest.raises(DataError, match="is empty"):
         generate(model, tokenizer, "")
+    assert len(encode_prompt(model, tokenizer, "<|user|>" * (limit - 1))) == limit - 1
+    with pytest.raises(DataError, match=f"has {limit} tokens"):
+        encode_prompt(model, tokenizer, "<|user|>" * limit)
     near = [7] * (limit - 3)
     batch = Decoding(model, tokenizer, [near, [7, 8]], Sampling(max_new_tokens=10))
     batch.ends = set()
