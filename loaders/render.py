@@ -55,7 +55,8 @@ def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: b
 
     text: everything, the end-of-text token included. prompt and completion: the completion and the end-of-text token.
     messages: each assistant turn from where its generation prompt ends (so, what the model will have to write) up to
-    and with its end-of-turn tokens. ``train_on_prompt``: everything but BOS. Raises DataError naming the row.
+    and with its end-of-turn tokens. ``train_on_prompt``: everything but BOS. A control token spelt in a message is data
+    (see `Tokenizer.render`); in a text, prompt or completion it is taken as meant. Raises DataError naming the row.
     """
     if example.messages is not None:
         try:
@@ -185,7 +186,7 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
     traced, fixed = tokenizer.template.trace(roles)
     traced = tokenizer.with_bos(traced, glue="")
     plain = traced.replace("\ue003", "\ue002")
-    slots = sorted(SLOT.finditer(traced), key=lambda slot: slot.start())
+    slots = list(SLOT.finditer(traced))
     order = [int(slot[1]) for slot in slots]
     for number, role in enumerate(roles):
         if order.count(number) != 1:
@@ -217,16 +218,17 @@ def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, S
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        end, rest = _end_of_content(tokenizer, messages, number, text)
+        end, _ = _place(tokenizer, messages, number, text)
         try:
             prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
         except DataError:  # a template may refuse a conversation that opens with the assistant
             prompt = ""
         start = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= end else -1
         if start < (spans[-1][1] if spans else 0):
-            start = _start_of_content(tokenizer, messages, number, text)
+            start, _ = _place(tokenizer, messages, number, text, end=False)
         # The turn's own ending is what the template writes after it both here and when nothing follows.
-        _, alone = _end_of_content(tokenizer, messages[: number + 1], number, None)
+        _, alone = _place(tokenizer, messages[: number + 1], number, None)
+        rest = text[end:]
         tail = _common(alone, rest)
         tokens = list(tokenizer.special_pattern.finditer(tail))
         after = tokenizer.special_pattern.match(rest, len(rest) - len(rest.lstrip()))
@@ -242,26 +244,17 @@ def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, S
     return text, tuple(spans)
 
 
-def _end_of_content(tokenizer: Tokenizer, messages: Messages, number: int, text: str | None) -> tuple[int, str]:
-    """Where the content of a message ends in ``text``, and what follows it."""
+def _place(
+    tokenizer: Tokenizer, messages: Messages, number: int, text: str | None, *, end: bool = True
+) -> tuple[int, str]:
+    """Where the content of a message ends (or starts) in ``text``, and what is written after it."""
     content: str = messages[number]["content"]
-    for variant in (content, content.rstrip()):
+    for variant in (content, content.rstrip() if end else content.lstrip()):
         marked = list(messages)
-        marked[number] = {**messages[number], "content": variant + _MARK}
+        marked[number] = {**messages[number], "content": variant + _MARK if end else _MARK + variant}
         before, mark, after = tokenizer.render(marked).partition(_MARK)
         if mark and (text is None or text.startswith(before)):
-            return len(before), after if text is None else text[len(before) :]
-    raise DataError(f"message {number + 1}: the chat template does not write this assistant turn, or changes it")
-
-
-def _start_of_content(tokenizer: Tokenizer, messages: Messages, number: int, text: str) -> int:
-    content = messages[number]["content"]
-    for variant in (content, content.lstrip()):
-        marked = list(messages)
-        marked[number] = {**messages[number], "content": _MARK + variant}
-        before, mark, _ = tokenizer.render(marked).partition(_MARK)
-        if mark and text.startswith(before):
-            return len(before)
+            return len(before), after
     raise DataError(f"message {number + 1}: the chat template does not write this assistant turn, or changes it")
 
 
