@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hf_models import BY_NAME, parametrize, saved, transformers
 
 from afina.engine.config import ModelConfig
+from afina.engine.positions import inverse_frequencies
 from afina.engine.weights import check_memory, choose_device, choose_dtype, new_model
 from afina.errors import ConfigError
 
@@ -160,6 +162,19 @@ def test_published_values() -> None:
     assert round(yarn.ropes[0].attention_factor, 4) == 1.1386
     for name, count in (("gpt2", 124_439_808), ("SmolLM2-135M", 134_515_008), ("Llama-3.2-1B", 1_235_814_400)):
         assert ModelConfig.from_hf(PUBLISHED[name]).num_parameters() == count
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen2.5-7B-yarn", "Phi-4-mini"])
+def test_published_frequencies(name: str) -> None:
+    """Inverse frequencies of real sizes to the bit, below and above the original maximum (for LongRoPE)."""
+    published = PUBLISHED[name]
+    config = type(transformers.AutoConfig.for_model(published["model_type"])).from_dict(dict(published))
+    rope = ModelConfig.from_hf(published).ropes[0]
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope.kind]
+    for long in (False, True):
+        expected, factor = compute(config, seq_len=rope.original_max_positions + long)
+        assert torch.equal(inverse_frequencies(rope, long=long), expected)
+        assert rope.attention_factor == factor
 
 
 @parametrize()
