@@ -65,7 +65,7 @@ def data_files(source: Source) -> list[Path]:
                 raise DataError(f"{path}: unknown file type {path.suffix or '(no extension)'}: {EXPECTED}")
             else:
                 files = [path]
-        except (OSError, ValueError) as problem:  # no permission, a name too long, a null character
+        except OSError as problem:  # no permission, a name too long
             raise unreadable(path, problem) from problem
     kinds = {file.suffix.lower().replace(".ndjson", ".jsonl") for file in files}
     if len(kinds) != 1:
@@ -138,7 +138,7 @@ class Reader:
         for number, text, problem in self._lines(file):
             if problem:
                 yield Record(number, {}, problem)
-            elif text.strip():
+            elif text := text.rstrip():
                 try:
                     record = _checked(number, _JSON.decode(text), text)
                 except (ValueError, RecursionError) as fault:
@@ -280,7 +280,7 @@ class Reader:
             self.done = file.tell()
             *pieces, buffer = cut_text(buffer + chunk)
             for piece in pieces:
-                if cleaned := clean_text(piece, end=False):
+                if (cleaned := clean_text(piece, end=False)).strip():
                     if held.line:
                         yield held
                     held = Record(line, {"text": cleaned}, more=True)

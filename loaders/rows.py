@@ -189,7 +189,7 @@ class _Shape:
             value = {key: item for key, item in value.items() if key not in self.renamed}
             value |= {ours: record.value[theirs] for ours, theirs in self.columns.items() if theirs in record.value}
         if not self.name or not self.required[self.name] <= value.keys():
-            self._choose(value, where)
+            self._choose(value, record.value, where)
         row = Row(path, record.line, record.value, more=record.more)
         fields = self.make(value, row)
         if fields is None:
@@ -203,9 +203,9 @@ class _Shape:
         row.size = len(content)
         return row
 
-    def _choose(self, value: Mapping[str, Any], where: str) -> None:
+    def _choose(self, value: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> None:
         name = next((name for name, keys in self.required.items() if keys <= value.keys()), "")
-        found = ", ".join(map(show, value)) or "none"
+        found = ", ".join(map(show, raw)) or "none"
         if self.name:
             if self.name == "text/label" and name == "text":
                 raise _Unfit("the label is missing")
@@ -213,12 +213,12 @@ class _Shape:
             raise _Unfit(f"has the keys {found}{kind}, but {self.first_row} is {self.name}: use one schema in a file")
         if not name:
             known = sorted(set().union(*SCHEMAS.values()))
-            absent = next((theirs for theirs in self.renamed if theirs not in value), None)
+            absent = next((theirs for theirs in self.columns.values() if theirs not in raw), None)
             if absent is not None:
-                hint = f", no column {absent!r}{nearest(absent, value)}"
+                hint = f", no column {absent!r}{nearest(absent, raw)}"
             else:
-                hint = next((f", {key!r}{close}" for key in value if (close := nearest(key, known))), "")
-            mend = f"rename them with columns, as in {{'prompt': {next(iter(value), 'question')!r}}}"
+                hint = next((f", {key!r}{close}" for key in raw if (close := nearest(key, known))), "")
+            mend = f"rename them with columns, as in {{'prompt': {next(iter(raw), 'question')!r}}}"
             raise _Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
         self.name, self.first_row = name, where
         self.make: Callable[[Mapping[str, Any], Row], dict[str, Any] | None] = {
@@ -229,7 +229,9 @@ class _Shape:
             "text/label": self._text_label,
             "text": self._text,
         }[name]
-        self.unused = set(value) - set(SCHEMAS[name]) - {"input" if name == "instruction/output" else "system"}
+        self.unused = (
+            set(raw) - self.renamed - set(SCHEMAS[name]) - {"input" if name == "instruction/output" else "system"}
+        )
 
     def _answer(self, value: Mapping[str, Any], key: str) -> str:
         if not self.targets and value.get(key) is None:

@@ -7,6 +7,7 @@ when complete, so that several processes may build the same one, and its manifes
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -90,7 +91,8 @@ class Writer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self.files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses the rest of a buffer once more
+                file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def append(self, columns: Mapping[str, Any]) -> None:
@@ -112,8 +114,8 @@ class Writer:
             while True:
                 try:
                     self.temporary.rename(self.folder)
-                except OSError:
-                    if not self.folder.exists():
+                except OSError as problem:
+                    if problem.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
                     if (cache := open_cache(self.folder)) is not None:
                         return cache
