@@ -87,7 +87,8 @@ class SafetensorsFile:
             raise self._bad(f"is truncated: {size:,} bytes where its header alone ends at {8 + length:,}")
         raw = file.read(length)
         # Counted, not parsed: a tensor has one "{" and fewer than ten ","; parsing more values takes too long.
-        if max(raw.count(b"{") - 2, raw.count(b",") // 10) > MAX_TENSORS:
+        objects = raw.count(b"{") - 1 - (b'"__metadata__"' in raw)
+        if max(objects, raw.count(b",") // 10) > MAX_TENSORS:
             raise self._bad(f"its header has the size of more than {MAX_TENSORS:,} tensors, the most allowed")
         header = parse_json(raw, f"{self.path}: header", error=WeightsError)
         metadata = header.pop("__metadata__", {})
@@ -403,7 +404,7 @@ def _first_not_finite(x: Tensor) -> int | None:
 def _inside(folder: Path, name: str, index: Path | None = None) -> Path:
     """Return the path of a weights file, which must be a file of the folder (or of its hub cache)."""
     place = f"{index}: " if index else ""
-    if name != Path(name).name or set(name) & set("\\\0") or not name.endswith(".safetensors"):
+    if name != Path(name).name or "\\" in name or not name.isprintable() or not name.endswith(".safetensors"):
         raise WeightsError(f"{place}{show(name)} is no plain .safetensors file name: shards lie beside their index")
     home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     allowed = {home}

@@ -431,11 +431,8 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 
 def test_huge_headers_are_refused_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / SINGLE
-
-    def header(count: int) -> dict[str, Any]:
-        return {"__metadata__": {"format": "pt"}, **{str(i): entry(0, 0) for i in range(count)}}
-
-    raw_file(path, header(MAX_TENSORS))
+    tensors = dict.fromkeys(map(str, range(MAX_TENSORS)), entry(0, 0))
+    raw_file(path, {"__metadata__": {"format": "pt"}, **tensors})
     assert len(Checkpoint(tmp_path).names()) == MAX_TENSORS
 
     monkeypatch.setattr(checkpoint, "parse_json", lambda *_, **__: pytest.fail("parsed"))
@@ -443,8 +440,10 @@ def test_huge_headers_are_refused_before_they_are_parsed(tmp_path: Path, monkeyp
     refused(lambda: Checkpoint(tmp_path), "header of 16,777,217 bytes", "16,777,216")
     raw_file(path, b"{}", length=2**64 - 1)
     refused(lambda: Checkpoint(tmp_path), "header of 18,446,744,073,709,551,615 bytes")
-    raw_file(path, header(MAX_TENSORS + 1))
-    refused(lambda: Checkpoint(tmp_path), "more than 100,000 tensors")
+    tensors["one more"] = entry(0, 0)
+    for content in (tensors, {"__metadata__": {}, **tensors}):
+        raw_file(path, content)
+        refused(lambda: Checkpoint(tmp_path), "more than 100,000 tensors")
     for part in (b'"a":1,', b"[],", b"{},"):
         raw_file(path, b"[" + part * (MAX_HEADER // len(part) - 1) + b"]")
         refused(lambda: Checkpoint(tmp_path), "more than 100,000 tensors")
@@ -492,6 +491,7 @@ INDEXES: dict[str, tuple[list[dict[str, Tensor]], Any, list[str]]] = {
     "backslashes": ([ONE], {"x": "..\\a.safetensors"}, [INDEX, "no plain"]),
     "NUL": ([ONE], {"x": "a\0.safetensors"}, [INDEX, "no plain"]),
     "empty": ([ONE], {"x": ""}, [INDEX, "no plain"]),
+    "two lines": ([ONE], {"x": "a\nb.safetensors"}, [INDEX, "no plain"]),
     "parent": ([ONE], {"x": ".."}, [INDEX, "no plain"]),
     "pickle": ([ONE], {"x": "pytorch_model.bin"}, [INDEX, "no plain"]),
     "no string": ([ONE], {"x": 3}, [INDEX, "gives no file name for 'x'"]),
