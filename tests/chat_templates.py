@@ -144,6 +144,8 @@ MACROS = """{% macro turn(role, content) %}
 {{- '<|im_start|>assistant\\n' -}}
 {% endif %}
 """
+# Opens the generated turn with a thought that its history does not show: no prefix of what is trained.
+REASONER = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
 TEMPLATES = {
     "chatml": CHATML,
     "qwen2.5": QWEN25,
@@ -158,6 +160,7 @@ TEMPLATES = {
     "plain": PLAIN,
     "last_open": LAST_OPEN,
     "macros": MACROS,
+    "reasoner": REASONER,
 }
 # The control tokens of all of them, for one tokenizer that serves every test.
 SPECIAL = [

@@ -188,6 +188,13 @@ def test_the_time_limit_stops_what_the_step_limit_would_let_run(monkeypatch: pyt
     assert time.monotonic() - start < 5
 
 
+def test_the_step_limit_stops_what_the_time_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1e9)
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 1000)
+    with pytest.raises(TokenizerError, match="stopped: more than 1,000 steps"):
+        ChatTemplate(TALK + "{% for a in range(999) %}{% for b in range(99) %}{% endfor %}{% endfor %}", "x", NAMES)
+
+
 def test_source_size_and_syntax() -> None:
     with pytest.raises(TokenizerError, match="has 262,145 characters, at most 262,144"):
         ChatTemplate("a" * (chat_template.MAX_SOURCE + 1), "folder", NAMES)

@@ -46,7 +46,9 @@ def make() -> Make:
 def with_a_bos(backend: tokenizers.Tokenizer) -> str:
     """The file of ``backend`` with a post-processor that puts <s> in front."""
     bos = ("<s>", backend.token_to_id("<s>"))
-    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [bos])
+    backend.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [bos])]
+    )
     return backend.to_str()
 
 
@@ -84,6 +86,7 @@ GOLDEN = {
     "plain": ["two\n\n", "two\n\n</s>"],
     "last_open": [" two</s>", " two</s>"],
     "macros": ["two<|im_end|>", "two<|im_end|>"],
+    "reasoner": ["two<|im_end|>", "two<|im_end|>"],
 }
 TURNS = talk("uaua", " one ", "two", "one", "two")
 
@@ -97,7 +100,7 @@ def test_trained_text_of_each_template(make: Make, name: str) -> None:
     assert row.text.startswith(tokenizer.render(TURNS.messages or ()))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "reasoner"])
 def test_the_prompt_of_generation_is_the_text_before_the_answer(make: Make, name: str) -> None:
     tokenizer = make(TEMPLATES[name])
     row = render_example(tokenizer, TURNS)
@@ -198,12 +201,16 @@ def test_prompt_and_completion(make: Make, prompt: str, completion: str) -> None
 
 
 def test_a_token_over_the_boundary_belongs_to_the_prompt(make: Make) -> None:
-    tokenizer = make()
-    assert len(tokenizer.encode(" brown")) == 1
-    row = Rendered("the brown fox", ((6, 13),))  # starts inside "brown"
-    assert trained_tokens(tokenizer, row) == " fox"
-    row = Rendered("the brown fox", ((3, 6),))  # ends inside it
-    assert trained_tokens(tokenizer, row) == " brown"
+    for tokenizer in (make(), make(add_bos=True)):  # the second one's post-processor trims spaces off offsets
+        assert len(tokenizer.encode(" brown", add_special=False)) == 1
+        for start in (4, 6):  # after the space of " brown", and inside it
+            assert trained_tokens(tokenizer, Rendered("the brown fox", ((start, 13),))) == " fox"
+        assert trained_tokens(tokenizer, Rendered("the brown fox", ((3, 6),))) == " brown"
+
+
+def test_a_conversation_may_open_with_the_assistant(make: Make) -> None:
+    row = render_example(make(CHATML), talk("aua", "welcome", "hi", "yo"))
+    assert trained(row) == ["welcome<|im_end|>", "yo<|im_end|>"]
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

@@ -158,6 +158,10 @@ def test_same_ids_for_metaspace_tokenizers(tmp_path: Path, scheme: str) -> None:
     config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = agree(tmp_path)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        stream = StreamDecoder(tokenizer)
+        assert "".join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids, skip_special=True)
     for text in TEXTS[1:]:  # a BOS in the text, so that there is one renderer, gives the ids of a BOS in front
         if not text.startswith(("<s>", " <s>")):
             assert tokenizer.encode(tokenizer.with_bos(text), add_special=False) == tokenizer.encode(text), text
@@ -245,8 +249,9 @@ def test_fingerprint(write: Write) -> None:
         load_tokenizer(write(chat_template=CHATML)).fingerprint(),
         load_tokenizer(write(eos_token="<s>")).fingerprint(),
         load_tokenizer(write(lambda tokenizer: tokenizer.add_tokens(["new"]))).fingerprint(),
+        load_tokenizer(write(additional_special_tokens=["h"])).fingerprint(),
     ]
-    assert len({first, *others}) == 4
+    assert len({first, *others}) == 5
 
 
 # Streams
@@ -361,7 +366,7 @@ def test_damaged_files_end_in_the_typed_error(write: Write) -> None:
     config = path.with_name("tokenizer_config.json")
     good = {path: path.read_bytes(), config: config.read_bytes()}
     rng = random.Random(0)
-    for _ in range(150):
+    for _ in range(60):
         for file, data in good.items():
             damaged = bytearray(data)
             for _ in range(rng.randrange(1, 4)):
