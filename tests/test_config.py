@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -131,13 +132,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# No published model uses these, but the keys are read.
+PUBLISHED["Qwen2.5-7B-sliding"] = PUBLISHED["Qwen2.5-7B-yarn"] | {"use_sliding_window": True, "max_window_layers": 21}
+PUBLISHED["Qwen3-0.6B-sliding"] = PUBLISHED["Qwen3-0.6B"] | {
+    "use_sliding_window": True, "max_window_layers": 21, "sliding_window": 64,
+}  # fmt: skip
+PUBLISHED["SmolLM3-3B-sliding"] = {
+    key: value
+    for key, value in (PUBLISHED["SmolLM3-3B"] | {"use_sliding_window": True, "sliding_window": 64}).items()
+    if key not in ("layer_types", "no_rope_layers")
+}
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_in_both_styles(name: str) -> None:
     """As published, and as transformers writes it today (rope_parameters, layer_types ...): the same model."""
     published = PUBLISHED[name]
     kind = type(transformers.AutoConfig.for_model(published["model_type"]))
-    rewritten = json.loads(json.dumps(kind.from_dict(dict(published)).to_dict()))
+    rewritten = json.loads(json.dumps(kind.from_dict(copy.deepcopy(published)).to_dict()))
     assert ModelConfig.from_hf(published) == ModelConfig.from_hf(rewritten)
     if published["model_type"] != "gpt2":
         assert "rope_scaling" not in rewritten
@@ -168,7 +180,7 @@ def test_published_values() -> None:
 def test_published_frequencies(name: str) -> None:
     """Inverse frequencies of real sizes to the bit, below and above the original maximum (for LongRoPE)."""
     published = PUBLISHED[name]
-    config = type(transformers.AutoConfig.for_model(published["model_type"])).from_dict(dict(published))
+    config = type(transformers.AutoConfig.for_model(published["model_type"])).from_dict(copy.deepcopy(published))
     rope = ModelConfig.from_hf(published).ropes[0]
     compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope.kind]
     for long in (False, True):
