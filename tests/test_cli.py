@@ -128,10 +128,9 @@ def test_the_real_command_end_to_end() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m afina train --help | head -1", shell=True, capture_output=True, text=True, cwd=REPO
-    )
-    assert (done.stderr, done.stdout.count("\n")) == ("", 1)
+    command = f"{sys.executable} -m afina train --help | true"  # true is gone before Python has started
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,12 @@ def test_draws_follow_the_distribution() -> None:
     assert shares[1] == 0
 
 
+def test_a_draw_of_zero_takes_no_token_that_is_ruled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.zeros((), dtype=torch.float64))
+    logits = torch.tensor([[-float("inf"), -float("inf"), 0.0, 1.0]])
+    assert next_tokens(logits, None, Sampling(temperature=1.0), [torch.Generator()]).tolist() == [2]
+
+
 def test_the_penalty_counts_prompt_and_new_tokens(model: GPT, tokenizer: Tokenizer) -> None:
     """Against the plain loop with transformers' processor, rows retiring on the way."""
     from transformers import RepetitionPenaltyLogitsProcessor

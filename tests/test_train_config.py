@@ -131,6 +131,8 @@ def test_values_take_the_settings_type(name: str, value: Any, expected: Any) -> 
         ("warmup_steps", -1, "0 or more"),
         ("min_lr_ratio", -0.1, "from 0 to 1"),
         ("weight_decay", -0.1, "0 or more"),
+        ("weight_decay", "inf", "expected a number"),
+        ("max_grad_norm", float("inf"), "expected a number"),
         ("adam_beta2", 1, "below 1"),
         ("adam_epsilon", 0, "above 0"),
         ("max_grad_norm", -1, "0 or more"),
