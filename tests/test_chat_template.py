@@ -135,7 +135,7 @@ RUNAWAY = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "recursive loop": "{% for x in [[1]] recursive %}{{ loop([[1], [1]]) }}{% endfor %}",
-    "long output": "{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+    "long output": "{% for a in range(2000) %}{{ 'a' * 1000 }}{% endfor %}",
     "times": "{{ ('a' * 10000000000) | length }}",
     "list times": "{{ ([0] * 10000000000) | length }}",
     "power": "{{ 9 ** 99999999 }}",
