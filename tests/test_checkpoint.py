@@ -674,7 +674,7 @@ def in_process(folder: Path, script: str) -> str:
     command = [sys.executable, "-c", MEMORY + textwrap.dedent(script), str(folder)]
     # What is freed goes back to the system at once; kept for reuse, it would hide what the next step takes.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
