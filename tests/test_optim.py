@@ -1,4 +1,4 @@
-"""engine/optim.py: decay on matrices only, equality with torch's AdamW, clipping, bf16 weights that still learn, state."""
+"""engine/optim.py: decay on matrices only, equality with torch, clipping, bf16 weights that still learn, state."""
 
 from __future__ import annotations
 
