@@ -359,7 +359,7 @@ def _checked(line: int, value: Any, text: str, start: int = 0, end: int | None =
     """The record of a JSON value that stands in ``text`` from ``start`` to ``end``."""
     if not isinstance(value, dict):
         return Record(line, {}, f"holds {show(value)} where an object {{...}} was expected")
-    if text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0:
+    if text.find("\\u", start, end) >= 0:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

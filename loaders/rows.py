@@ -195,10 +195,11 @@ class _Shape:
         if fields is None:
             return None
         row.example = Example(**fields, where=where)
-        parts = row.texts()  # cleaned: no control character is left in them
+        parts = list(fields.values())  # cleaned: no control character is left in them
         if row.example.messages is not None:
-            parts += [message["role"] for message in row.example.messages]
-        content = "\0".join((*parts, str(row.learn))).encode()
+            parts = [part for turn in row.example.messages for part in (turn["role"], turn["content"])]
+            parts.append(str(row.learn))
+        content = "\0".join(parts).encode()
         row.digest = blake2b(content, digest_size=16).digest()
         row.size = len(content)
         return row

@@ -27,7 +27,7 @@ from afina.loaders.token_cache import TokenCache, Writer, open_cache
 from afina.loaders.tokenizer import Tokenizer
 
 VERSION = 1  # of what the cache holds: raise it when the same rows would give other tokens
-BATCH_ROWS, BATCH_BYTES = 1024, 1 << 18  # what is tokenised at once
+BATCH_ROWS, BATCH_BYTES = 2048, 1 << 19  # what is tokenised at once
 ON_LONG = ("drop", "truncate", "error")
 FATES = {  # what can become of rows besides being used, and how the summary says it
     "bad_lines": "{:,} bad lines skipped",
