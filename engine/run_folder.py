@@ -327,8 +327,9 @@ def _refuse_differences(
     if not isinstance(before, dict) or not isinstance(known, dict) or not isinstance(record.get("resumed", []), list):
         raise RunError(f"{path / RUN} is damaged: 'config' and 'facts' must be objects; start again with --overwrite")
     free = FREE_ON_RESUME | {name.removesuffix("_sha256") for name in facts}
-    changes = [f"{k}: {_show(before, k)} -> {_show(config, k)}" for k in _differing(before, config) if k not in free]
-    changes += [f"{k}: {_show(known, k)} -> {_show(facts, k)}" for k in _differing(known, facts)]
+    pairs = [(k, before, config) for k in _differing(before, config) if k not in free]
+    pairs += [(k, known, facts) for k in _differing(known, facts)]
+    changes = [f"{k if k.isidentifier() else repr(k)}: {_show(a, k)} -> {_show(b, k)}" for k, a, b in pairs]
     if changes:
         raise RunError(
             f"{path} cannot be resumed, this changed since it began: {'; '.join(changes)}. Put it back, or start a "

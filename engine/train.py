@@ -25,7 +25,7 @@ from afina.engine.evaluate import evaluate_loss
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
-from afina.engine.runtime import peak_memory_gb, prepare_process
+from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
 from afina.engine.state import Checkpoint, publish_best, save_checkpoint
 from afina.engine.train_config import TrainConfig
@@ -115,8 +115,8 @@ def finetune(
         say(data.summary())
         model = _load(config, tokenizer)
         run = Run(config, model, tokenizer, data, folder, say)
-        run.begin()
-        with StopRequest() as stop:
+        with StopRequest() as stop, flushed_denormals():
+            run.begin()
             run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
         return run.finish()
 
