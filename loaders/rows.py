@@ -80,13 +80,6 @@ class Row:
     learn: int = 0
     more: bool = False
 
-    def texts(self) -> list[str]:
-        """Everything that is written in the row, for training a tokenizer, say."""
-        example = self.example
-        if example.messages is not None:
-            return [message["content"] for message in example.messages]
-        return [text for text in (example.text, example.prompt, example.completion) if text is not None]
-
     @property
     def where(self) -> str:
         return self.example.where
@@ -230,9 +223,8 @@ class _Shape:
             "text/label": self._text_label,
             "text": self._text,
         }[name]
-        self.unused = (
-            set(raw) - self.renamed - set(SCHEMAS[name]) - {"input" if name == "instruction/output" else "system"}
-        )
+        also = {"instruction/output": {"input"}, "conversations": {"system"}}.get(name, set())
+        self.unused = set(raw) - self.renamed - set(SCHEMAS[name]) - also
 
     def _answer(self, value: Mapping[str, Any], key: str) -> str:
         if not self.targets and value.get(key) is None:

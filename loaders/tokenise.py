@@ -147,7 +147,10 @@ class Tokenise:
             rows.append(row)
             size += row.size
             if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
-                yield self._rendered(rows)
+                items = self._rendered(rows)
+                # One text can be many times a batch: its pieces are handled in several.
+                step = max(1, len(items) * 2 * BATCH_BYTES // max(size, BATCH_BYTES))
+                yield from (items[start : start + step] for start in range(0, len(items), step))
                 rows, size = [], 0
         yield self._rendered(rows)
 
@@ -161,7 +164,12 @@ class Tokenise:
             if not new and first and not row.more:
                 self.read["duplicates"] += 1
             elif (text := row.example.text) is None:
-                items.append((row.rendered(self.tokenizer), row, False))
+                try:
+                    items.append((row.rendered(self.tokenizer), row, False))
+                except DataError:  # a chat template may refuse roles that do not alternate, say
+                    if not self.origin.reading["skip_bad_lines"]:
+                        raise
+                    self.read["bad_lines"] += 1
             else:
                 pieces = cut_text(text)
                 for number, piece in enumerate(pieces, 1):

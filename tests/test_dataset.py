@@ -276,6 +276,17 @@ def test_dev_rows_among_the_train_rows_are_refused(tmp_path: Path, prepared: Pre
         prepared(tmp_path / "a.txt", val_file=tmp_path / "b.txt")
 
 
+def test_rows_that_the_chat_template_refuses(tmp_path: Path, prepared: Prepared) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}, *turns[1:]]} for i in range(5)]
+    rows.insert(2, {"messages": [{"role": "tool", "content": "t"}, *turns]})  # this template knows no tools
+    path = write(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(DataError, match=r"a\.jsonl: line 3: .*the roles are system, user and assistant, not tool"):
+        prepared(path)
+    data = prepared(path, skip_bad_lines=True)
+    assert (data.report["rows"], data.report["bad_lines"], data.report["usable"]) == (6, 1, 5)
+
+
 def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path, prepared: Prepared) -> None:
     path = write(tmp_path / "a.jsonl", *pairs(30))
     one = prepared(path)
@@ -435,6 +446,12 @@ def test_batches_are_small_whatever_the_file(
     assert sum(sizes) == 980
     assert sizes[:9] == [100] * 9
     assert max(sizes[9:]) < 65
+
+    monkeypatch.setattr("afina.loaders.files.PIECE", 500)
+    sizes.clear()
+    data = prepared(write(tmp_path / "b.jsonl", {"text": "one text of many words " * 5000}), val_size=0.0)
+    assert data.train.lengths.sum() > 20_000
+    assert max(sizes) <= 20  # of 500 characters: twice what a batch holds
 
 
 def test_real_data(shared_data: Path, prepared: Prepared) -> None:

@@ -146,6 +146,18 @@ def test_skipped_lines_are_counted_and_the_rest_is_used(tmp_path: Path) -> None:
     assert (counts["rows"], counts["bad_lines"]) == (6, 4)
 
 
+def test_unused_keys_are_named(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for rows, unused in (
+        ({"messages": [ASK, ANSWER], "system": "s", "id": 1}, ["id", "system"]),
+        ({"conversations": turns, "system": "s", "source": "x"}, ["source"]),
+        ({"instruction": "q", "input": "", "output": "a", "history": []}, ["history"]),
+    ):
+        counts: Counter[str] = Counter()
+        list(read_rows(write(tmp_path / "a.jsonl", rows), counts=counts))
+        assert [key[7:] for key in counts if key.startswith("unused:")] == unused
+
+
 def test_digests_tell_examples_apart(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "completion": "bc"},
