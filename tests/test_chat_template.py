@@ -48,10 +48,11 @@ def test_functions_that_templates_use() -> None:
     source = (
         "{{ {'b': '<é>', 'a': 1} | tojson }}{{ [1] | tojson(indent=2) }}{{ strftime_now('%Y') }}"
         "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
-        "{% if tools is none and documents is none %}{{ undefined_name }}!{% endif %}"
+        "{% if tools is none and documents is none %}{{ undefined_name }}!{% endif %}\n"
+        "  {% if true %}\n?\n  {% endif %}\n"
     )
     text = ChatTemplate(source, "x", NAMES).render(talk("ua", "q", "r"))
-    assert text == '{"b": "<é>", "a": 1}[\n  1\n]' + time.strftime("%Y") + "qr!"
+    assert text == '{"b": "<é>", "a": 1}[\n  1\n]' + time.strftime("%Y") + "qr!?\n"
 
 
 # Tracing
