@@ -71,12 +71,14 @@ def adamw_(
                 raise ValueError(
                     f"{name}[{i}]: expected the parameter's shape {tuple(param.shape)}, found {tuple(others[i].shape)}"
                 )
+    # torch's fused update walks memory without regard to strides.
+    dense = [[x.contiguous() for x in xs] for xs in (params, exp_avgs, exp_avg_sqs)]
     steps = [torch.tensor(float(step), device=params[0].device)] * len(params)
     torch._fused_adamw_(
-        list(params),
-        [grad.to(param.dtype) for param, grad in zip(params, grads)],
-        list(exp_avgs),
-        list(exp_avg_sqs),
+        dense[0],
+        [grad.to(param.dtype).contiguous() for param, grad in zip(params, grads)],
+        dense[1],
+        dense[2],
         [],
         steps,
         lr=lr,
@@ -87,3 +89,7 @@ def adamw_(
         amsgrad=False,
         maximize=False,
     )
+    for xs, copies in zip((params, exp_avgs, exp_avg_sqs), dense):
+        for x, copy in zip(xs, copies):
+            if copy is not x:
+                x.copy_(copy)

@@ -138,7 +138,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor
     group = q.shape[2] // k.shape[2]
     if _flash(q, k, options):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.transpose(1, 2), _repeat(k, group), _repeat(v, group), 0.0, options.causal, scale=options.scale
+            _repeat(q, 1), _repeat(k, group), _repeat(v, group), 0.0, options.causal, scale=options.scale
         )
         return out.transpose(1, 2), lse
     wide, heads = _wide(q.dtype), k.shape[2]
@@ -161,7 +161,7 @@ def _backward(
     group = q.shape[2] // k.shape[2]
     if lse is not None:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do.transpose(1, 2), q.transpose(1, 2), _repeat(k, group), _repeat(v, group), out.transpose(1, 2), lse, 0.0,
+            _repeat(do, 1), _repeat(q, 1), _repeat(k, group), _repeat(v, group), _repeat(out, 1), lse, 0.0,
             options.causal, scale=options.scale,
         )  # fmt: skip
         return dq.transpose(1, 2), _fold(dk, group), _fold(dv, group)
@@ -200,7 +200,9 @@ def _flash(q: Tensor, k: Tensor, options: _Options) -> bool:
 
 
 def _repeat(x: Tensor, group: int) -> Tensor:
-    """(n, S, Hkv, D) -> (n, Hq, S, D), a head for each query head; its reverse for gradients is `_fold`."""
+    """(n, S, Hkv, D) -> (n, Hq, S, D), a head for each query head; its reverse for gradients is `_fold`.
+    torch's flash kernel takes the last dimension's stride to be 1, whatever it is."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return (x if group == 1 else x.repeat_interleave(group, 2)).transpose(1, 2)
 
 
