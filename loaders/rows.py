@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -191,7 +192,8 @@ class _Shape:
         parts = list(fields.values())  # cleaned: no control character is left in them
         if row.example.messages is not None:
             parts = [part for turn in row.example.messages for part in (turn["role"], turn["content"])]
-            parts.append(str(row.learn))
+            extras = [turn for turn in row.example.messages if len(turn) > 2]
+            parts.append(json.dumps([row.learn, extras], default=str))
         content = "\0".join(parts).encode()
         row.digest = blake2b(content, digest_size=16).digest()
         row.size = len(content)
