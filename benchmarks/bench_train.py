@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train.py dense               # 8 x 256 tokens of running text a step
     python benchmarks/bench_train.py short               # prompt/completion rows (text -> intent), 32 a step
-    python benchmarks/bench_train.py dense --model DIR --steps 20 --repeats 3
+    python benchmarks/bench_train.py dense --model random-50k --steps 10       # 18 M weights, GPT-2's vocabulary
 
 Ours is `afina.finetune` itself; theirs is Trainer on the rows that ours takes, padded to the longest row of each batch.
 Each engine runs in a process of its own, in turn (A B A B ...). Timed are the training steps after the first
@@ -28,6 +28,21 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"
+RANDOM_50K = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 50257,
+}
 CASES = {"dense": {"batch_size": 8, "max_length": 256}, "short": {"batch_size": 32, "max_length": 256}}
 
 
@@ -58,6 +73,16 @@ def settings(case: str, model: str, folder: Path, steps: int, threads: int) -> d
         "device": "cpu",
         "threads": threads,
     }
+
+
+def make_random_50k(folder: Path) -> str:
+    """A small Llama of random weights with a vocabulary of the usual size: the head weighs what it does elsewhere."""
+    import afina
+    from afina.engine.weights import new_model
+
+    tokenizer = afina.load_tokenizer(DATA / "tokenizers" / "gpt2")
+    afina.save_model(new_model(RANDOM_50K, vocab_size=tokenizer.vocab_size, seed=0), tokenizer, folder)
+    return str(folder)
 
 
 class Memory:
@@ -179,7 +204,7 @@ def train_peer(config: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--model", default="afina-tiny", help="folder, hub id or afina-tiny")
+    parser.add_argument("--model", default="afina-tiny", help="folder, hub id, afina-tiny or random-50k")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
@@ -193,10 +218,12 @@ def main() -> None:
     if not DATA.is_dir():
         sys.exit(f"no real data at {DATA}")
     runs: dict[str, list[dict[str, Any]]] = {"afina": [], "peer": []}
+    models = tempfile.TemporaryDirectory()
+    model = make_random_50k(Path(models.name)) if args.model == "random-50k" else args.model
     for _ in range(args.repeats):
         for name, results in runs.items():
             with tempfile.TemporaryDirectory() as folder:
-                config = settings(args.case, args.model, Path(folder), args.steps, args.threads)
+                config = settings(args.case, model, Path(folder), args.steps, args.threads)
                 command = [sys.executable, __file__, args.case, "--worker", name, "--settings", json.dumps(config)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             run = json.loads(done.stdout.splitlines()[-1])
