@@ -24,7 +24,7 @@ from afina.kernels.backend import check_floating, check_like, choose, document_o
 
 # Queries of one block, and the scores (of all heads, of several documents) that exist at a time: they stay in cache.
 BLOCK_ROWS = 64
-BLOCK_SCORES = 1 << 19
+BLOCK_SCORES = 1 << 20
 
 
 class _Options(NamedTuple):
@@ -133,47 +133,35 @@ def _visible(rows: int, columns: int, shift: int, causal: bool, window: int | No
     return seen if window is None else seen & (j > i - window)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
-    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D), and the log-sum-exp of its rows if it is kept."""
-    group = q.shape[2] // k.shape[2]
-    if _flash(q, k, options):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _repeat(q, 1), _repeat(k, group), _repeat(v, group), 0.0, options.causal, scale=options.scale
-        )
-        return out.transpose(1, 2), lse
+def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
+    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D)."""
     wide, heads = _wide(q.dtype), k.shape[2]
     tiles, blocks, size = _tiles(q, k, options)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = _empty(q, blocks)
     scores = q.new_empty(size, dtype=wide)
     for documents in tiles:
         keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
         for rows, columns in blocks:
-            queries = _group(q[documents, rows], heads, wide)
+            queries = _group(q[documents, rows], heads, wide) * options.scale
             p, _ = _probabilities(queries, keys[:, columns], scores, rows, columns, q, k, options)
             _put(out[documents, rows], torch.bmm(p, values[:, columns]), heads)
-    return out, None
+    return out
 
 
-def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, options: _Options
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `_forward` -> dq, dk, dv."""
-    group = q.shape[2] // k.shape[2]
-    if lse is not None:
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _repeat(do, 1), _repeat(q, 1), _repeat(k, group), _repeat(v, group), _repeat(out, 1), lse, 0.0,
-            options.causal, scale=options.scale,
-        )  # fmt: skip
-        return dq.transpose(1, 2), _fold(dk, group), _fold(dv, group)
     wide, heads = _wide(q.dtype), k.shape[2]
     tiles, blocks, size = _tiles(q, k, options)
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = torch.zeros(k.shape, dtype=wide, device=k.device), torch.zeros(k.shape, dtype=wide, device=k.device)
+    dq = _empty(q, blocks)
+    dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     scores, gradients = q.new_empty(2, size, dtype=wide)
     for documents in tiles:
         keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
-        for rows, columns in blocks:
+        sums: list[Tensor] = []
+        # The last block comes first: mostly it sees all keys, and what it writes the others add to.
+        for rows, columns in reversed(blocks):
             queries, g = (_group(x[documents, rows], heads, wide) for x in (q, do))
+            queries = queries * options.scale
             p, slope = _probabilities(queries, keys[:, columns], scores, rows, columns, q, k, options)
             ds = gradients[: p.numel()].view_as(p)
             torch.bmm(g, values[:, columns].transpose(1, 2), out=ds)
@@ -181,33 +169,23 @@ def _backward(
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, wide, grad_input=ds)
             if slope is not None:
                 ds.mul_(slope)
-            ds.mul_(options.scale)
-            _put(dq[documents, rows], torch.bmm(ds, keys[:, columns]), heads)
-            dk[documents, columns] += _unheads(torch.bmm(ds.transpose(1, 2), queries), heads)
-            dv[documents, columns] += _unheads(torch.bmm(p.transpose(1, 2), g), heads)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+            _put(dq[documents, rows], torch.bmm(ds, keys[:, columns]).mul_(options.scale), heads)
+            parts = [torch.bmm(ds.transpose(1, 2), queries), torch.bmm(p.transpose(1, 2), g)]
+            if not sums and parts[0].shape == keys.shape:
+                sums = parts
+                continue
+            sums = sums or [torch.zeros_like(keys), torch.zeros_like(values)]
+            for total, part in zip(sums, parts):
+                total[:, columns] += part
+        for grad, total in zip((dk, dv), sums):
+            grad[documents] = total.unflatten(0, (-1, heads)).transpose(1, 2)
+    return dq, dk, dv
 
 
-def _flash(q: Tensor, k: Tensor, options: _Options) -> bool:
-    """torch's CPU flash kernel has no window and no softcap, and aligns causal queries to the start of the keys."""
-    return (
-        q.device.type == "cpu"
-        and options.softcap is None
-        and options.window is None
-        and (not options.causal or q.shape[1] == k.shape[1])
-        and min(q.numel(), k.numel()) > 0
-    )
-
-
-def _repeat(x: Tensor, group: int) -> Tensor:
-    """(n, S, Hkv, D) -> (n, Hq, S, D), a head for each query head; its reverse for gradients is `_fold`.
-    torch's flash kernel takes the last dimension's stride to be 1, whatever it is."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return (x if group == 1 else x.repeat_interleave(group, 2)).transpose(1, 2)
-
-
-def _fold(x: Tensor, group: int) -> Tensor:
-    return (x if group == 1 else x.unflatten(1, (-1, group)).sum(2)).transpose(1, 2)
+def _empty(q: Tensor, blocks: list[tuple[slice, slice]]) -> Tensor:
+    """Memory like q for results of the blocks; 0 if they do not cover it."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out if blocks and blocks[0][0].start == 0 else out.zero_()
 
 
 def _tiles(q: Tensor, k: Tensor, options: _Options) -> tuple[list[slice], list[tuple[slice, slice]], int]:
@@ -222,8 +200,10 @@ def _tiles(q: Tensor, k: Tensor, options: _Options) -> tuple[list[slice], list[t
         j0 = 0 if options.window is None else max(0, i0 + shift - options.window + 1)
         blocks.append((slice(i0, i1), slice(j0, i1 + shift if options.causal else keys)))
     widest = heads * rows * max((columns.stop - columns.start for _, columns in blocks), default=1)
-    step = min(n, max(1, BLOCK_SCORES // widest))
-    return [slice(first, min(n, first + step)) for first in range(0, n, max(1, step))], blocks, step * widest
+    # Groups of equal size, as few as the bound on the scores allows.
+    groups = max(1, -(-n * widest // BLOCK_SCORES))
+    step = max(1, -(-n // groups))
+    return [slice(first, min(n, first + step)) for first in range(0, n, step)], blocks, step * widest
 
 
 def _probabilities(
@@ -240,7 +220,7 @@ def _probabilities(
     columns), inside the buffer `scores`, and with a softcap its derivative 1 - (s / softcap)^2."""
     shape = (queries.shape[0], queries.shape[1], keys.shape[1])
     s = scores[: shape[0] * shape[1] * shape[2]].view(shape)
-    torch.baddbmm(s, queries, keys.transpose(1, 2), beta=0, alpha=options.scale, out=s)
+    torch.bmm(queries, keys.transpose(1, 2), out=s)
     slope = None
     if options.softcap is not None:
         s.div_(options.softcap).tanh_()
@@ -274,10 +254,6 @@ def _heads(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
-def _unheads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(0, (-1, heads)).transpose(1, 2)
-
-
 def _by_key_head(x: Tensor, heads: int) -> Tensor:
     """(n, T, Hq, D) -> a view (n, Hkv, G, T, D)."""
     return x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
@@ -302,30 +278,24 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options, plan: tuple[_Bucket, ...] | None
     ) -> Tensor:
         ctx.options, ctx.plan = options, plan
-        saved: list[Tensor | None] = []
+        ctx.save_for_backward(q, k, v)
         if plan is None:
-            out, lse = _forward(q, k, v, options)
-            saved.append(lse)
-        else:
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            for bucket in plan:
-                rectangle, lse = _forward(bucket.take(q), bucket.take(k), bucket.take(v), options)
-                bucket.put(rectangle, out)
-                saved.append(lse)
-        ctx.save_for_backward(q, k, v, out, *saved)
+            return _forward(q, k, v, options)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for bucket in plan:
+            bucket.put(_forward(bucket.take(q), bucket.take(k), bucket.take(v), options), out)
         return out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *saved = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         if ctx.plan is None:
-            return (*_backward(do, q, k, v, out, saved[0], ctx.options), None, None)
+            return (*_backward(do, q, k, v, ctx.options), None, None)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        for bucket, lse in zip(ctx.plan, saved):
+        for bucket in ctx.plan:
             # Padding is no output: no gradient comes from it.
-            do_rows, q_rows, k_rows, v_rows, out_rows = (bucket.take(x, zero=x is do) for x in (do, q, k, v, out))
-            rectangles = _backward(do_rows, q_rows, k_rows, v_rows, out_rows, lse, ctx.options)
-            for rectangle, grad in zip(rectangles, grads):
+            do_rows, q_rows, k_rows, v_rows = (bucket.take(x, zero=x is do) for x in (do, q, k, v))
+            for rectangle, grad in zip(_backward(do_rows, q_rows, k_rows, v_rows, ctx.options), grads):
                 bucket.put(rectangle, grad)
         return (*grads, None, None)
 

@@ -27,18 +27,13 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    h = cos.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = x if x.element_size() >= 4 else x.to(cos.dtype)
-    target = out if wide.dtype == out.dtype else torch.empty(x.shape, dtype=wide.dtype, device=x.device)
-    x1, x2 = wide[..., :h], wide[..., h : 2 * h]
-    torch.mul(x1, cos, out=target[..., :h]).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=target[..., h : 2 * h]).addcmul_(x1, sin, value=sign)
-    if target is not out:
-        out.copy_(target)
-    if 2 * h < x.shape[-1]:
-        out[..., 2 * h :] = x[..., 2 * h :]
-    return out
+    """cos (..., T, 1, D): 1 where nothing turns; sin (..., T, 1, h)."""
+    h = sin.shape[-1]
+    # One product over whole heads and two over halves: fewer short loops than four over halves.
+    out = torch.mul(x, cos, out=torch.empty(x.shape, dtype=cos.dtype, device=x.device))
+    out[..., :h].addcmul_(x[..., h : 2 * h], sin, value=-sign)
+    out[..., h : 2 * h].addcmul_(x[..., :h], sin, value=sign)
+    return out.to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
@@ -73,10 +68,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
                 f"{name}: expected (..., T, H, D) with T = {cos.shape[-2]} and D >= {2 * cos.shape[-1]} to fit cos "
                 f"{tuple(cos.shape)}, found {tuple(x.shape)}"
             )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: expected q's head dimension {q.shape[-1]}, found {k.shape[-1]}")
     if cos.shape != sin.shape:
         raise ValueError(f"sin: expected cos's shape {tuple(cos.shape)}, found {tuple(sin.shape)}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("cos", cos), ("sin", sin)):
         if x.dtype not in (torch.float32, wide):
             raise ValueError(f"{name}: expected torch.float32, found {x.dtype}")
-    return _Rope.apply(q, k, cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide))
+    ones = cos.new_ones(1).expand(*cos.shape[:-1], q.shape[-1] - 2 * cos.shape[-1])
+    cos = torch.cat([cos, cos, ones], dim=-1).unsqueeze(-2).to(wide)
+    return _Rope.apply(q, k, cos, sin.unsqueeze(-2).to(wide))
