@@ -3,9 +3,10 @@
     python examples/support/make_data.py [--output FOLDER] [--seed N]
 
 Every answer of an intent gets the same number of rows. A question is an opening, a body with its products and
-condition, and a closing, sometimes in a hurried style. Dev rows use bodies, openings and closings that no training row
-uses, and a dev question that still shares too many words with a training question is drawn again. The same seed gives
-the same bytes on every Python version, because only ``Random.random`` is used.
+condition, and a closing, sometimes in a hurried style; training bodies are reworded with synonyms. Dev rows use bodies,
+openings and closings that no training row uses, and a dev question that still shares too many words with a training
+question is drawn again. The same seed gives the same bytes on every Python version, because only ``Random.random`` is
+used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 PACKAGED = HERE.parent.parent / "afina" / "data" / "support"
 
-TRAIN_ROWS_PER_ANSWER = 42
+TRAIN_ROWS_PER_ANSWER = 54
 DEV_ROWS_PER_ANSWER = 4
 # Largest share of words (intersection over union) that a dev question may have in common with any training question.
 MAX_OVERLAP = 0.60
@@ -83,7 +84,28 @@ def fill(template: str, bank: dict[str, Any], split: str, condition: str, draw: 
         text = text.replace("{c}", condition)
     elif condition:
         text = f"{condition} {text}" if draw.chance(0.4) else f"{text} {condition}"
-    return re.sub(r"\b([aA]) (?=[aeiou])", r"\1n ", text)
+    return articled(text)
+
+
+def reworded(text: str, synonyms: list[list[str]], draw: Draw) -> str:
+    """Replace some phrases by synonyms, keeping a capital at the beginning."""
+    lines = {phrase.lower(): line for line in synonyms for phrase in line}
+    known = "|".join(re.escape(phrase) for phrase in sorted(lines, key=len, reverse=True))
+
+    def replacement(match: re.Match[str]) -> str:
+        found = match[0]
+        if not draw.chance(0.5):
+            return found
+        other = draw.one(lines[found.lower()])
+        return other[0].upper() + other[1:] if found[0].isupper() else other
+
+    return articled(re.sub(rf"(?<!\w)(?:{known})(?!\w)", replacement, text, flags=re.IGNORECASE))
+
+
+def articled(text: str) -> str:
+    """Put "a" or "an" right."""
+    text = re.sub(r"\b([aA]) (?=[aeiou])", r"\1n ", text)
+    return re.sub(r"\b([aA])n (?=[^aeioh\W])(?!um)", r"\1 ", text)
 
 
 def dress(text: str, bank: dict[str, Any], split: str, draw: Draw) -> str:
@@ -102,7 +124,7 @@ def dress(text: str, bank: dict[str, Any], split: str, draw: Draw) -> str:
         text = replace_words(text, CONTRACTIONS)
     elif style < 33:
         text = replace_words(text, SHORT_FORMS)
-    elif style < 38:
+    elif style < 36:
         text = misspell(text, draw)
     return text
 
@@ -143,7 +165,8 @@ def questions(bank: dict[str, Any], split: str, per_answer: int, avoid: list[Que
             rows = 0
             while rows < per_answer:
                 bodies = bodies or draw.shuffled(intent[split])
-                text = dress(fill(bodies[-1], bank, split, draw.one(conditions), draw), bank, split, draw)
+                body = reworded(bodies[-1], bank["synonyms"], draw) if split == "train" else bodies[-1]
+                text = dress(fill(body, bank, split, draw.one(conditions), draw), bank, split, draw)
                 bag = words(text)
                 if bag in seen or (split == "dev" and any(overlap(bag, other) > MAX_OVERLAP for other in seen)):
                     continue
