@@ -275,14 +275,13 @@ def test_bad_data_on_the_command_line(
 def test_at_most_twenty_bad_lines_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + "{\n" * 3 + '{"text": 1}\n{"text": "b"}\n')
-    found: list[int] = []
     with pytest.raises(DataError) as refused:
         list(read_rows(path))
     assert [f"line {n}: " in str(refused.value) for n in range(1, 7)] == [False, True, True, True, True, False]
-    with pytest.raises(DataError):
-        for row in read_rows(path):
-            found.append(row.line)  # noqa: PERF401 (what came before the error is kept)
-    assert found == [1]  # nothing more is made of a file that will be refused
+    rows = read_rows(path)
+    assert next(rows).line == 1
+    with pytest.raises(DataError):  # nothing more is made of a file that will be refused
+        next(rows)
     path.write_text('{"text": "a"}\n' + "{\n" * 1000)
     counts: Counter[str] = Counter()
     with pytest.raises(DataError) as refused:
