@@ -260,7 +260,7 @@ class _Demo:
         for command in (
             f"afina chat {run}",
             f'afina generate {run} --chat --prompt "My teapot arrived broken. What now?"',
-            f"afina eval {run} --data {dev} --base {self.config.model}",
+            f"afina eval {run} --data {dev} --task exact_match --base {self.config.model}",
             f"afina export {run} --to hf --output my-model",
             f"afina train --model {self.config.model} --data YOUR.jsonl --output_dir runs/mine",
         ):
@@ -296,13 +296,14 @@ class Curve:
             f"{row['grad_norm']:.2f}, learning rate {row['lr']:.1e}",
         )
         self.page.step(6, "Repeat until the dev loss stops falling")
-        self.page.table(f"{'step':>5}{'epoch':>7}{'train loss':>12}{'dev loss':>10}", strong=True)
+        self.page.table(f"{'step':>5}{'epoch':>7}{'train loss':>12}{'dev loss':>10}  (bar: log scale)", strong=True)
         self._show(0, self.top)
 
     def _show(self, step: int, dev_loss: float) -> None:
         train = f"{sum(self.losses) / len(self.losses):.3f}" if self.losses else "-"
         self.losses.clear()
-        bar = "#" * max(1, min(BAR, round(BAR * dev_loss / self.top)))
+        # A full bar is the loss before training, none a thousandth of it: on a straight scale all but the first vanish.
+        bar = "#" * max(0, min(BAR, round(BAR * (1 + math.log10(max(1e-9, dev_loss) / self.top) / 3))))
         seconds = f"{time.perf_counter() - self.started:.0f} s"
         epoch = step / self.steps_per_epoch
         self.page.table(f"{step:>5}{epoch:>7.1f}{train:>12}{dev_loss:>10.3f}  {bar:{BAR}}{seconds:>6}")
