@@ -23,6 +23,7 @@ from test_state import flip_bit, tree
 from tiny_model import saved, tiny_model, tiny_tokenizer
 
 from afina.engine.run_folder import LOCK, RunFolder
+from afina.engine.state import checkpoints
 from afina.engine.weights import save_model
 from afina.loaders.checkpoint import read_safetensors
 
@@ -280,7 +281,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(cli: Cli, whole:
     cli.when(lambda: (run_dir / "checkpoint-8").exists())
     cli.signal(signal.SIGKILL)
     assert cli.wait().status == -signal.SIGKILL
-    newest, earlier = sorted((int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*[0-9]")), reverse=True)[:2]
+    newest, earlier = [step for step, _ in checkpoints(run_dir)][:2]
     file = run_dir / f"checkpoint-{newest}" / "exp_avg.safetensors"
     if damage == "flipped":
         flip_bit(file, -100)
