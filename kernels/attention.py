@@ -278,6 +278,9 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options, plan: tuple[_Bucket, ...] | None
     ) -> Tensor:
         ctx.options, ctx.plan = options, plan
+        if v.untyped_storage().data_ptr() != q.untyped_storage().data_ptr():
+            # A view of the fused QKV buffer would keep it alive though q and k have been rotated elsewhere.
+            v = v.contiguous()
         ctx.save_for_backward(q, k, v)
         if plan is None:
             return _forward(q, k, v, options)

@@ -116,10 +116,12 @@ def _run(
     bias: Tensor | None,
     targets: Tensor,
     options: _Options,
-    scale: float | Tensor,
     wanted: tuple[bool, bool, bool],
+    scale: float = 1.0,
+    rates: Tensor | None = None,
 ) -> tuple[Tensor, _Gradients]:
-    """Losses (N,) and the gradients of sum(scale * losses) that are wanted, for (hidden, weight, bias)."""
+    """Losses (N,), and for (hidden, weight, bias) the gradients that are wanted of scale * sum(losses), or with rates
+    (N,) of scale * sum(rates * losses)."""
     rows, width, vocab = hidden.shape[0], hidden.shape[1], weight.shape[0]
     wide = _wide(hidden.dtype)
     # Low-precision matrix products are slow and round on a CPU; there they run in fp32.
@@ -146,19 +148,17 @@ def _run(
         if bias is not None:
             x += bias
         losses[here] = _loss_rows(x, targets[here], options)
-        if isinstance(scale, Tensor):
-            x.mul_(scale[here].unsqueeze(1))
-        elif scale != 1.0 and any(wanted):
-            x.mul_(scale)
+        if rates is not None:
+            x.mul_(rates[here].unsqueeze(1))
         grad = x.to(compute)
         if dhidden is not None:
-            dhidden[here] = (grad @ matrix).to(hidden.dtype)
+            dhidden[here] = torch.addmm(h, grad, matrix, beta=0, alpha=scale).to(hidden.dtype)
         if dweight is not None and compute == wide:
-            dweight.addmm_(grad.t(), h)
+            dweight.addmm_(grad.t(), h, alpha=scale)
         elif dweight is not None:
-            dweight += grad.t() @ h
+            dweight.add_(grad.t() @ h, alpha=scale)
         if dbias is not None:
-            dbias += x.sum(0)
+            dbias.add_(x.sum(0), alpha=scale)
     return losses, _Gradients(
         dhidden,
         None if dweight is None else dweight.to(weight.dtype),
@@ -180,13 +180,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         ctx.options, ctx.reduction = options, reduction
         if reduction == "none":
-            losses, _ = _run(hidden, weight, bias, targets, options, 1.0, (False, False, False))
+            losses, _ = _run(hidden, weight, bias, targets, options, (False, False, False))
             ctx.save_for_backward(hidden, weight, bias, targets)
             return losses
         scale = 1.0
         if reduction == "mean":
             scale /= max(1, int((targets != options.ignore_index).sum()))
-        losses, gradients = _run(hidden, weight, bias, targets, options, scale, wanted)
+        losses, gradients = _run(hidden, weight, bias, targets, options, wanted, scale)
         ctx.save_for_backward(*gradients)
         return losses.sum() * scale
 
@@ -195,7 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients: Any
         if ctx.reduction == "none":
             hidden, weight, bias, targets = ctx.saved_tensors
-            _, gradients = _run(hidden, weight, bias, targets, ctx.options, upstream, ctx.needs_input_grad[:3])
+            _, gradients = _run(hidden, weight, bias, targets, ctx.options, ctx.needs_input_grad[:3], 1.0, upstream)
         else:
             gradients = ctx.saved_tensors
             # loss.backward() asks for exactly 1: save the passes over the weight's gradient.
