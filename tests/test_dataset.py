@@ -256,7 +256,9 @@ def test_the_split_is_seeded_stable_and_never_empty(tmp_path: Path, prepared: Pr
     assert sorted(permutation(50, 3, -1)) == list(range(50))
 
 
-def test_dev_rows_among_the_train_rows_are_refused(tmp_path: Path, prepared: Prepared) -> None:
+def test_dev_rows_among_the_train_rows_are_refused(
+    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = write(tmp_path / "train.jsonl", *pairs(30))
     dev = write(tmp_path / "dev.jsonl", *({"prompt": f"new {i}", "completion": "x"} for i in range(5)))
     data = prepared(train, val_file=dev)
@@ -268,9 +270,11 @@ def test_dev_rows_among_the_train_rows_are_refused(tmp_path: Path, prepared: Pre
     with pytest.raises(DataError) as refused:
         prepared(train, val_file=both)
     assert str(refused.value).startswith(f"{both}: 2 dev rows are also in {train} (lines 4, 5): ")
-    (tmp_path / "a.txt").write_text("Once upon a time there was a book. " * 2000 + "THE END")
-    (tmp_path / "b.txt").write_text("It was quite another story then. " * 2000 + "THE END")
-    assert len(prepared(tmp_path / "a.txt", val_file=tmp_path / "b.txt").dev) > 100
+    monkeypatch.setattr("afina.loaders.files.PIECE", 100)
+    for name, words in (("a", "Once upon a time "), ("b", "Quite another one ")):  # books whose last piece is the same
+        paragraphs = [words * 5 + f"{i}\n\n" for i in range(90)]
+        (tmp_path / f"{name}.txt").write_text("".join(paragraphs) + "THE END, and nothing else, " * 3)
+    assert len(prepared(tmp_path / "a.txt", val_file=tmp_path / "b.txt").dev) > 30
     (tmp_path / "b.txt").write_text((tmp_path / "a.txt").read_text())
     with pytest.raises(DataError, match=r"dev rows are also in .*a\.txt \(lines 1"):
         prepared(tmp_path / "a.txt", val_file=tmp_path / "b.txt")
