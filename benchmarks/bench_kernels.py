@@ -3,8 +3,8 @@
     python benchmarks/bench_kernels.py                      # all ops
     python benchmarks/bench_kernels.py attention rms_norm --threads 2 --repeats 30
 
-Ours and theirs take turns, and the fastest of `--repeats` counts: CPU time with one thread, else wall time. One JSON line
-a case goes to standard output, `ratio` = theirs / ours. Before it is timed a case's results must agree to 1e-3.
+Ours and theirs take turns, and the fastest of `--repeats` counts: CPU time with one thread, else wall time. One JSON
+line a case goes to standard output, `ratio` = theirs / ours. Before it is timed a case's results must agree to 1e-3.
 """
 
 from __future__ import annotations

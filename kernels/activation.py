@@ -1,8 +1,9 @@
 """SwiGLU and GeGLU over the fused buffer [gate | up] (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
-    y = act(gate) * up       act = silu: g sigmoid(g), or gelu in its tanh approximation
-    dgate = dy * up * act'(gate)       dup = dy * act(gate)
-Saved: gate_up only (2 I values a row); act(gate) is computed again in the backward pass.
+    y = act(gate) * up       act(g) = g sigmoid(w(g)); silu: w = g, gelu (tanh): w = sqrt(8 / pi) (g + 0.044715 g^3)
+    dgate = dy * up * act'(gate)       dup = dy * act(gate)       act'(g) = s + g s (1 - s) w'(g), s = sigmoid(w(g))
+Saved: gate_up only (2 I values a row); act(gate) is computed again in the backward pass. Bytes moved for N rows of
+2-byte values: forward 6 N I, backward 10 N I; products are fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afina.kernels.backend import check_floating, choose
+from afina.kernels.backend import as_rows, check_floating, choose
+from afina.kernels.launch import cdiv, config, jit, launch, tl
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -26,7 +28,71 @@ def geglu_reference(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-class _GLU(torch.autograd.Function):
+@jit
+def _sigmoid(g, GELU: tl.constexpr):
+    """sigmoid(w(g)) and w'(g)."""
+    if GELU:
+        w = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
+        slope = 1.5957691216057308 * (1.0 + 3 * 0.044715 * g * g)
+    else:
+        w = g
+        slope = tl.full(g.shape, 1.0, tl.float32)
+    return 1.0 / (1.0 + tl.exp(-w)), slope
+
+
+@jit
+def _glu_forward(gate_up, y, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of columns of one row: gate_up (N, 2 I) with rows `stride` apart -> y (N, I) contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
+    s, _ = _sigmoid(gate, GELU)
+    tl.store(y + row * width + column, (gate * s * up).to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _glu_backward(dy, gate_up, grad, dy_stride, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    upstream = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
+    s, slope = _sigmoid(gate, GELU)
+    dgate = upstream * up * (s + gate * s * (1.0 - s) * slope)
+    out = grad + row * 2 * width + column
+    tl.store(out, dgate.to(grad.dtype.element_ty), mask=inside)
+    tl.store(out + width, (upstream * gate * s).to(grad.dtype.element_ty), mask=inside)
+
+
+class _TritonGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
+        rows = as_rows(gate_up)
+        width = gate_up.shape[-1] // 2
+        y = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
+        options = config("glu", gate_up.device)
+        grid = (rows.shape[0], cdiv(width, options["BLOCK"]))
+        launch(_glu_forward, grid, rows, y, rows.stride(0), width, GELU=gelu, **options)
+        ctx.save_for_backward(rows)
+        ctx.gelu = gelu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        width = dy.shape[-1]
+        grad = torch.empty((*dy.shape[:-1], 2 * width), dtype=rows.dtype, device=rows.device)
+        dy = as_rows(dy)
+        options = config("glu", dy.device)
+        grid = (rows.shape[0], cdiv(width, options["BLOCK"]))
+        launch(_glu_backward, grid, dy, rows, grad, dy.stride(0), rows.stride(0), width, GELU=ctx.gelu, **options)
+        return grad, None
+
+
+class _TorchGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
@@ -67,8 +133,8 @@ def geglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 def _glu(gate_up: Tensor, gelu: bool, backend: str | None) -> Tensor:
-    choose(backend, gate_up)
     check_floating("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected (..., 2 I), found {tuple(gate_up.shape)}")
-    return _GLU.apply(gate_up, gelu)
+    function = _TritonGLU if choose("glu", backend, gate_up) == "triton" else _TorchGLU
+    return function.apply(gate_up, gelu)

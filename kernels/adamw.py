@@ -64,7 +64,7 @@ def adamw_(
         raise ValueError(f"step: expected a count from 1, found {step}")
     if not params:
         return
-    choose(backend, params[0])
+    choose("adamw", backend, params[0])
     for i, param in enumerate(params):
         for name, others in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
             if others[i].shape != param.shape:

@@ -322,7 +322,7 @@ def attention(
     give 0. window w (causal only): only the last w of those keys, itself included. scale defaults to D ** -0.5.
     Raises ValueError for shapes, dtypes, devices, boundaries or options that do not fit.
     """
-    choose(backend, q)
+    choose("attention", backend, q)
     _check(q, k, v, causal, window, softcap, cu_seqlens)
     length = k.shape[1] if cu_seqlens is None else q.shape[0]
     plan = None

@@ -8,21 +8,41 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from afina.kernels.launch import runnable
+
 BACKENDS = ("triton", "torch")
+# What the Triton kernels compute in; other types, such as float64, run on torch.
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def choose(backend: str | None, tensor: Tensor) -> str:
-    """The backend for an op on `tensor`: the argument, else AFINA_BACKEND, else the default for its device.
+def choose(op: str, backend: str | None, tensor: Tensor) -> str:
+    """The backend for `op` on `tensor`: the argument, else AFINA_BACKEND, else Triton on a GPU and torch elsewhere.
 
-    There are no Triton kernels in this version, so "triton" raises and the default is "torch" on every device.
+    Left to itself it takes Triton on a GPU only after the op's self-test has passed there (`selftest.py`: once for
+    each GPU and Triton version). Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
-    name = backend or os.environ.get("AFINA_BACKEND") or "torch"
+    name = backend or os.environ.get("AFINA_BACKEND")
     if name == "torch":
         return name
+    if name is None or name == "":
+        if not tensor.is_cuda or not runnable(tensor.device) or tensor.dtype not in TRITON_DTYPES:
+            return "torch"
+        from afina.kernels.selftest import passed  # it imports the ops, which import this file
+
+        return "triton" if passed(op, tensor.device) else "torch"
     source = "backend" if backend else "AFINA_BACKEND"
-    if name == "triton":
-        raise ValueError(f"{source}: 'triton' has no kernels in this version; use 'torch', or leave it unset")
-    raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    if name != "triton":
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    if not runnable(tensor.device):
+        raise ValueError(
+            f"{source}: 'triton' needs a GPU, found a tensor on {tensor.device}; use 'torch', or set TRITON_INTERPRET=1 in "
+            "the environment to run the kernels in Triton's interpreter"
+        )
+    if tensor.dtype in TRITON_DTYPES:
+        return name
+    if backend is None:
+        return "torch"
+    raise ValueError(f"backend: 'triton' computes in float32, float16 or bfloat16, found {tensor.dtype}; use 'torch'")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -57,3 +77,9 @@ def document_offsets(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
 
 def _short(values: tuple[int, ...]) -> str:
     return str(list(values)) if len(values) <= 8 else f"[{str(list(values[:4]))[1:-1]}, ..., {values[-1]}]"
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., C) as a matrix (N, C) whose rows are contiguous, copied only where its strides allow no such view."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()

@@ -244,7 +244,7 @@ def linear_cross_entropy(
     0 and zero gradients. A target outside [0, V) other than `ignore_index` gives NaN, not an exception.
     Raises ValueError for wrong shapes, dtypes, devices, reduction, softcap, smoothing or backend.
     """
-    choose(backend, hidden)
+    choose("linear_cross_entropy", backend, hidden)
     check_floating("hidden", hidden)
     if hidden.dim() != 2:
         raise ValueError(f"hidden: expected (N, C), found {tuple(hidden.shape)}")
@@ -269,7 +269,7 @@ def cross_entropy(
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy (nats) of logits (N, V) with targets (N,); everything else as `linear_cross_entropy`."""
-    choose(backend, logits)
+    choose("cross_entropy", backend, logits)
     check_floating("logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits: expected (N, V), found {tuple(logits.shape)}")

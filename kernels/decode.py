@@ -53,7 +53,7 @@ def decode_attention(
     The cache may hold anything past a row's length. A row of length 0 gives 0. scale defaults to D ** -0.5.
     Raises ValueError for shapes, dtypes, devices or options that do not fit.
     """
-    choose(backend, q)
+    choose("decode_attention", backend, q)
     check_floating("q", q)
     if q.dim() != 3:
         raise ValueError(f"q: expected (B, Hq, D), found {tuple(q.shape)}")

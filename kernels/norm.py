@@ -101,7 +101,7 @@ def rms_norm(
     (like x) the sum x + residual is normalised, and (y, x + residual) returned.
     Raises ValueError for a wrong shape, dtype or backend.
     """
-    choose(backend, x)
+    choose("rms_norm", backend, x)
     _check(x, weight, None, residual)
     return _RMSNorm.apply(x, weight, residual, eps, weight_offset)
 
@@ -126,7 +126,7 @@ def layer_norm(
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimension: x (..., C), weight and bias (C,) -> y like x; residual as in `rms_norm`."""
-    choose(backend, x)
+    choose("layer_norm", backend, x)
     _check(x, weight, bias, residual)
     total = x if residual is None else x + residual
     y = F.layer_norm(total, (x.shape[-1],), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)

@@ -60,7 +60,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
     have any strides (views of a fused QKV buffer); the results are contiguous.
     Raises ValueError for shapes that do not fit, D_rot > D, a wrong dtype or backend.
     """
-    choose(backend, q)
+    choose("rope", backend, q)
     for name, x in (("q", q), ("k", k)):
         check_floating(name, x)
         if x.dim() < 3 or x.shape[-3] != cos.shape[-2] or x.shape[-1] < 2 * cos.shape[-1]:

@@ -1,12 +1,23 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the interpreter that runs Triton kernels where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
+
+if not torch.cuda.is_available():
+    # Triton's own library is made for the interpreter or the compiler when it is imported, a kernel when it is defined.
+    # The variable itself must not reach the processes that tests start.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language
+
+    del os.environ["TRITON_INTERPRET"]
+    triton.knobs.runtime.interpret = True
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+# Triton's kernels run on the GPU where there is one, else in the interpreter (conftest.py).
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 DRAWN = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -19,7 +24,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 def strided(x: Tensor) -> Tensor:
     """The same values, every second place of a larger tensor, its dimensions laid out in reverse."""
     reverse = list(reversed(range(x.dim())))
-    room = torch.full([2 * n for n in reversed(x.shape)], torch.nan, dtype=x.dtype)
+    room = torch.full([2 * n for n in reversed(x.shape)], torch.nan, dtype=x.dtype, device=x.device)
     view = room[tuple(slice(None, None, 2) for _ in reverse)].permute(reverse)
     view.copy_(x)
     return view
@@ -28,8 +33,8 @@ def strided(x: Tensor) -> Tensor:
 def upstream(out: Tensor, kind: str) -> Tensor:
     """A gradient that every dtype holds exactly, never 0 or 1: odd numbers / 4."""
     if kind == "broadcast":
-        return torch.tensor(-1.75, dtype=out.dtype).expand(out.shape)
-    odd = torch.randint(0, 8, out.shape, generator=torch.Generator().manual_seed(out.dim())) * 2 - 7
+        return out.new_tensor(-1.75).expand(out.shape)
+    odd = (torch.randint(0, 8, out.shape, generator=torch.Generator().manual_seed(out.dim())) * 2 - 7).to(out.device)
     return strided(odd.to(out.dtype) / 4) if kind == "strided" else odd.to(out.dtype) / 4
 
 
@@ -54,17 +59,51 @@ def assert_same_bits(function: Callable[..., Any], inputs: Sequence[Tensor]) -> 
     assert all(torch.equal(a, b) for a, b in zip(evaluate(function, inputs), evaluate(function, inputs)))
 
 
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory taken uninitialised holds NaN (integers: their largest value), so what a kernel leaves out shows."""
+
+    def poison(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return x.fill_(torch.nan)
+        return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
+
+    plain = {"empty": torch.empty, "empty_like": torch.empty_like}
+    new_empty = Tensor.new_empty
+    try:
+        for name, function in plain.items():
+            setattr(torch, name, lambda *a, function=function, **k: poison(function(*a, **k)))
+        Tensor.new_empty = lambda *a, **k: poison(new_empty(*a, **k))  # type: ignore[method-assign]
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(torch, name, function)
+        Tensor.new_empty = new_empty  # type: ignore[method-assign]
+
+
 def assert_low_precision(
     function: Callable[..., Any],
     formula: Callable[..., Any],
     reference: Callable[..., Any],
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
+    kind: str = "dense",
 ) -> None:
-    """In `dtype`, an error against the fp64 reference of at most twice that of torch's formula, and a rounding."""
-    low = [x.to(dtype) for x in inputs]
-    exact = evaluate(reference, [x.double() for x in low])
-    for i, (got, plain, want) in enumerate(zip(evaluate(function, low), evaluate(formula, low), exact)):
+    """In `dtype`, an error against the fp64 reference of at most twice that of torch's formula, and a rounding (in fp32,
+    where each product and sum rounds as the result does, eight).
+
+    Memory that `function` takes uninitialised is poisoned. `formula` runs in `dtype`, as torch computes it.
+    """
+    low = [strided(x.to(dtype)) if kind == "strided" else x.to(dtype) for x in inputs]
+    exact = evaluate(reference, [x.double() for x in low], kind)
+    with poisoned():
+        ours = evaluate(function, low, kind)
+    for i, (got, plain, want) in enumerate(zip(ours, evaluate(formula, low, kind), exact)):
         assert got.dtype in (dtype, torch.float32), i
+        assert got.shape == want.shape, i
+        if want.numel() == 0:
+            continue
         error, allowed = ((x.double() - want).abs().max() for x in (got, plain))
-        assert error <= 2 * allowed + torch.finfo(dtype).eps * want.abs().max(), i
+        rounding = torch.finfo(dtype).eps * want.abs().max() * (8 if dtype == torch.float32 else 1)
+        # NaN passes no comparison.
+        assert error <= 2 * allowed + rounding, f"result {i}: {error} > 2 * {allowed} + {rounding}"

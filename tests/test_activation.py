@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import DRAWN, assert_low_precision, assert_near, assert_same_bits, draw, evaluate, strided
+from kernel_checks import (
+    DEVICE,
+    DRAWN,
+    TRITON_DTYPES,
+    assert_low_precision,
+    assert_near,
+    assert_same_bits,
+    draw,
+    evaluate,
+    strided,
+)
 from torch import Tensor
 
 from afina.kernels.activation import geglu, geglu_reference, swiglu, swiglu_reference
@@ -67,4 +77,26 @@ def test_validation(op: Function, reference: Function, act: Function) -> None:
         with pytest.raises(ValueError, match=r"^gate_up: "):
             op(bad)
     with pytest.raises(ValueError, match=r"^backend: "):
-        op(torch.ones(2, 4), backend="triton")
+        op(torch.ones(2, 4), backend="cuda")
+
+
+@DRAWN
+@given(
+    rows=st.sampled_from([0, 1, 3]),
+    width=st.sampled_from([0, 1, 31, 32, 77]),
+    dtype=st.sampled_from(TRITON_DTYPES),
+    kind=st.sampled_from(["dense", "strided", "broadcast"]),
+    gelu=st.booleans(),
+)
+def test_triton(rows: int, width: int, dtype: torch.dtype, kind: str, gelu: bool) -> None:
+    function, reference = (geglu, geglu_reference) if gelu else (swiglu, swiglu_reference)
+    gate_up = 4 * draw(2, rows, 2 * width, dtype=torch.float32).to(DEVICE)
+    assert_low_precision(partial(function, backend="triton"), reference, reference, [gate_up], dtype, kind)
+
+
+def test_triton_extreme_values_and_same_bits() -> None:
+    gate_up = torch.tensor([[-1e4, -50.0, 0.0, 50.0, 1e4] + [3.0] * 5], device=DEVICE)
+    for function, reference in ((swiglu, swiglu_reference), (geglu, geglu_reference)):
+        triton = partial(function, backend="triton")
+        assert_near(evaluate(triton, [gate_up]), evaluate(reference, [gate_up]), 1e-5)
+        assert_same_bits(triton, [draw(3, 100, dtype=torch.float32).to(DEVICE)])

@@ -208,7 +208,7 @@ X, KV = torch.ones(1, 3, 4, 8), torch.ones(1, 3, 2, 8)
         ("window", {"window": 0}),
         ("window", {"window": 2, "causal": False}),
         ("softcap", {"softcap": 0.0}),
-        ("backend", {"backend": "triton"}),
+        ("backend", {"backend": "cuda"}),
         ("q", {"cu_seqlens": offsets([3])}),
         ("k", {"q": X[0], "k": KV[0, :2], "v": KV[0, :2], "cu_seqlens": offsets([3])}),
         ("cu_seqlens", {"q": X[0], "k": KV[0], "v": KV[0], "cu_seqlens": offsets([2])}),

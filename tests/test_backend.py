@@ -16,7 +16,7 @@ def test_torch_is_chosen(backend: str | None, variable: str | None, monkeypatch:
     monkeypatch.delenv("AFINA_BACKEND", raising=False)
     if variable is not None:
         monkeypatch.setenv("AFINA_BACKEND", variable)
-    assert choose(backend, X) == "torch"
+    assert choose("glu", backend, X) == "torch"
     assert swiglu(X, backend=backend).shape == (2, 2)
 
 
@@ -32,7 +32,7 @@ def test_others_are_refused_where_they_were_asked_for(name: str, monkeypatch: py
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="triton, torch"):
-        choose("cuda", X)
+        choose("glu", "cuda", X)
     with pytest.raises(ValueError, match="no kernels in this version; use 'torch'"):
         choose("triton", X)
 

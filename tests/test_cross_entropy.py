@@ -254,7 +254,7 @@ H, W, T = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
         ("softcap", {"softcap": 0.0}),
         ("label_smoothing", {"label_smoothing": 1.0}),
         ("label_smoothing", {"label_smoothing": -0.1}),
-        ("backend", {"backend": "triton"}),
+        ("backend", {"backend": "cuda"}),
         ("rows", {"rows": H.long()}),
         ("rows", {"rows": H[0]}),
     ],

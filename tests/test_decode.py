@@ -97,7 +97,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
         ("lengths", {"lengths": torch.tensor([-1, 2], dtype=torch.int32)}),
         ("lengths", {"lengths": torch.tensor([1, 6], dtype=torch.int32)}),
         ("window", {"window": 0}),
-        ("backend", {"backend": "triton"}),
+        ("backend", {"backend": "cuda"}),
     ],
 )
 def test_validation(name: str, change: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
         ("sin", {"sin": torch.ones(3, 1)}),
         ("sin", {"sin": torch.ones(3, 2, dtype=torch.float64)}),
         ("cos", {"cos": torch.ones(3, 2, dtype=torch.bfloat16)}),
-        ("backend", {"backend": "triton"}),
+        ("backend", {"backend": "cuda"}),
     ],
 )
 def test_validation(name: str, change: dict[str, Tensor]) -> None:

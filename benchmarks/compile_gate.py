@@ -1,0 +1,229 @@
+"""Compiles every Triton kernel for real GPUs on a machine that has none, and fails on what would make it slow there.
+
+    python benchmarks/compile_gate.py                    # all ops for sm_80, sm_89, sm_90
+    python benchmarks/compile_gate.py attention glu --targets 90
+
+Each public function runs forward and backward on small CPU tensors while launches are recorded instead of run, once for
+each row of the launch table that the target would use; every recorded launch is then compiled as Triton would compile
+it on that GPU. Failures: registers spilt to local memory, more shared memory than the GPU has, a matrix kernel without
+wgmma instructions on sm_90, and a row of the launch table that nothing used. Results are cached by the kernel's source
+and arguments in .compile_gate.json (ignored by git), so only what changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton  # before the kernels: they take the compiler only where something will use it
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from afina.kernels import activation, launch
+
+REPO = Path(__file__).resolve().parent.parent
+CACHE = REPO / ".compile_gate.json"
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one block can have
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+NAMES |= {torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1"}
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def backward(*outs: Tensor) -> None:
+    torch.autograd.backward(list(outs), [torch.ones_like(out) for out in outs])
+
+
+def glu(size: int, dtype: torch.dtype) -> None:
+    for function in (activation.swiglu, activation.geglu):
+        backward(function(leaf(16, 256, dtype=dtype), backend="triton"))
+
+
+# Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
+OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
+    "glu": (("glu",), glu),
+}
+
+
+class Job(NamedTuple):
+    """One compilation: a kernel, its signature, its constants and its options, for one target."""
+
+    op: str
+    module: str
+    kernel: str
+    target: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    def label(self) -> str:
+        """The constants that tell one variant of a kernel from another."""
+        return " ".join(f"{name}={value}" for name, value in self.constants if value is not None)
+
+
+class Result(NamedTuple):
+    registers: int
+    spills: int
+    shared: int
+    seconds: float
+    wgmma: bool
+    dots: bool
+
+
+def recorded(op: str, kernels: tuple[str, ...], call: Callable[..., None], target: int) -> Iterator[Job | str]:
+    """What `op` launches on a GPU of capability `target`, for each row of the launch table; complaints as str."""
+    launch.capability = lambda device: target  # type: ignore[assignment]
+    launch._config.cache_clear()
+    rows = [row for name in kernels for row in launch.table()[name] if 0 < row["capability"] <= target]
+    sizes = sorted({(row.get("size", 0), row.get("bits", 16)) for row in rows})
+    used: list[tuple[str, dict[str, Any]]] = []
+    plain, jobs = launch._config, []
+
+    def config(kernel: str, capability: int, bits: int, size: int) -> dict[str, Any]:
+        found = plain(kernel, capability, bits, size)
+        used.append((kernel, found))
+        return found
+
+    launch._config = config  # type: ignore[assignment]
+    launch.recorder = lambda kernel, arguments: jobs.append(_job(op, kernel, target, arguments))
+    try:
+        for size, bits in sizes:
+            call(size, torch.float32 if bits == 32 else torch.bfloat16)
+    finally:
+        launch._config, launch.recorder = plain, None
+    yield from dict.fromkeys(jobs)
+    for name in kernels:
+        shadowed = {_key(row) for row in launch.table()[name] if target >= row["capability"] > 0}
+        best = {key: max(r["capability"] for r in launch.table()[name] if _key(r) == key and r["capability"] <= target)
+                for key in shadowed}  # fmt: skip
+        for row in launch.table()[name]:
+            bare = {key: value for key, value in row.items() if key not in launch.KEYS}
+            if row["capability"] == best.get(_key(row)) and (name, bare) not in used:
+                yield f"{op}: no call uses the row {row} of {name} on sm_{target}"
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row.get("size"), row.get("bits")
+
+
+def _job(op: str, kernel: Any, target: int, arguments: dict[str, Any]) -> Job:
+    """Specialise as Triton does at a launch: pointers and integers that 16 divides, and integers that are 1."""
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    signature, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments.get(parameter.name, parameter.default)
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + NAMES[value.dtype]
+            align = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], align = "fp32", False
+        else:
+            signature[name] = "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
+            align = value % 16 == 0
+        if special and align:
+            aligned.append(name)
+    return Job(
+        op, kernel.fn.__module__, kernel.fn.__name__, target, tuple(signature.items()), tuple(constants.items()),
+        tuple(aligned), tuple(sorted(options.items())),
+    )  # fmt: skip
+
+
+def compiled(job: Job) -> Result:
+    kernel = getattr(sys.modules[job.module], job.kernel)
+    place = {name: (i,) for i, (name, _) in enumerate(job.signature)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(job.signature),
+        constexprs={place[name]: value for name, value in job.constants},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in job.aligned},
+    )
+    started = time.perf_counter()
+    made = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=dict(job.options))
+    seconds = time.perf_counter() - started
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    dots = "tt.dot" in made.asm["ttir"] and "bf16" in made.asm["ttir"]
+    spills = found["STACK"] + found["LOCAL"]
+    return Result(found["REG"], spills, made.metadata.shared, round(seconds, 2), "wgmma" in made.asm["ptx"], dots)
+
+
+def complaints(job: Job, result: Result) -> Iterator[str]:
+    if result.spills:
+        yield f"{result.spills} bytes of registers spilt to local memory"
+    if result.shared > SHARED[job.target]:
+        yield f"{result.shared:,} bytes of shared memory, of {SHARED[job.target]:,}"
+    if job.target == 90 and result.dots and not result.wgmma:
+        yield "a matrix kernel without wgmma"
+
+
+def cache_key(job: Job) -> str:
+    """Changes with whatever the machine code could change with: the kernel and what it calls, its arguments, Triton."""
+    kernel = getattr(sys.modules[job.module], job.kernel)
+    return hashlib.sha256(repr((kernel.cache_key, triton.__version__, job)).encode()).hexdigest()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default all")
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 89, 90], choices=list(SHARED))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if unknown := set(args.ops) - set(OPS):
+        parser.error(f"unknown op {min(unknown)}: expected some of {', '.join(OPS)}")
+    failures, jobs = [], []
+    for op in args.ops or OPS:
+        for target in args.targets:
+            for item in recorded(op, *OPS[op], target):
+                (failures if isinstance(item, str) else jobs).append(item)
+    if not args.ops and (missing := set(launch.table()) - {name for kernels, _ in OPS.values() for name in kernels}):
+        failures.append(f"the launch table's {', '.join(sorted(missing))}: no op of this script covers it")
+    cache = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+    keys = {job: cache_key(job) for job in jobs}
+    new = [job for job in jobs if keys[job] not in cache]
+    print(f"{'kernel':30} {'target':6} {'regs':>4} {'spill':>5} {'shared':>7} {'s':>6}  variant", flush=True)
+    # Workers are forked: they hold the modules already, and nothing here has threads that matter.
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("fork")) as pool:
+        fresh = pool.map(compiled, new)
+        for job in jobs:
+            if keys[job] not in cache:
+                cache[keys[job]] = next(fresh)
+            result = Result(*cache[keys[job]])
+            row = f"{job.kernel:30} sm_{job.target:<3} {result.registers:4} {result.spills:5} {result.shared:7} "
+            print(f"{row}{result.seconds:6.1f}  {job.label()}", flush=True)
+            failures += [f"{job.kernel} on sm_{job.target} ({job.label()}): {text}" for text in complaints(job, result)]
+    CACHE.write_text(json.dumps(cache))
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"{len(jobs)} compiled kernels ({len(new)} now, the rest cached), {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
