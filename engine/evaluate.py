@@ -47,8 +47,8 @@ def evaluate_loss(
         for batch in eval_batches(token_set, batch_size=batch_size, packing=packing):
             if poll:
                 poll()
-            batch = batch.to(device)
-            total += model.loss(batch.input_ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="sum").item()
+            ids = batch.input_ids.to(device, non_blocking=True)
+            total += model.loss(ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="sum").item()
             tokens += batch.trained
     finally:
         model.train(was_training)

@@ -230,6 +230,7 @@ class GPT(nn.Module):
         ``rows`` (n,) int64.
 
         ``cu_seqlens`` int32 (n + 1,): input_ids is (1, T), n documents one after the other that do not see each other.
+        On the CPU, whatever the model's device, it is checked without waiting for the GPU.
         ``cache``: the tokens continue what the cache holds, and are added to it (see ``KVCache``); no gradient.
         Raises ``ConfigError`` where learned positions do not reach, ``ValueError`` for shapes that do not fit.
         """
@@ -261,7 +262,7 @@ class GPT(nn.Module):
         if slots is not None:
             positions, lengths, longest = slots.positions, slots.lengths.long()[slots.rows], slots.longest
         elif cu_seqlens is not None:
-            _, positions, lengths = packed_positions(cu_seqlens, tokens)
+            _, positions, lengths = packed_positions(cu_seqlens.to(input_ids.device, non_blocking=True), tokens)
             longest = tokens
         else:
             positions = torch.arange(tokens, device=input_ids.device)
@@ -296,7 +297,8 @@ class GPT(nn.Module):
 
         Labels are aligned with input_ids and shifted here, as in HF; -100 is ignored, and so is each document's first
         token, which nothing predicts. ``reduction``: "mean" over the trained tokens, "sum", or "none": (B, T), at each
-        label its own loss, 0 where ignored.
+        label its own loss, 0 where ignored. Labels and ``cu_seqlens`` may be on the CPU, whatever the model's device: the
+        rows to train are then picked there, and nothing waits for the GPU.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {tuple(input_ids.shape)}, found {tuple(labels.shape)}")
@@ -304,14 +306,15 @@ class GPT(nn.Module):
         targets[:, -1] = IGNORE
         if cu_seqlens is not None:
             # An empty document ends where another does; one at the very start would end at -1, the last token anyway.
-            targets[0, cu_seqlens[1:].long() - 1] = IGNORE
+            targets[0, cu_seqlens[1:].to(targets.device).long() - 1] = IGNORE
         targets = targets.flatten()
         rows = (targets != IGNORE).nonzero().squeeze(1)
         if reduction != "none" and rows.numel() > DENSE * targets.numel():
             # The head skips the few ignored tokens itself.
             hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
         else:
-            hidden, targets = self.hidden(input_ids, cu_seqlens=cu_seqlens, rows=rows), targets[rows]
+            targets, rows = targets[rows], rows.to(input_ids.device, non_blocking=True)
+            hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, rows=rows)
         cap = self.config.logit_softcap
         losses = linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction, softcap=cap)
         if reduction != "none":

@@ -147,8 +147,9 @@ def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[]
     for mb in micro_batches:
         if poll:
             poll()
-        mb = mb.to(device)
-        loss = model.loss(mb.input_ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="mean") * (mb.trained / trained)
+        # Labels and boundaries stay on the CPU: what they say about shapes is read there, not off the GPU.
+        ids = mb.input_ids.to(device, non_blocking=True)
+        loss = model.loss(ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="mean") * (mb.trained / trained)
         loss.backward()
         total += loss.detach()
     return total

@@ -25,16 +25,15 @@ import torch
 TABLE = Path(__file__).with_name("launch_table.json")
 KEYS = ("capability", "bits", "size")
 
-jit: Any
-tl: Any
 # Where nothing could run a kernel, nobody pays a third of a second for importing the compiler.
 if "triton" in sys.modules or (
     find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
 ):
     import triton
-    import triton.language as tl
-    from triton import jit
+    import triton.language
 
+    jit: Any = triton.jit
+    tl: Any = triton.language
     VERSION: str | None = triton.__version__
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 else:
@@ -42,7 +41,7 @@ else:
     VERSION, INTERPRETED = None, False
 
     def jit(fn: Any = None, **options: Any) -> Any:
-        """Leave the kernel an uncallable name."""
+        """Leave the kernel a name that nobody can launch."""
         return fn if fn is not None else lambda fn: fn
 
 

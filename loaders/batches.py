@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,12 +35,6 @@ class MicroBatch:
     rows: list[int]
     trained: int
     tokens: int
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same batch on another device."""
-        cu = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
-        ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels))
-        return replace(self, input_ids=ids, labels=labels, cu_seqlens=cu)
 
 
 class Batches:

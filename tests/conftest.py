@@ -16,8 +16,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language
 
+    triton.knobs.runtime.interpret = True  # which also sets the variable
     del os.environ["TRITON_INTERPRET"]
-    triton.knobs.runtime.interpret = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

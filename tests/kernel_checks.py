@@ -89,8 +89,8 @@ def assert_low_precision(
     dtype: torch.dtype,
     kind: str = "dense",
 ) -> None:
-    """In `dtype`, an error against the fp64 reference of at most twice that of torch's formula, and a rounding (in fp32,
-    where each product and sum rounds as the result does, eight).
+    """In `dtype`, an error against the fp64 reference of at most twice that of torch's formula, and a rounding (eight
+    in fp32, where each product and sum rounds as the result does).
 
     Memory that `function` takes uninitialised is poisoned. `formula` runs in `dtype`, as torch computes it.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 
 from afina.kernels.activation import swiglu
 from afina.kernels.backend import check_floating, check_like, check_shape, choose, document_offsets
@@ -20,21 +21,34 @@ def test_torch_is_chosen(backend: str | None, variable: str | None, monkeypatch:
     assert swiglu(X, backend=backend).shape == (2, 2)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda", "Torch"])
+@pytest.mark.parametrize("name", ["cuda", "Torch"])
 def test_others_are_refused_where_they_were_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFINA_BACKEND", "torch")
-    with pytest.raises(ValueError, match=f"^backend: .*'{name}'.*"):
+    with pytest.raises(ValueError, match=f"^backend: expected one of triton, torch, found '{name}'"):
         swiglu(X, backend=name)
     monkeypatch.setenv("AFINA_BACKEND", name)
-    with pytest.raises(ValueError, match=f"^AFINA_BACKEND: .*'{name}'.*"):
+    with pytest.raises(ValueError, match=f"^AFINA_BACKEND: expected one of triton, torch, found '{name}'"):
         swiglu(X)
 
 
-def test_an_unknown_name_is_told_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="triton, torch"):
-        choose("glu", "cuda", X)
-    with pytest.raises(ValueError, match="no kernels in this version; use 'torch'"):
-        choose("triton", X)
+def test_triton_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU or in the interpreter; float64 goes to torch unless Triton was asked for by name."""
+    x = X.to(DEVICE)
+    assert choose("glu", "triton", x) == "triton"
+    monkeypatch.setenv("AFINA_BACKEND", "triton")
+    assert choose("glu", None, x) == "triton"
+    assert choose("glu", None, x.double()) == "torch"
+    with pytest.raises(ValueError, match=r"^backend: 'triton' computes in .*, found torch\.float64; use 'torch'"):
+        choose("glu", "triton", x.double())
+
+
+def test_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afina.kernels.launch.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"^backend: 'triton' needs a GPU, found a tensor on cpu; use 'torch', or set"):
+        choose("glu", "triton", X)
+    monkeypatch.setenv("AFINA_BACKEND", "triton")
+    with pytest.raises(ValueError, match=r"^AFINA_BACKEND: 'triton' needs a GPU"):
+        choose("glu", None, X)
 
 
 def test_checks_name_the_argument() -> None:

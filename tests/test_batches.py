@@ -97,14 +97,6 @@ def test_evaluation_sees_every_row_once_in_order(rows: TokenSet, packing: bool) 
     assert all((batch.cu_seqlens is not None) == packing for batch in batches)
 
 
-def test_batches_move_between_devices(rows: TokenSet) -> None:
-    batch = collate(rows, [1, 2], packing=True)
-    moved = batch.to("meta")
-    assert moved.cu_seqlens is not None
-    assert {moved.input_ids.device.type, moved.labels.device.type, moved.cu_seqlens.device.type} == {"meta"}
-    assert (moved.rows, moved.trained, moved.tokens) == (batch.rows, batch.trained, batch.tokens)
-
-
 def test_sizes_below_one_are_refused(rows: TokenSet) -> None:
     with pytest.raises(ValueError, match="batch_size 0 and accumulation 1 must be at least 1"):
         Batches(rows, batch_size=0)

@@ -1,0 +1,75 @@
+"""The compile gate sees what it is there for: spills, too much shared memory, missing wgmma, rows that nothing uses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+# Its own process: kernels here belong to the interpreter.
+RUN = """
+import sys
+sys.path.insert(0, "benchmarks")
+import compile_gate
+from pathlib import Path
+from afina.kernels import launch
+compile_gate.CACHE = Path(sys.argv[1])
+table = launch.table()
+{change}
+sys.argv = ["compile_gate.py", "glu", "--targets", "90", "--workers", "1"]
+sys.exit(compile_gate.main())
+"""
+
+
+def gate(cache: Path, change: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUN.format(change=change), str(cache)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+
+
+def test_passes_and_remembers(tmp_path: Path) -> None:
+    for again in (False, True):
+        done = gate(tmp_path / "cache.json", "")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.splitlines()[0].split() == ["kernel", "target", "regs", "spill", "shared", "s", "variant"]
+        assert ("(0 now, the rest cached), 0 failures" in done.stdout) == again
+    changed = gate(tmp_path / "cache.json", "table['glu'][1]['BLOCK'] = 512")
+    assert "(4 now" in changed.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("table['glu'][1].update(BLOCK=32768, num_warps=1)", "bytes of registers spilt to local memory"),
+        ("compile_gate.SHARED[90] = -1", "0 bytes of shared memory, of -1"),
+        ("table['glu'].append({'capability': 90, 'size': 7, 'BLOCK': 8})", "no call uses the row {'capability': 80"),
+    ],
+)
+def test_fails(tmp_path: Path, change: str, complaint: str) -> None:
+    done = gate(tmp_path / "cache.json", change)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert complaint in done.stdout
+
+
+def test_a_kernel_that_no_op_covers_fails(tmp_path: Path) -> None:
+    code = RUN.format(change="table.clear(); table['other'] = []; compile_gate.OPS.clear()").replace('"glu", ', "")
+    command = [sys.executable, "-c", code, str(tmp_path / "cache.json")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED the launch table's other: no op of this script covers it" in done.stdout
+
+
+def test_a_matrix_kernel_needs_wgmma_on_hopper() -> None:
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+from compile_gate import Job, Result, complaints
+job = Job("op", "m", "k", {target}, (), (), (), ())
+print(list(complaints(job, Result(32, 0, 0, 1.0, wgmma={wgmma}, dots=True))))
+"""
+    for target, wgmma, told in ((90, False, True), (90, True, False), (80, False, False)):
+        command = [sys.executable, "-c", code.format(target=target, wgmma=wgmma)]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+        assert ("without wgmma" in done.stdout) == told
