@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with python3 (>= 3.11) and make:
 #   make demo   the main job on the model and data inside the package, offline once installed
-#   make test   style, types and tests
+#   make test   style, types, tests, and every Triton kernel compiled for three generations of GPUs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +18,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/python benchmarks/compile_gate.py
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "afina needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 2; }
@@ -31,4 +32,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .compile_gate.json .mypy_cache .ruff_cache .pytest_cache .hypothesis

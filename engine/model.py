@@ -297,8 +297,8 @@ class GPT(nn.Module):
 
         Labels are aligned with input_ids and shifted here, as in HF; -100 is ignored, and so is each document's first
         token, which nothing predicts. ``reduction``: "mean" over the trained tokens, "sum", or "none": (B, T), at each
-        label its own loss, 0 where ignored. Labels and ``cu_seqlens`` may be on the CPU, whatever the model's device: the
-        rows to train are then picked there, and nothing waits for the GPU.
+        label its own loss, 0 where ignored. Labels and ``cu_seqlens`` may be on the CPU, whatever the model's device:
+        the rows to train are then picked there, and nothing waits for the GPU.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {tuple(input_ids.shape)}, found {tuple(labels.shape)}")

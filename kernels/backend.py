@@ -35,8 +35,8 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {name!r}")
     if not runnable(tensor.device):
         raise ValueError(
-            f"{source}: 'triton' needs a GPU, found a tensor on {tensor.device}; use 'torch', or set TRITON_INTERPRET=1 "
-            "in the environment to run the kernels in Triton's interpreter"
+            f"{source}: 'triton' needs a GPU, found a tensor on {tensor.device}; use 'torch', or set "
+            "TRITON_INTERPRET=1 in the environment to run the kernels in Triton's interpreter"
         )
     if tensor.dtype in TRITON_DTYPES:
         return name

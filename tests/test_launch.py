@@ -38,7 +38,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Any:
     [(0, 4096, 16, 16), (80, 64, 16, 1), (89, 65, 16, 2), (90, 128, 16, 3), (120, 80, 16, 3), (90, 128, 32, 4)],
 )
 def test_the_nearest_row_counts(table: Any, capability: int, size: int, bits: int, block: int) -> None:
-    """Of the highest capability below the GPU's, and the smallest size that reaches; never the interpreter's on a GPU."""
+    """Of the highest capability not above the GPU's, the smallest size that reaches; the interpreter's is its own."""
     found = launch._config("op", capability, bits, size)
     assert found["BLOCK"] == block
     assert not set(found) & set(launch.KEYS)

@@ -255,3 +255,18 @@ def test_embedding_scale_is_rounded_to_the_dtype() -> None:
         model(ids)
         assert torch.equal(seen[0], hf(ids))
     hf.to(torch.float32)
+
+
+@pytest.mark.gpu
+def test_labels_on_the_cpu_and_no_wait_for_the_gpu() -> None:
+    """The same loss and gradients as with labels on the GPU, without one synchronisation in between."""
+    model = GPT(TINY, device="cuda").train()
+    ids = torch.randint(0, 16, (1, 40), generator=torch.Generator().manual_seed(0))
+    labels, cu_seqlens, on_gpu = ids.where(ids % 3 > 0, -100), starts(25, 15), ids.cuda()
+    want = gradients(model, on_gpu, labels.cuda(), cu_seqlens=cu_seqlens.cuda())  # self-tests and compilation too
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = gradients(model, on_gpu, labels, cu_seqlens=cu_seqlens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(got[name], want[name]) for name in want)

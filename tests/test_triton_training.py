@@ -1,0 +1,59 @@
+"""The whole loop on Triton's kernels, in the interpreter or on the GPU: the losses of the same run on torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from tiny_model import saved
+
+STEPS = 20
+# Variants that between them use every kernel and option of the model: GQA and QK-norm; window, softcap, sandwich norms
+# with offset and GeGLU; LayerNorm with learned positions.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8},
+    "gemma2": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+
+
+def losses(model: Path, data: Path, output: Path, backend: str) -> list[float]:
+    command = [sys.executable, "-m", "afina", "train", "--model", str(model), "--data", str(data)]
+    command += ["--output_dir", str(output), "--max_steps", str(STEPS), "--batch_size", "3", "--learning_rate", "1e-3"]
+    command += ["--eval_steps", str(STEPS), "--threads", "1", "--dtype", "float32"]
+    environment = os.environ | {"AFINA_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    environment |= {"AFINA_CACHE": str(output.parent / "cache")}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] if "loss" in row else row["dev_loss"] for row in rows]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_losses_as_on_torch(name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", **MODELS[name])
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"one two {i}", "completion": " three four five" if i % 2 else " the lazy dog"} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    triton, plain = (losses(model, data, tmp_path / backend, backend) for backend in ("triton", "torch"))
+    assert len(triton) == len(plain) == STEPS + 2  # with the dev loss before and after
+    assert plain[-1] < plain[0]
+    assert max(abs(a - b) for a, b in zip(triton, plain)) < 1e-4
+    assert triton != plain  # both ran what they were asked to
