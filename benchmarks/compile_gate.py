@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afina.kernels import activation, launch
+from afina.kernels import activation, decode, launch
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -55,9 +55,19 @@ def glu(size: int, dtype: torch.dtype) -> None:
         backward(function(leaf(16, 256, dtype=dtype), backend="triton"))
 
 
+def decode_attention(size: int, dtype: torch.dtype) -> None:
+    dim = max(size, 16)
+    options: dict[str, Any]
+    for rows, options in ((1, {}), (300, {"softcap": 30.0, "window": 1000})):  # keys split, and not
+        cache = torch.zeros(rows, 512, 2, dim, dtype=dtype)
+        q, lengths = torch.zeros(rows, 8, dim, dtype=dtype), torch.zeros(rows, dtype=torch.int32)
+        decode.decode_attention(q, cache, cache, lengths, backend="triton", **options)
+
+
 # Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
 OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
     "glu": (("glu",), glu),
+    "decode_attention": (("decode", "decode_combine"), decode_attention),
 }
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DRAWN, assert_near, draw, strided
+from kernel_checks import DEVICE, DRAWN, TRITON_DTYPES, assert_near, draw, poisoned, strided
 from torch import Tensor
 
+from afina.kernels import decode
 from afina.kernels.attention import attention
 from afina.kernels.decode import decode_attention, decode_attention_reference
 
@@ -96,7 +97,10 @@ def test_low_precision(dtype: torch.dtype) -> None:
         ("lengths", {"lengths": torch.ones(2, dtype=torch.int64)}),
         ("lengths", {"lengths": torch.tensor([-1, 2], dtype=torch.int32)}),
         ("lengths", {"lengths": torch.tensor([1, 6], dtype=torch.int32)}),
+        ("lengths", {"lengths": torch.ones(2, dtype=torch.int32, device="meta")}),
         ("window", {"window": 0}),
+        ("softcap", {"softcap": 0.0}),
+        ("k_cache", {"k_cache": torch.ones(2, 5, 0, 8)}),
         ("backend", {"backend": "cuda"}),
     ],
 )
@@ -105,3 +109,120 @@ def test_validation(name: str, change: dict[str, Any]) -> None:
     good |= {"v_cache": good["k_cache"], "lengths": torch.ones(2, dtype=torch.int32)}
     with pytest.raises(ValueError, match=f"^{name}: "):
         decode_attention(**(good | change))
+
+
+# ---------------------------------------------------------------- Triton
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], options: dict[str, Any]) -> Tensor:
+    """As torch computes it in the inputs' dtype."""
+    out = torch.zeros_like(q)
+    for row, length in enumerate(lengths):
+        first = max(0, length - (options["window"] or length))
+        keys, values = (x[row, first:length].repeat_interleave(q.shape[1] // x.shape[2], 1) for x in (k, v))
+        s = torch.einsum("hd,shd->hs", q[row], keys) * (options["scale"] or q.shape[2] ** -0.5)
+        if options["softcap"]:
+            s = options["softcap"] * torch.tanh(s / options["softcap"])
+        out[row] = torch.einsum("hs,shd->hd", torch.softmax(s, dim=-1), values)
+    return out
+
+
+@settings(DRAWN, max_examples=40)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 15, 16, 17, 50, 96, 97, 130]), min_size=1, max_size=3),
+    room=st.sampled_from([130, 131, 160]),
+    heads=st.sampled_from([(1, 1), (4, 1), (6, 3), (16, 1), (17, 1), (40, 2)]),
+    dim=st.sampled_from([1, 16, 24, 80]),
+    window=st.sampled_from([None, 1, 33, 50, 500]),
+    softcap=st.sampled_from([None, 2.0, 50.0]),
+    scale=st.sampled_from([None, 0.7]),
+    dtype=st.sampled_from(TRITON_DTYPES),
+    layout=st.sampled_from(["dense", "strided", "heads first"]),
+)
+def test_triton(
+    lengths: list[int],
+    room: int,
+    heads: tuple[int, int],
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    dtype: torch.dtype,
+    layout: str,
+) -> None:
+    """Keys of a row split and not; what lies outside a row's keys is NaN, and uninitialised memory too."""
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+    q = (2 * draw(len(lengths), heads[0], dim)).to(DEVICE, dtype)
+    k, v = (cache(lengths, room, heads[1], dim, seed, window).to(DEVICE, dtype) for seed in (1, 2))
+    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    want = decode_attention_reference(q.double(), k.double(), v.double(), counts, **options)
+    allowed = (formula(q, k, v, lengths, options).double() - want).abs().max()
+    if layout == "strided":
+        q, k, v = strided(q), strided(k), strided(v)
+    elif layout == "heads first":
+        k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    with poisoned():
+        got = decode_attention(q, k, v, counts, backend="triton", **options)
+    assert got.dtype == dtype
+    rounding = torch.finfo(dtype).eps * want.abs().max() * (8 if dtype == torch.float32 else 1)
+    assert (got.double() - want).abs().max() <= 2 * allowed + rounding
+    assert torch.equal(got, decode_attention(q, k, v, counts, backend="triton", **options))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_triton_reads_nothing_outside(rows: int) -> None:
+    """Lengths outside [0, S] count as the nearest inside; Inf past a row's length does not matter either."""
+    q, k, v = (
+        draw(*shape, dtype=torch.float32).to(DEVICE) for shape in ((rows, 4, 8), (rows, 40, 2, 8), (rows, 40, 2, 8))
+    )
+    k[:, 37:] = v[:, 37:] = torch.inf
+    for found, meant in ((-5, 0), (37, 37)):
+        counts = [torch.full((rows,), n, dtype=torch.int32, device=DEVICE) for n in (found, meant)]
+        got, want = (decode_attention(q, k, v, n, backend="triton") for n in counts)
+        assert torch.equal(got, want)
+        assert_near([want], [decode_attention(q, k, v, counts[1], backend="torch")], 1e-5)
+    room = [x[:, :30].contiguous() for x in (k, v)]
+    counts = [torch.full((rows,), n, dtype=torch.int32, device=DEVICE) for n in (2**31 - 1, 30)]
+    got, want = (decode_attention(q, *room, n, backend="triton") for n in counts)
+    assert torch.equal(got, want)
+    assert want.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 2, 8), (3, 4, 0, 2, 8), (3, 0, 5, 2, 8), (2, 4, 5, 2, 0)])
+def test_triton_sizes_of_zero(shape: tuple[int, ...]) -> None:
+    batch, queries, room, heads, dim = shape
+    q, k = torch.ones(batch, queries, dim, device=DEVICE), torch.ones(batch, room, heads, dim, device=DEVICE)
+    for length in {0, room}:
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+        with poisoned():
+            got = decode_attention(q, k, k, lengths, backend="triton")
+        assert torch.equal(got, torch.full_like(q, float(length > 0)))
+
+
+def test_triton_many_rows_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts exist only where there are too few programs otherwise, and their number knows nothing of the lengths."""
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(decode, "launch", lambda kernel, grid, *arguments, **options: seen.append(grid))
+    for rows, room, window in (
+        (1, 16, None),
+        (1, 17, None),
+        (1, 5000, None),
+        (2, 5000, None),
+        (3, 5000, None),
+        (1, 5000, 40),
+    ):
+        k = torch.ones(rows, room, 2, 8, device=DEVICE)
+        lengths = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        decode_attention(k[:, 0], k, k, lengths, window=window, backend="triton")
+    if DEVICE.type == "cpu":  # the interpreter's row of the launch table: 6 programs, 16 keys a step
+        assert seen == [(2, 1), (2, 2), (2,), (2, 3), (2,), (4, 2), (4,), (6, 1), (2, 3), (2,)]
+    assert seen[0] == (2, 1)
+    assert seen[2] == (2,)
+
+
+def test_triton_leaves_long_heads_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, lengths = torch.ones(1, 1, 513), torch.ones(1, 3, 1, 513), torch.tensor([2], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^q: backend 'triton' takes heads of at most 512 dimensions, found 513"):
+        decode_attention(q, k, k, lengths, backend="triton")
+    monkeypatch.setenv("AFINA_BACKEND", "triton")
+    assert_near([decode_attention(q, k, k, lengths)], [q], 1e-6)
