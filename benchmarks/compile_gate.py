@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afina.kernels import activation, decode, launch
+from afina.kernels import activation, decode, launch, norm, rope
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -64,8 +64,31 @@ def decode_attention(size: int, dtype: torch.dtype) -> None:
         decode.decode_attention(q, cache, cache, lengths, backend="triton", **options)
 
 
+def norms(size: int, dtype: torch.dtype) -> None:
+    width = min(size, 50_000)  # the last row of the table is for rows longer than any tile
+    x, residual, weight = leaf(4, width, dtype=dtype), leaf(4, width, dtype=dtype), leaf(width, dtype=dtype)
+    heads = leaf(2, 3, 5, 128, dtype=dtype)[:, :, :3]  # short rows, unevenly apart
+    backward(norm.rms_norm(heads, leaf(128, dtype=torch.float32), backend="triton"))
+    backward(*norm.rms_norm(x, weight, residual=residual, backend="triton"))
+    backward(norm.rms_norm(x, weight.detach(), backend="triton"))
+    backward(norm.layer_norm(x, weight, backend="triton"))
+    backward(*norm.layer_norm(x, weight, weight, residual=residual, backend="triton"))
+
+
+def ropes(size: int, dtype: torch.dtype) -> None:
+    for dim, half in ((128, 64), (256, 32), (512, 256)):  # the whole head, a part of it, the longest heads
+        heads = leaf(2, 4, 48, dim, dtype=dtype)
+        angles = torch.zeros(4, half)
+        arguments = heads[:, :, :32], heads[:, :, 32:40], angles, angles
+        backward(*rope.rope(*arguments, backend="triton"))
+        for weight in (leaf(dim, dtype=dtype), torch.zeros(dim)):
+            backward(*rope.rope(*arguments, q_weight=weight, k_weight=weight, backend="triton"))
+
+
 # Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
 OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
+    "norm": (("norm_forward", "norm_backward"), norms),
+    "rope": (("rope", "rope_norm_backward"), ropes),
     "glu": (("glu",), glu),
     "decode_attention": (("decode", "decode_combine"), decode_attention),
 }

@@ -91,13 +91,19 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         heads = self.qkv(x).view(b, t, -1, self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        # RMSNorm of heads and rotation are one op.
+        fused: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
-            if self.norm_heads:
+            if not self.norm_heads:
+                q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+            elif self.q_norm.layer or self.rope is None:
                 q, k = self.q_norm(q), self.k_norm(k)
             else:
-                q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+                norm = self.q_norm
+                fused = {"q_weight": norm.weight, "k_weight": self.k_norm.weight}
+                fused |= {"eps": norm.eps, "weight_offset": norm.offset}
         if self.rope is not None:
-            q, k = rope(q, k, *step.tables[self.rope])
+            q, k = rope(q, k, *step.tables[self.rope], **fused)
         if step.cache is not None and step.slots is not None:
             out = step.cache.attend(self.index, q, k, v, step.slots, **self.options)
         elif step.cu_seqlens is not None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DRAWN, assert_low_precision, assert_near, assert_same_bits, draw, evaluate, strided
+from kernel_checks import (
+    DEVICE,
+    DRAWN,
+    TRITON_DTYPES,
+    assert_low_precision,
+    assert_near,
+    assert_same_bits,
+    draw,
+    evaluate,
+    strided,
+)
 from torch import Tensor
 
 from afina.kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
@@ -136,3 +147,116 @@ def test_validation(norm: Any, name: str, change: dict[str, Any]) -> None:
 def test_validation_of_the_bias() -> None:
     with pytest.raises(ValueError, match=r"^bias: "):
         layer_norm(torch.ones(2, 4), torch.ones(4), torch.ones(2, 4))
+
+
+def formula(x: Tensor, w: Tensor, *, eps: float = 1e-6, weight_offset: float = 0.0) -> Tensor:
+    """RMSNorm as torch computes it in x's dtype."""
+    return (w + weight_offset) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def torch_layer_norm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w, b, eps)
+
+
+@settings(DRAWN, max_examples=60)
+@given(
+    rows=st.sampled_from([0, 1, 5, 9]),
+    width=st.sampled_from([1, 3, 8, 31, 64, 100]),
+    dtype=st.sampled_from(TRITON_DTYPES),
+    kind=KINDS,
+    residual=st.booleans(),
+    option=st.booleans(),
+    layer=st.booleans(),
+)
+def test_triton(
+    rows: int, width: int, dtype: torch.dtype, kind: str, residual: bool, option: bool, layer: bool
+) -> None:
+    """Rows shorter and longer than a tile, one and several to a program; the option is a bias or a weight offset."""
+    x, r = (3 * draw(rows, width, seed=i).float() + 1 for i in range(2))
+    affine = [draw(width, seed=2).float(), draw(width, seed=3).float()][: 1 + (layer and option)]
+    offset = 1.0 if option and not layer else 0.0
+    function = partial(layer_norm, eps=0.3) if layer else partial(rms_norm, eps=0.3, weight_offset=offset)
+    plain, exact = (
+        (partial(torch_layer_norm, eps=0.3), partial(layer_norm_reference, eps=0.3))
+        if layer
+        else (partial(f, eps=0.3, weight_offset=offset) for f in (formula, rms_norm_reference))
+    )
+    if residual:
+        assert_low_precision(
+            lambda x, r, *affine: function(x, *affine, residual=r, backend="triton"),
+            with_residual(plain), with_residual(exact), [t.to(DEVICE) for t in (x, r, *affine)], dtype, kind,
+        )  # fmt: skip
+    else:
+        inputs = [t.to(DEVICE) for t in (x, *affine)]
+        assert_low_precision(partial(function, backend="triton"), plain, exact, inputs, dtype, kind)
+
+
+@pytest.mark.parametrize("width", [24, 70])
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm])
+def test_triton_heads_of_a_fused_buffer(norm: Any, width: int) -> None:
+    """Rows evenly apart within a token only; neither x nor an odd residual or gradient may be misread."""
+    qkv = draw(2, 3, 7, width, dtype=torch.float32).to(DEVICE)
+    q, r, w = qkv[:, :, :4], qkv[:, :, 3:], draw(width, seed=1, dtype=torch.float32).to(DEVICE)
+    for kind in ("dense", "strided"):
+        for arrange in (lambda t: t, lambda t: t.transpose(1, 2)):
+
+            def run(q: Tensor, r: Tensor, w: Tensor, backend: str, arrange: Any = arrange) -> tuple[Tensor, Tensor]:
+                return norm(arrange(q), w, residual=arrange(r), backend=backend)
+
+            # evaluate() detaches its inputs, which keeps their strides.
+            got, want = (evaluate(partial(run, backend=name), [q, r, w], kind) for name in ("triton", "torch"))
+            assert_near(got, want, 1e-4)
+            assert got[0].is_contiguous()
+            assert got[1].is_contiguous()
+
+
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm])
+@pytest.mark.parametrize("width", [40, 100])
+def test_triton_dtypes_frozen_inputs_and_repeats(norm: Any, width: int) -> None:
+    x, r, w = (draw(*shape, seed=i).to(DEVICE) for i, shape in enumerate([(11, width), (11, width), (width,)]))
+    triton = partial(norm, backend="triton")
+    for low in (torch.bfloat16, torch.float16):
+        got = evaluate(triton, [x.to(low), w.float()])
+        want = evaluate(norm, [x.to(low).double(), w.float().double()])
+        assert [t.dtype for t in got] == [low, low, torch.float32]
+        assert_near(got[2:], [want[2].float()], 1e-4)  # summed in fp32, and never rounded to 16 bits
+    x, r, w = x.float(), r.float(), w.float()
+    assert_same_bits(lambda x, r, w: triton(x, w, residual=r), [x, r, w])
+    for used in (0, 1):  # one output; the weight frozen
+        got = evaluate(lambda x, r, u=used: triton(x, w, residual=r)[u], [x, r])
+        assert_near(got, evaluate(lambda x, r, u=used: norm(x, w, residual=r)[u], [x, r]), 1e-4)
+    leaf = w.clone().requires_grad_()
+    assert_near(torch.autograd.grad(triton(x, leaf).sum(), leaf), torch.autograd.grad(norm(x, leaf).sum(), leaf), 1e-4)
+
+
+def test_triton_only_the_bias_is_trained() -> None:
+    x, w = draw(5, 8).float().to(DEVICE), torch.ones(8, device=DEVICE)
+    b = torch.zeros(8, device=DEVICE, requires_grad=True)
+    layer_norm(x, w, b, backend="triton").sum().backward()
+    assert_near([b.grad], [torch.full_like(b, 5.0)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("width", [33, 100])
+def test_triton_extreme_values(width: int) -> None:
+    ones = torch.ones(width, dtype=torch.float16, device=DEVICE)
+    big = torch.full((2, width), 1e4, dtype=torch.float16, device=DEVICE)
+    assert torch.equal(rms_norm(big, ones, backend="triton"), torch.ones_like(big))
+    big[:, ::2] *= -1
+    y, dx, _ = evaluate(partial(layer_norm, backend="triton"), [big, ones])
+    assert_near([y], [torch_layer_norm(big.float(), ones.float()).half()], 1e-3)
+    assert dx.isfinite().all()
+    # A large common part: mean(x^2) - mean(x)^2 would have no digit left.
+    x, w = (1000 + draw(3, width)).to(DEVICE), draw(width, seed=1).to(DEVICE)
+    assert_near([layer_norm(x.float(), w.float(), backend="triton")], [layer_norm(x.float().double(), w).float()], 1e-3)
+    # All zeros: eps alone stands below the root.
+    zeros = torch.zeros(3, width, device=DEVICE)
+    for norm in (rms_norm, layer_norm):
+        y, dx, _ = evaluate(partial(norm, eps=1e-4, backend="triton"), [zeros, ones.float()])
+        assert torch.equal(y, zeros)
+        assert_near([dx], evaluate(partial(norm, eps=1e-4), [zeros, ones.float()])[1:2], 1e-4)
+    # NaN stays in its row.
+    zeros[1, 2] = torch.nan
+    for norm in (rms_norm, layer_norm):
+        y = norm(zeros, ones.float(), backend="triton")
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
