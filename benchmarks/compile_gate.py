@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afina.kernels import activation, decode, launch, norm, rope
+from afina.kernels import activation, adamw, decode, launch, nf4, norm, rope
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -85,12 +85,31 @@ def ropes(size: int, dtype: torch.dtype) -> None:
             backward(*rope.rope(*arguments, q_weight=weight, k_weight=weight, backend="triton"))
 
 
+def adamw_steps(size: int, dtype: torch.dtype) -> None:
+    """fp32 parameters with a bf16 copy; bf16 parameters, rounded stochastically, with bf16 and with 8-bit moments."""
+    options: dict[str, Any] = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    x, master = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(64, 256)
+    adamw.adamw_([master], [x], [master], [master], copies=[x], backend="triton", **options)
+    adamw.adamw_([x], [x], [x], [x], seed=0, backend="triton", **options)
+    m, v = (adamw.State8.zeros_like(x, signed=signed) for signed in (True, False))
+    adamw.adamw_([x], [x], [m], [v], seed=0, backend="triton", **options)
+
+
+def dequantize(size: int, dtype: torch.dtype) -> None:
+    for double_quant in (True, False):
+        weight = torch.ones(64, 256, dtype=dtype)
+        packed, state = nf4.quantize_nf4(weight, blocksize=size, double_quant=double_quant)
+        nf4.dequantize_nf4(packed, state, backend="triton")
+
+
 # Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
 OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
     "norm": (("norm_forward", "norm_backward"), norms),
     "rope": (("rope", "rope_norm_backward"), ropes),
     "glu": (("glu",), glu),
     "decode_attention": (("decode", "decode_combine"), decode_attention),
+    "adamw": (("adamw",), adamw_steps),
+    "nf4": (("nf4",), dequantize),
 }
 
 
@@ -158,7 +177,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _job(op: str, kernel: Any, target: int, arguments: dict[str, Any]) -> Job:
     """Specialise as Triton does at a launch: pointers and integers that 16 divides, and integers that are 1."""
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: arguments.pop(name) for name in names if name in arguments}
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, arguments.get(parameter.name, parameter.default)

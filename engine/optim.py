@@ -3,7 +3,7 @@
 Decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) shrinks matrices; norms, biases
 and embeddings are left alone. A bf16 weight has 8 bits of mantissa, so an update under 1/512 of it is rounded away:
 1,000 updates of -1e-3 from 1.0 leave exactly 1.0. Hence the fp32 copy that takes the updates; the bf16 weight is its
-rounding.
+rounding, written in the same pass.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class AdamW:
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=weight_decay,
+                copies=[None if self.params[n].dtype == torch.float32 else self.params[n] for n in live],
             )
-        self._round_masters()
 
     def _round_masters(self) -> None:
         rounded = [n for n, p in self.params.items() if p.dtype != torch.float32]
