@@ -11,6 +11,7 @@ runs, and so every bit of the result, must not depend on a race.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -85,7 +86,7 @@ def _config(kernel: str, capability: int, bits: int, size: int) -> dict[str, Any
     ]
     if not fits:
         raise ValueError(f"{kernel}: no launch configuration for {bits}-bit elements and a size of {size}")
-    best = min(fits, key=lambda row: (-row["capability"], row.get("size", 0)))
+    best = min(fits, key=lambda row: (-row["capability"], row.get("size", math.inf)))
     return {key: value for key, value in best.items() if key not in KEYS}
 
 

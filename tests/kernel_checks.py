@@ -59,14 +59,26 @@ def assert_same_bits(function: Callable[..., Any], inputs: Sequence[Tensor]) -> 
     assert all(torch.equal(a, b) for a, b in zip(evaluate(function, inputs), evaluate(function, inputs)))
 
 
+GUARD = 64  # elements
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory taken uninitialised holds NaN (integers: their largest value), so what a kernel leaves out shows."""
+    """Memory taken uninitialised holds NaN (integers: their largest value), so what a kernel leaves out shows.
+
+    Around it stand guards of the same, and whoever wrote over one is told at the end.
+    """
+    guarded: list[tuple[Tensor, float]] = []
 
     def poison(x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            return x.fill_(torch.nan)
-        return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
+        if x.dtype == torch.bool or not x.is_floating_point():
+            bad = True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
+        else:
+            bad = torch.nan
+        size = sum((n - 1) * step for n, step in zip(x.shape, x.stride())) + 1 if x.numel() else 0
+        room = torch.full((size + 2 * GUARD,), bad, dtype=x.dtype, device=x.device)
+        guarded.append((room, bad))
+        return room.as_strided(x.shape, x.stride(), GUARD)
 
     plain = {"empty": torch.empty, "empty_like": torch.empty_like}
     new_empty = Tensor.new_empty
@@ -79,6 +91,10 @@ def poisoned() -> Iterator[None]:
         for name, function in plain.items():
             setattr(torch, name, function)
         Tensor.new_empty = new_empty  # type: ignore[method-assign]
+    for room, bad in guarded:
+        ends = torch.cat([room[:GUARD], room[-GUARD:]])
+        whole = ends.isnan() if room.is_floating_point() else ends == bad
+        assert whole.all(), "written outside of a tensor"
 
 
 def assert_low_precision(

@@ -21,6 +21,7 @@ TABLE = {
         {"capability": 80, "size": 128, "bits": 16, "BLOCK": 2},
         {"capability": 90, "size": 128, "bits": 16, "BLOCK": 3, "num_warps": 8},
         {"capability": 80, "size": 128, "bits": 32, "BLOCK": 4},
+        {"capability": 80, "bits": 32, "BLOCK": 5},
     ]
 }
 
@@ -35,7 +36,15 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("capability", "size", "bits", "block"),
-    [(0, 4096, 16, 16), (80, 64, 16, 1), (89, 65, 16, 2), (90, 128, 16, 3), (120, 80, 16, 3), (90, 128, 32, 4)],
+    [
+        (0, 4096, 16, 16),
+        (80, 64, 16, 1),
+        (89, 65, 16, 2),
+        (90, 128, 16, 3),
+        (120, 80, 16, 3),
+        (90, 128, 32, 4),
+        (90, 129, 32, 5),
+    ],
 )
 def test_the_nearest_row_counts(table: Any, capability: int, size: int, bits: int, block: int) -> None:
     """Of the highest capability not above the GPU's, the smallest size that reaches; the interpreter's is its own."""

@@ -50,7 +50,8 @@ def losses(model: Path, data: Path, output: Path, backend: str) -> list[float]:
 def test_the_same_losses_as_on_torch(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", **MODELS[name])
     data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"one two {i}", "completion": " three four five" if i % 2 else " the lazy dog"} for i in range(30)]
+    answers = (" three four five", " the lazy dog")
+    rows = [{"prompt": f"one two {i}", "completion": answers[i % 2]} for i in range(30)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     triton, plain = (losses(model, data, tmp_path / backend, backend) for backend in ("triton", "torch"))
     assert len(triton) == len(plain) == STEPS + 2  # with the dev loss before and after
