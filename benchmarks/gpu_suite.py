@@ -1,0 +1,259 @@
+"""All that a GPU is needed for, in one command: the kernels' tests, all op benchmarks, a short training benchmark.
+
+    python benchmarks/gpu_suite.py                                   # into benchmarks/results/gpu_<device>/
+    python benchmarks/gpu_suite.py --output results --minutes 9
+    python benchmarks/gpu_suite.py --only attention train
+
+It needs no network and installs nothing: this repository need not be installed, and peers that are not importable
+become skipped rows. Each stage is a process of its own with its own time limit; what a stage leaves of its time goes
+to the later ones; at the deadline the rest is skipped, and the record says so. Where a call breaks the GPU's context
+(an illegal access), the op's other providers are run again without the one that did it. On a CPU the same runs with
+tiny shapes, kernels interpreted.
+
+Files (at most 8): environment.jsonl (machine, versions, ceilings; a row a stage), benchmarks.jsonl (all rows),
+tests.log, suite.log (standard error of the rest), and with matplotlib roofline.png and .svg, times.png and .svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parent
+DEVICE_LOST = 3  # as in harness.py, which would import torch
+GRACE = 20.0  # seconds that a stage gets to end by itself after its limit
+LEAST = 8.0  # seconds with which a stage is not worth beginning
+
+
+class Stage(NamedTuple):
+    name: str
+    weight: float  # its share of the time left is its weight over the weights left
+
+
+STAGES = (
+    Stage("tests", 180),
+    Stage("attention", 75),
+    Stage("cross_entropy", 45),
+    Stage("norm", 30),
+    Stage("rope", 20),
+    Stage("activation", 25),
+    Stage("adamw", 20),
+    Stage("decode", 25),
+    Stage("nf4", 10),
+    Stage("train", 80),
+)
+PLOT_SECONDS = 20.0
+
+
+def allowance(left: float, index: int, stages: tuple[Stage, ...] = STAGES) -> float:
+    """Seconds for a stage, of what is left before the deadline."""
+    return max(0.0, left) * stages[index].weight / sum(stage.weight for stage in stages[index:])
+
+
+def test_files(importable: set[str]) -> tuple[list[str], list[str]]:
+    """Tests of kernels or marked gpu whose imports are there; and those left out, with the reason."""
+    run, out = [], []
+    for file in sorted((REPO / "tests").glob("test_*.py")):
+        text = file.read_text()
+        if "kernel_checks" not in text and "mark.gpu" not in text:
+            continue
+        needed = {"hypothesis"} if "kernel_checks" in text or "hypothesis" in text else set()
+        if missing := needed - importable:
+            out.append(f"{file.name}: needs {', '.join(sorted(missing))}")
+        else:
+            run.append(f"tests/{file.name}")
+    return run, out
+
+
+def pytest_command(files: list[str], importable: set[str], cpus: int) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-q", "-rfE", "--maxfail=30"]
+    command += ["--durations=10", "-W", "ignore::pytest.PytestConfigWarning"]
+    if "pytest_timeout" in importable:
+        command += ["--timeout=120"]
+    if "xdist" in importable:
+        # Compiling takes most of the time, and each worker compiles on a core of its own.
+        command += ["-n", str(max(1, min(8, cpus // 2))), "--dist", "worksteal"]
+    return command + files
+
+
+class Suite:
+    def __init__(self, folder: Path, minutes: float, gpu: bool) -> None:
+        self.folder, self.gpu = folder, gpu
+        self.deadline = time.monotonic() + 60 * minutes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.log = (folder / "suite.log").open("w")
+        (folder / "environment.jsonl").write_text("")
+        self.env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))}
+        self.env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+
+    def record(self, row: dict[str, Any]) -> None:
+        with (self.folder / "environment.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def stage(self, name: str, **facts: Any) -> None:
+        row = {"row": "stage", "stage": name, **facts}
+        self.record(row)
+        print(json.dumps(row), flush=True)
+
+    def run(self, command: list[str], limit: float, out: Any, err: Any, **env: str) -> tuple[int | None, float]:
+        """Exit status, None where the limit ended it; seconds."""
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            cwd=REPO,
+            env=self.env | env,
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own group: the compiler's workers too
+            process.wait()
+            status = None
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return status, round(time.monotonic() - started, 1)
+
+    def environment(self) -> None:
+        path = self.folder / "environment.jsonl"
+        with path.open("a") as file:
+            status, seconds = self.run([sys.executable, str(HERE / "harness.py")], 90, file, self.log)
+        if status:
+            self.stage("environment", status=status, seconds=seconds, log="suite.log")
+
+    def tests(self, limit: float) -> None:
+        importable = {name for name in ("hypothesis", "pytest_timeout", "xdist", "pytest") if find_spec(name)}
+        if "pytest" not in importable:
+            self.stage("tests", skipped="pytest is not importable")
+            return
+        files, left_out = test_files(importable)
+        if not files:
+            self.stage("tests", skipped="; ".join(left_out) or "no test of a kernel")
+            return
+        command = pytest_command(files, importable, os.cpu_count() or 1)
+        with (self.folder / "tests.log").open("w") as file:
+            file.write(" ".join(["python", *command[1:]]) + "\n")
+            file.flush()
+            status, seconds = self.run(command, limit, file, subprocess.STDOUT, OMP_NUM_THREADS="1")
+        facts: dict[str, Any] = {"status": status, "seconds": seconds, "files": len(files), "left_out": left_out}
+        facts["summary"] = summary((self.folder / "tests.log").read_text())
+        if status is None:
+            facts["skipped"] = "time limit: see tests.log for what ran"
+        self.stage("tests", **facts)
+
+    def benchmark(self, name: str, limit: float) -> None:
+        """One script's rows; again without a provider that broke the GPU's context."""
+        script = HERE / ("bench_train_gpu.py" if name == "train" else f"bench_{name}.py")
+        ends = time.monotonic() + limit
+        without: list[str] = []
+        while True:
+            left = ends - time.monotonic()
+            command = [sys.executable, str(script), "--seconds", f"{max(1.0, left - GRACE / 2):.0f}"]
+            command += [] if self.gpu else ["--quick"]
+            command += ["--without", *without] if without else []
+            temporary = self.folder / "rows.tmp"
+            extra = {} if self.gpu or name == "train" else {"TRITON_INTERPRET": "1"}
+            with temporary.open("w") as file:
+                status, seconds = self.run(command, left + GRACE, file, self.log, **extra)
+            lost = self.take(temporary)
+            temporary.unlink()
+            shown = " ".join(["python", str(script.relative_to(REPO)), *command[2:]])
+            facts: dict[str, Any] = {"status": status, "seconds": seconds, "command": shown}
+            if status is None:
+                facts["skipped"] = "time limit: rows after the last one"
+            if lost:
+                facts["lost"] = lost
+            self.stage(name, **facts)
+            provider = (lost or {}).get("provider")
+            if status != DEVICE_LOST or provider is None or provider in without or ends - time.monotonic() < LEAST:
+                return
+            without.append(provider)
+
+    def take(self, path: Path) -> dict[str, Any] | None:
+        """Add a file's rows, a later one of a kind in place of an earlier; the row of a lost device is returned."""
+        lost = None
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # cut off by the limit, or printed by a peer
+            if not isinstance(row, dict):
+                continue
+            if "lost" in row:
+                lost = {key: row.get(key) for key in ("op", "case", "provider", "lost")}
+            elif "op" in row:
+                self.rows[tuple(row.get(key) for key in ("op", "case", "pass", "provider"))] = row
+        with (self.folder / "benchmarks.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows.values())
+        return lost
+
+    def plots(self, limit: float) -> None:
+        if not find_spec("matplotlib"):
+            self.stage("plot", skipped="matplotlib is not importable")
+            return
+        command = [sys.executable, str(HERE / "plot.py"), str(self.folder / "benchmarks.jsonl")]
+        status, seconds = self.run([*command, "--output", str(self.folder)], limit, self.log, self.log)
+        self.stage("plot", status=status, seconds=seconds)
+
+
+def summary(log: str) -> str:
+    """pytest's last line, as far as there is one."""
+    lines = [line.strip("= ") for line in log.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    return lines[-1] if lines else ""
+
+
+def device() -> tuple[bool, str]:
+    """Whether there is a GPU, and a name for the folder; in another process, so that this one holds no memory of it."""
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name = done.stdout.strip()
+    return bool(name), re.sub(r"[^a-z0-9]+", "-", (name or "cpu").lower()).strip("-")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for the files (default: benchmarks/results/gpu_<device>)")
+    parser.add_argument("--minutes", type=float, default=8.7, help="deadline for all of it (default 8.7)")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument(
+        "--only", nargs="+", default=names, choices=names, metavar="STAGE", help=f"of {', '.join(names)}"
+    )
+    args = parser.parse_args()
+    gpu, name = device()
+    suite = Suite(args.output or HERE / "results" / f"gpu_{name}", args.minutes, gpu)
+    suite.environment()
+    stages = tuple(stage for stage in STAGES if stage.name in args.only)
+    for i, stage in enumerate(stages):
+        left = suite.deadline - time.monotonic() - PLOT_SECONDS - GRACE
+        limit = allowance(left, i, stages)
+        if limit < LEAST:
+            suite.stage(stage.name, skipped="the deadline is near")
+        elif stage.name == "tests":
+            suite.tests(limit)
+        else:
+            suite.benchmark(stage.name, limit)
+    if suite.rows:
+        suite.plots(max(5.0, suite.deadline - time.monotonic()))
+    suite.log.close()
+    timed = sum("ms" in row for row in suite.rows.values())
+    print(f"{timed} timed rows, {len(suite.rows) - timed} skipped, in {suite.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
