@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afina.kernels import activation, adamw, decode, launch, nf4, norm, rope
+from afina.kernels import activation, adamw, attention, decode, launch, nf4, norm, rope
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -102,8 +102,26 @@ def dequantize(size: int, dtype: torch.dtype) -> None:
         nf4.dequantize_nf4(packed, state, backend="triton")
 
 
+def attentions(size: int, dtype: torch.dtype) -> None:
+    """Packed, as in training, for each row; at 128 also with every option, and without the causal mask."""
+    launch.config("attention_backend", torch.device("cpu"), dtype=dtype, size=size)
+    if size == 0:  # rows for heads of any size
+        return
+    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
+    q, k = leaf(256, 8, size, dtype=dtype), leaf(256, 2, size, dtype=dtype)
+    backward(attention.attention(q, k, k, cu_seqlens=offsets, backend="triton"))
+    if size == 128 and dtype == torch.bfloat16:
+        q, k = (x[None] for x in (q, k))
+        backward(attention.attention(q, k, k, window=100, softcap=30.0, backend="triton"))
+        backward(attention.attention(q, k, k, causal=False, backend="triton"))
+
+
 # Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
 OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
+    "attention": (
+        ("attention_forward", "attention_dkdv", "attention_dq", "attention_delta", "attention_backend"),
+        attentions,
+    ),
     "norm": (("norm_forward", "norm_backward"), norms),
     "rope": (("rope", "rope_norm_backward"), ropes),
     "glu": (("glu",), glu),

@@ -11,12 +11,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DRAWN, assert_low_precision, assert_near, assert_same_bits, draw, evaluate, strided
+from kernel_checks import (
+    DEVICE,
+    DRAWN,
+    TRITON_DTYPES,
+    assert_low_precision,
+    assert_near,
+    assert_same_bits,
+    draw,
+    evaluate,
+    strided,
+)
 from torch import Tensor
 
 from afina.kernels import attention as file
+from afina.kernels import attention_blocks
 from afina.kernels.attention import attention, attention_reference
 
 LENGTHS = [5, 0, 1, 7, 6, 1, 0]
@@ -29,8 +40,8 @@ def path(name: str) -> Iterator[None]:
     """default: at these sizes all queries at once; tiles: blocks of 2 queries, a document at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "tiles":
-            patch.setattr(file, "BLOCK_ROWS", 2)
-            patch.setattr(file, "BLOCK_SCORES", 1)
+            patch.setattr(attention_blocks, "BLOCK_ROWS", 2)
+            patch.setattr(attention_blocks, "BLOCK_SCORES", 1)
         yield
 
 
@@ -218,3 +229,264 @@ X, KV = torch.ones(1, 3, 4, 8), torch.ones(1, 3, 2, 8)
 def test_validation(name: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         attention(**({"q": X, "k": KV, "v": KV} | change))
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
+    """The reference, but each step in the dtype of q, as torch computes it."""
+    if cu_seqlens is not None:
+        spans = pairwise(cu_seqlens.tolist())
+        return torch.cat([formula(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0] for a, b in spans])
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scale, softcap = options.get("scale"), options.get("softcap")
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    length, keys = q.shape[1], k.shape[1]
+    causal, window = options.get("causal", True), options.get("window")
+    hidden = ~attention_blocks.visible(length, keys, keys - length, causal, window, q.device)
+    p = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+    return torch.einsum("bhij,bjhd->bihd", p, v)
+
+
+def triton(**options: Any) -> partial[Tensor]:
+    return partial(attention, backend="triton", **options)
+
+
+def check_triton(inputs: list[Tensor], dtype: torch.dtype, kind: str, options: dict[str, Any], keys: int = 2) -> None:
+    """keys: the largest number that a query sees. With one, p is 1 and dq and dk are 0, to rounding errors of dp."""
+    inputs = [x.to(DEVICE, torch.float32) for x in inputs]
+    reference = partial(attention_reference, **options)
+    if keys > 1:
+        assert_low_precision(triton(**options), partial(formula, **options), reference, inputs, dtype, kind)
+    else:
+        assert_close_to_reference(inputs, dtype, kind, options, 256)
+
+
+def assert_close_to_reference(
+    inputs: list[Tensor], dtype: torch.dtype, kind: str, options: dict[str, Any], roundings: int
+) -> None:
+    """For gradients that are 0 or nearly: differences of large numbers, whose rounding they keep."""
+    runs = (triton(**options), partial(attention_reference, **options))
+    got, want = (evaluate(f, [x.to(dtype) for x in inputs], kind) for f in runs)
+    assert_near([x.float() for x in got], [x.float() for x in want], roundings * torch.finfo(dtype).eps)
+
+
+# The interpreter is slow: each example has all the groups, widths and options that fit into few tiles of 16.
+TRITON_DRAWN = settings(DRAWN, max_examples=12, phases=[Phase.generate])
+LENGTH = st.sampled_from([0, 1, 5, 16, 17, 33])
+TRITON_OPTIONS = st.fixed_dictionaries(
+    {
+        "causal": st.sampled_from([True, True, False]),
+        "window": st.sampled_from([None, 1, 7, 20, 40]),
+        "softcap": st.sampled_from([None, 1.5]),
+        "scale": st.sampled_from([None, 0.4, -0.4, 0.0]),
+    }
+)
+HEADS = st.sampled_from([(1, 1), (2, 1), (3, 1), (7, 1), (2, 2), (4, 2)])
+KIND = st.sampled_from(["dense", "strided", "broadcast"])
+
+
+@TRITON_DRAWN
+@given(
+    sizes=st.tuples(LENGTH, LENGTH),
+    square=st.booleans(),
+    heads=HEADS,
+    dim=st.sampled_from([16, 24, 64, 80]),
+    options=TRITON_OPTIONS,
+    dtype=st.sampled_from(TRITON_DTYPES),
+    kind=KIND,
+)
+def test_triton_rectangles(
+    sizes: tuple[int, int],
+    square: bool,
+    heads: tuple[int, int],
+    dim: int,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    kind: str,
+) -> None:
+    """Rows that see nothing (S < T), no rows, no keys, and all options."""
+    length, keys = sizes
+    options = options | ({} if options["causal"] else {"window": None})
+    batch, keys = (2 if heads[0] < 3 else 1), length if square else keys
+    inputs = tokens(batch, length, heads=heads, dim=dim, keys=keys)
+    check_triton(inputs, dtype, kind, options, min(keys, options["window"] or keys))
+
+
+@TRITON_DRAWN
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 5, 16, 21]), max_size=6),
+    heads=HEADS,
+    dim=st.sampled_from([16, 24]),
+    options=TRITON_OPTIONS,
+    dtype=st.sampled_from(TRITON_DTYPES),
+    kind=KIND,
+)
+def test_triton_packed(
+    lengths: list[int],
+    heads: tuple[int, int],
+    dim: int,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    kind: str,
+) -> None:
+    """Empty documents and short ones, several in a tile; windows longer than a document."""
+    options = options | ({} if options["causal"] else {"window": None}) | {"cu_seqlens": offsets(lengths)}
+    if not sum(lengths):
+        empty = [x.to(DEVICE) for x in tokens(0, heads=heads, dim=dim)]
+        assert [len(x) for x in evaluate(triton(**options), [x.float() for x in empty])] == [0] * 4
+        return
+    inputs, longest = tokens(sum(lengths), heads=heads, dim=dim), max(lengths)
+    check_triton(inputs, dtype, kind, options, min(longest, options["window"] or longest))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 3, "softcap": 2.0}], ids=str)
+def test_triton_documents_do_not_touch(options: dict[str, Any]) -> None:
+    """Not by a bit, though they share tiles; nor does a NaN pass from one to another, forward or backward."""
+    cu = offsets([5, 0, 1, 19, 9])
+    inputs = [x.to(DEVICE, torch.float32) for x in tokens(34, heads=(2, 1))]
+    run = triton(cu_seqlens=cu, **options)
+    before = evaluate(run, inputs)
+    for a, b in pairwise(cu.tolist()):
+        for value in (3.0, torch.nan):
+            changed = [x.clone() for x in inputs]
+            for x in changed:
+                x[a:b] += value
+            after = evaluate(run, changed)
+            for x, y in zip(before, after):
+                assert torch.equal(x[:a], y[:a])
+                assert torch.equal(x[b:], y[b:])
+            assert a == b or not torch.equal(before[0], after[0])
+
+
+def test_triton_gradient_of_nan_stays_in_its_document() -> None:
+    cu = offsets([5, 20])
+    leaves = [x.to(DEVICE, torch.float32).requires_grad_() for x in tokens(25, heads=(2, 1))]
+    upstream = torch.ones(25, 2, 16, device=DEVICE)
+    out = triton(cu_seqlens=cu)(*leaves)
+    before = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    upstream[:5] = torch.nan
+    after = torch.autograd.grad(out, leaves, upstream)
+    for x, y in zip(before, after):
+        assert torch.equal(x[5:], y[5:])
+        assert y[:5].isnan().any()
+
+
+def test_triton_extreme_scores() -> None:
+    """Scores of +-1e4: a softmax of one or a few keys. An fp32 score is then known to 1e-3, and so is p."""
+    q, k, v = tokens(1, 20, heads=(2, 1))
+    for options in ({}, {"softcap": 50.0}, {"causal": False}):
+        large = [x.to(DEVICE, torch.float32) for x in (q * 60, k * 60, v)]
+        assert_close_to_reference(large, torch.float32, "dense", options, 8192)
+        got = evaluate(triton(**options), [x.half() for x in large])
+        assert all(x.isfinite().all() for x in got)
+        want = attention_reference(*(x.half() for x in large), **options)
+        assert_near(got[:1], [want], 2e-3)
+
+
+def test_triton_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a fused buffer and heads before tokens give the bits of contiguous tensors; so does any order."""
+    fused = draw(2, 19, 8, 24, dtype=torch.float32).to(DEVICE)
+    parts = [x.contiguous() for x in fused.split([4, 2, 2], dim=2)]
+    want = evaluate(triton(window=9), parts)
+    layouts = [list(fused.split([4, 2, 2], dim=2)), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts]]
+    for layout in layouts:
+        assert all(torch.equal(x, y) for x, y in zip(want, evaluate(triton(window=9), layout)))
+    monkeypatch.setattr(file, "L2_BYTES", 0)
+    assert all(torch.equal(x, y) for x, y in zip(want, evaluate(triton(window=9), parts)))
+    packed = triton(cu_seqlens=offsets([7, 12]))
+    first = [x[0] for x in parts]
+    assert all(torch.equal(x, y) for x, y in zip(evaluate(packed, first), evaluate(packed, [x[0] for x in layouts[1]])))
+    assert_same_bits(packed, first)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_saved_values_do_not_hold_the_fused_buffer(backend: str) -> None:
+    """Queries and keys that were rotated lie elsewhere; the values alone would keep all three alive."""
+    fused = draw(1, 5, 4, 16, dtype=torch.float32).to(DEVICE).requires_grad_()
+    q, k, v = fused.split([2, 1, 1], dim=2)
+    out = attention(q * 1.0, k * 1.0, v, backend=backend)
+    saved = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert all(x.untyped_storage().data_ptr() != fused.untyped_storage().data_ptr() for x in saved)
+    out = attention(q, k, v, backend=backend)  # all of them needed: no copy
+    assert out.grad_fn.saved_tensors[2].data_ptr() == v.data_ptr()  # type: ignore[union-attr]
+
+
+def test_triton_gradients_that_nobody_asks_for() -> None:
+    inputs = [x.to(DEVICE, torch.float32) for x in tokens(1, 9, heads=(2, 1))]
+    want = evaluate(triton(), inputs, "broadcast")[1:]
+    for wanted in ([0], [1], [2], [0, 2]):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        out = triton()(*leaves)
+        out.backward(out.new_tensor(-1.75).expand(out.shape))
+        for i, (x, y) in enumerate(zip(leaves, want)):
+            assert (x.grad is None) if i not in wanted else torch.equal(x.grad, y), i
+
+
+def test_boundaries_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    plain = file.document_offsets
+    monkeypatch.setattr(file, "document_offsets", lambda *a: read.append(a) or plain(*a))
+    q, k, v = (x.to(DEVICE, torch.float32) for x in tokens(6))
+    for place in ("cpu", DEVICE):
+        cu = offsets([2, 4]).to(place)
+        for backend in ("triton", "torch"):
+            first = attention(q, k, v, cu_seqlens=cu, backend=backend)
+            assert torch.equal(first, attention(q, k, v, cu_seqlens=cu, backend=backend))
+        assert len(read) == 1
+        with pytest.raises(ValueError, match=r"^cu_seqlens: "):
+            attention(q[:5], k[:5], v[:5], cu_seqlens=cu, backend="triton")
+        attention(q, k, v, cu_seqlens=cu, backend="triton")
+        cu[1] = 3
+        for backend in ("triton", "torch"):
+            changed = attention(q, k, v, cu_seqlens=cu, backend=backend)
+            other = attention(q, k, v, cu_seqlens=offsets([3, 3]), backend=backend)
+            assert torch.equal(changed, other)
+            assert not torch.equal(changed, first)
+        cu[1] = 7
+        with pytest.raises(ValueError, match=r"^cu_seqlens: "):
+            attention(q, k, v, cu_seqlens=cu, backend="triton")
+        read.clear()
+    with torch.inference_mode():
+        cu = offsets([2, 4])
+        attention(q, k, v, cu_seqlens=cu)
+        cu[1] = 3
+        assert torch.equal(attention(q, k, v, cu_seqlens=cu), attention(q, k, v, cu_seqlens=offsets([3, 3])))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_sdpa(heads: tuple[int, int], scale: float | None) -> None:
+    for length, keys, options in [(5, 5, {}), (5, 7, {"causal": False}), (1, 4, {}), (0, 3, {"causal": False}),
+                                  (4, 4, {"window": 4})]:  # fmt: skip
+        options = {"scale": scale} | options
+        inputs = tokens(2, length, heads=heads, keys=keys)
+        got = evaluate(partial(attention, backend="sdpa", **options), [strided(x) for x in inputs], "strided")
+        assert_near(got, evaluate(partial(attention_reference, **options), inputs, "strided"))
+    for lengths in ([3, 0, 3, 3], [4], [0]):
+        inputs, options = tokens(sum(lengths), heads=heads), {"cu_seqlens": offsets(lengths), "scale": scale}
+        got = evaluate(partial(attention, backend="sdpa", **options), inputs)
+        assert_near(got, evaluate(partial(attention_reference, **options), inputs))
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("softcap", {"softcap": 2.0}),
+        ("window", {"window": 2}),
+        ("documents of several lengths", {"cu_seqlens": offsets([1, 3])}),
+        ("4 queries with 5 keys", {"k": torch.ones(1, 5, 1, 8), "v": torch.ones(1, 5, 1, 8)}),
+        ("4 queries with 0 keys", {"k": torch.ones(1, 0, 1, 8), "v": torch.ones(1, 0, 1, 8), "causal": False}),
+    ],
+)
+def test_sdpa_refuses(what: str, options: dict[str, Any]) -> None:
+    x = torch.ones(1, 4, 1, 8)
+    inputs = dict.fromkeys("qkv", x[0] if "cu_seqlens" in options else x) | options
+    with pytest.raises(ValueError, match=f"^backend: 'sdpa' cannot compute attention with {what}"):
+        attention(**inputs, backend="sdpa")
+
+
+def test_triton_refuses_wide_heads() -> None:
+    x = torch.ones(1, 2, 1, 264, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^q: "):
+        attention(x, x, x, backend="triton")
+    assert attention(x, x, x).shape == x.shape

@@ -1,0 +1,271 @@
+"""Attention as blocked matrix products in torch: what runs on CPUs, in float64, and where no kernel can.
+
+Scores exist for one block of queries at a time, of all heads that share keys at once, so memory is linear in length.
+
+Packed documents of like length are padded on the right to a rectangle (which a causal query never sees) and go
+through as one batch; a rectangle takes its padding from the document itself, so no document can touch another.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Queries of one block, and the scores (of all heads, of several documents) that exist at a time: they stay in cache.
+BLOCK_ROWS = 64
+BLOCK_SCORES = 1 << 20
+
+
+class Options(NamedTuple):
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+
+
+class Bucket(NamedTuple):
+    """Documents laid out as a rectangle (documents, length); where they lie so already, it is a view of the tokens."""
+
+    documents: int
+    length: int
+    start: int  # the first token of a view
+    gather: Tensor | None  # (documents * length,) token of each place; padding repeats its document's last token
+    padding: Tensor | None  # the places that are padding
+    places: Tensor | None  # and those that are not, if there is padding
+    tokens: Tensor | None  # the tokens of `places`
+
+    def take(self, x: Tensor, zero: bool = False) -> Tensor:
+        """(tokens, H, D) -> (documents, length, H, D), its padding 0 on request."""
+        if self.gather is None:
+            rows = x[self.start : self.start + self.documents * self.length]
+        else:
+            rows = x.index_select(0, self.gather)
+            if zero and self.padding is not None:
+                rows.index_fill_(0, self.padding, 0.0)
+        return rows.unflatten(0, (self.documents, self.length))
+
+    def put(self, rectangle: Tensor, x: Tensor) -> None:
+        """The reverse, without the padding."""
+        rows = rectangle.flatten(0, 1)
+        if self.gather is None:
+            x[self.start : self.start + rows.shape[0]] = rows
+        elif self.tokens is None or self.places is None:
+            x.index_copy_(0, self.gather, rows)
+        else:
+            x.index_copy_(0, self.tokens, rows.index_select(0, self.places))
+
+
+@lru_cache(maxsize=32)
+def plan_buckets(offsets: tuple[int, ...], exact: bool, device: torch.device) -> tuple[Bucket, ...]:
+    """Buckets of documents whose lengths are within a quarter of the longest's (equal with `exact`)."""
+    documents = sorted(((end - start, start) for start, end in pairwise(offsets) if end > start), reverse=True)
+    buckets = []
+    while documents:
+        length = documents[0][0]
+        shortest = length if exact else length - length // 4
+        count = sum(1 for size, _ in documents if size >= shortest)
+        group, documents = sorted(documents[:count], key=lambda pair: pair[1]), documents[count:]
+        starts = torch.tensor([start for _, start in group])
+        sizes = torch.tensor([size for size, _ in group])
+        place = torch.arange(length).expand(count, length)
+        gather = (starts.unsqueeze(1) + place.minimum(sizes.unsqueeze(1) - 1)).flatten().to(device)
+        if group[-1][0] == group[0][0] == length and group[-1][1] - group[0][1] == (count - 1) * length:
+            buckets.append(Bucket(count, length, group[0][1], None, None, None, None))
+            continue
+        padding = (place >= sizes.unsqueeze(1)).flatten()
+        if not padding.any():
+            buckets.append(Bucket(count, length, 0, gather, None, None, None))
+            continue
+        places = (~padding).nonzero().squeeze(1).to(device)
+        buckets.append(
+            Bucket(count, length, 0, gather, padding.nonzero().squeeze(1).to(device), places, gather[places])
+        )
+    return tuple(buckets)
+
+
+def visible(rows: int, columns: int, shift: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (columns) each query (rows) sees; query i stands at position i + shift."""
+    i = torch.arange(shift, rows + shift, device=device).unsqueeze(1)
+    j = torch.arange(columns, device=device)
+    seen = (j <= i) if causal else torch.ones(rows, columns, dtype=torch.bool, device=device)
+    return seen if window is None else seen & (j > i - window)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D)."""
+    wide, heads = _wide(q.dtype), k.shape[2]
+    tiles, blocks, size = _tiles(q, k, options)
+    out = _empty(q, blocks)
+    scores = q.new_empty(size, dtype=wide)
+    for documents in tiles:
+        keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
+        for rows, columns in blocks:
+            queries = _group(q[documents, rows], heads, wide) * options.scale
+            p, _ = _probabilities(queries, keys[:, columns], scores, rows, columns, q, k, options)
+            _put(out[documents, rows], torch.bmm(p, values[:, columns]), heads)
+    return out
+
+
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as in `_forward` -> dq, dk, dv."""
+    wide, heads = _wide(q.dtype), k.shape[2]
+    tiles, blocks, size = _tiles(q, k, options)
+    dq = _empty(q, blocks)
+    dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    scores, gradients = q.new_empty(2, size, dtype=wide)
+    for documents in tiles:
+        keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
+        sums: list[Tensor] = []
+        # The last block comes first: mostly it sees all keys, and what it writes the others add to.
+        for rows, columns in reversed(blocks):
+            queries, g = (_group(x[documents, rows], heads, wide) for x in (q, do))
+            queries = queries * options.scale
+            p, slope = _probabilities(queries, keys[:, columns], scores, rows, columns, q, k, options)
+            ds = gradients[: p.numel()].view_as(p)
+            torch.bmm(g, values[:, columns].transpose(1, 2), out=ds)
+            # p * (ds - rowsum(p * ds)), and rowsum(p * ds) = rowsum(do * o) = delta.
+            torch.ops.aten._softmax_backward_data.out(ds, p, -1, wide, grad_input=ds)
+            if slope is not None:
+                ds.mul_(slope)
+            _put(dq[documents, rows], torch.bmm(ds, keys[:, columns]).mul_(options.scale), heads)
+            parts = [torch.bmm(ds.transpose(1, 2), queries), torch.bmm(p.transpose(1, 2), g)]
+            if not sums and parts[0].shape == keys.shape:
+                sums = parts
+                continue
+            sums = sums or [torch.zeros_like(keys), torch.zeros_like(values)]
+            for total, part in zip(sums, parts):
+                total[:, columns] += part
+        for grad, total in zip((dk, dv), sums):
+            grad[documents] = total.unflatten(0, (-1, heads)).transpose(1, 2)
+    return dq, dk, dv
+
+
+def _empty(q: Tensor, blocks: list[tuple[slice, slice]]) -> Tensor:
+    """Memory like q for results of the blocks; 0 if they do not cover it."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out if blocks and blocks[0][0].start == 0 else out.zero_()
+
+
+def _tiles(q: Tensor, k: Tensor, options: Options) -> tuple[list[slice], list[tuple[slice, slice]], int]:
+    """Groups of documents; blocks of queries, each with the columns of the keys that it sees; scores of the largest."""
+    (n, length, heads, _), keys = q.shape, k.shape[1]
+    shift = keys - length
+    rows = BLOCK_ROWS if length > 2 * BLOCK_ROWS else max(1, length)
+    blocks = []
+    # Causal queries before the first key (S < T) see nothing.
+    for i0 in range(max(0, -shift) if options.causal else 0, length if keys else 0, rows):
+        i1 = min(length, i0 + rows)
+        j0 = 0 if options.window is None else max(0, i0 + shift - options.window + 1)
+        blocks.append((slice(i0, i1), slice(j0, i1 + shift if options.causal else keys)))
+    widest = heads * rows * max((columns.stop - columns.start for _, columns in blocks), default=1)
+    # Groups of equal size, as few as the bound on the scores allows.
+    groups = max(1, -(-n * widest // BLOCK_SCORES))
+    step = max(1, -(-n // groups))
+    return [slice(first, min(n, first + step)) for first in range(0, n, step)], blocks, step * widest
+
+
+def _probabilities(
+    queries: Tensor,
+    keys: Tensor,
+    scores: Tensor,
+    rows: slice,
+    columns: slice,
+    q: Tensor,
+    k: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """queries (n * Hkv, G * rows, D), keys (n * Hkv, columns, D) -> softmax of their scores (n * Hkv, G * rows,
+    columns), inside the buffer `scores`, and with a softcap its derivative 1 - (s / softcap)^2."""
+    shape = (queries.shape[0], queries.shape[1], keys.shape[1])
+    s = scores[: shape[0] * shape[1] * shape[2]].view(shape)
+    torch.bmm(queries, keys.transpose(1, 2), out=s)
+    slope = None
+    if options.softcap is not None:
+        s.div_(options.softcap).tanh_()
+        slope = 1 - s * s
+        s.mul_(options.softcap)
+    if options.causal:
+        size, shift = rows.stop - rows.start, k.shape[1] - q.shape[1]
+        # Without a window only the square at the diagonal hides anything.
+        first = columns.start if options.window is not None else rows.start + shift
+        by_head = s.unflatten(1, (-1, size))
+        by_head[..., first - columns.start :] += _mask(
+            size, columns.stop - first, rows.start + shift - first, options.window, s.dtype, s.device
+        )
+    # In place: the softmax kernels read a row's maximum and sum before they write it (a test watches this).
+    return torch.softmax(s, dim=-1, out=s), slope
+
+
+@lru_cache(maxsize=64)
+def _mask(rows: int, columns: int, shift: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where query i at position i + shift sees key j, -inf elsewhere."""
+    seen = visible(rows, columns, shift, True, window, device)
+    return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, S, H, D) -> (n * H, S, D)."""
+    return x.transpose(1, 2).flatten(0, 1).to(dtype)
+
+
+def _by_key_head(x: Tensor, heads: int) -> Tensor:
+    """(n, T, Hq, D) -> a view (n, Hkv, G, T, D)."""
+    return x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _group(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """(n, T, Hq, D) -> (n * Hkv, G * T, D): the queries that share a key head are the rows of one matrix."""
+    return _by_key_head(x, heads).flatten(2, 3).flatten(0, 1).to(dtype)
+
+
+def _put(out: Tensor, grouped: Tensor, heads: int) -> None:
+    """The reverse of `_group`, into `out` (n, T, Hq, D)."""
+    target = _by_key_head(out, heads)
+    target.copy_(grouped.view(target.shape))
+
+
+class BlockedAttention(torch.autograd.Function):
+    """q (n, T, Hq, D), or (T, Hq, D) with the plan of a packed batch."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
+        ctx.options, ctx.plan = options, plan
+        if v.untyped_storage().data_ptr() != q.untyped_storage().data_ptr():
+            # A view of the fused QKV buffer would keep it alive though q and k have been rotated elsewhere.
+            v = v.contiguous()
+        ctx.save_for_backward(q, k, v)
+        if plan is None:
+            return _forward(q, k, v, options)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for bucket in plan:
+            bucket.put(_forward(bucket.take(q), bucket.take(k), bucket.take(v), options), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        if ctx.plan is None:
+            return (*_backward(do, q, k, v, ctx.options), None, None)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        for bucket in ctx.plan:
+            # Padding is no output: no gradient comes from it.
+            do_rows, q_rows, k_rows, v_rows = (bucket.take(x, zero=x is do) for x in (do, q, k, v))
+            for rectangle, grad in zip(_backward(do_rows, q_rows, k_rows, v_rows, ctx.options), grads):
+                bucket.put(rectangle, grad)
+        return (*grads, None, None)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
+    """q (B, T, Hq, D), k and v (B, S, Hkv, D) -> (B, T, Hq, D); with a plan (T, H, D) and (T, Hq, D)."""
+    if plan is not None and len(plan) == 1 and plan[0].gather is None:
+        out = BlockedAttention.apply(*(plan[0].take(x) for x in (q, k, v)), options, None)
+        return out.flatten(0, 1)
+    return BlockedAttention.apply(q, k, v, options, plan)
