@@ -17,6 +17,7 @@ tests.log, suite.log (standard error of the rest), and with matplotlib roofline.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -32,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
 DEVICE_LOST = 3  # as in harness.py, which would import torch
 GRACE = 20.0  # seconds that a stage gets to end by itself after its limit
+START = 5.0  # and takes to import torch
+LAST_WORDS = 8.0  # seconds after an interrupt before it is killed
 LEAST = 8.0  # seconds with which a stage is not worth beginning
 
 
@@ -118,15 +121,19 @@ class Suite:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        status: int | None = None
         try:
-            status: int | None = process.wait(limit)
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own group: the compiler's workers too
+            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # its own group: what it started, such as compilers, ends with it
             process.wait()
-            status = None
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
         return status, round(time.monotonic() - started, 1)
 
     def environment(self) -> None:
@@ -149,7 +156,7 @@ class Suite:
         with (self.folder / "tests.log").open("w") as file:
             file.write(" ".join(["python", *command[1:]]) + "\n")
             file.flush()
-            status, seconds = self.run(command, limit, file, subprocess.STDOUT, OMP_NUM_THREADS="1")
+            status, seconds = self.run(command, limit - LAST_WORDS, file, subprocess.STDOUT, OMP_NUM_THREADS="1")
         facts: dict[str, Any] = {"status": status, "seconds": seconds, "files": len(files), "left_out": left_out}
         facts["summary"] = summary((self.folder / "tests.log").read_text())
         if status is None:
@@ -163,13 +170,13 @@ class Suite:
         without: list[str] = []
         while True:
             left = ends - time.monotonic()
-            command = [sys.executable, str(script), "--seconds", f"{max(1.0, left - GRACE / 2):.0f}"]
+            command = [sys.executable, str(script), "--seconds", f"{max(1.0, left - START):.0f}"]
             command += [] if self.gpu else ["--quick"]
             command += ["--without", *without] if without else []
             temporary = self.folder / "rows.tmp"
             extra = {} if self.gpu or name == "train" else {"TRITON_INTERPRET": "1"}
             with temporary.open("w") as file:
-                status, seconds = self.run(command, left + GRACE, file, self.log, **extra)
+                status, seconds = self.run(command, left + GRACE - LAST_WORDS, file, self.log, **extra)
             lost = self.take(temporary)
             temporary.unlink()
             shown = " ".join(["python", str(script.relative_to(REPO)), *command[2:]])

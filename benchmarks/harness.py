@@ -496,7 +496,7 @@ def main(doc: str | None, build: Callable[[str], list[Case]], argv: Sequence[str
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="only these, slow ones included")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="all but these")
     parser.add_argument("--quick", action="store_true", help="fewer runs; on a CPU tiny shapes")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so long (default 50 with --quick)")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     args = parser.parse_args(argv)
     if not GPU:
@@ -509,7 +509,8 @@ def main(doc: str | None, build: Callable[[str], list[Case]], argv: Sequence[str
     known = {name for case in cases for name in case.providers}
     if unknown := {*args.providers, *args.without} - known:
         parser.error(f"unknown provider {min(unknown)}: expected some of {', '.join(sorted(known))}")
-    options = Options(args.quick, args.threads, time.monotonic() + args.seconds)
+    seconds = args.seconds or (50 if args.quick else math.inf)
+    options = Options(args.quick, args.threads, time.monotonic() + seconds)
     last: dict[str, Any] = {}
     try:
         for row in run(chosen, options, args.providers, args.without):

@@ -250,7 +250,7 @@ def times(rows: Sequence[Row]) -> Any:
         place = 1 - 0.8 * inch
         for op in stack:
             height = size[op] * unit
-            axes = figure.add_axes(((i + 0.03) / count, place - height - unit, 0.93 / count, height))
+            axes = figure.add_axes(((i + 0.04) / count, place - height - unit, 0.92 / count, height))
             place -= height + 3 * unit
             _panel(axes, op, panels[op])
             axes.set_xscale("log", base=2)
@@ -272,7 +272,7 @@ def _panel(axes: Any, op: str, cases: list[tuple[str, list[tuple[str, float, flo
         for name, ratio, ms in bars:
             end = min(max(ratio, 1.1 * LEAST), WIDEST)
             axes.barh(y, end - LEAST, left=LEAST, height=0.78, color=_colour(name), zorder=3)
-            text = f"{name}  {ratio:.2f}x  {_ms(ms)}"
+            text = f"{name}  {ratio:.2f}x  {_ms(ms)}" if ratio >= 0.1 else f"{name}  {ratio:.1g}x  {_ms(ms)}"
             weight = "bold" if name == OURS else "normal"
             if ratio > 3:  # inside, where there is room
                 text = f"{text} " if ratio <= WIDEST else f"{text} \u25b8 "
