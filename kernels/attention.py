@@ -474,7 +474,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """From one batch, one token, one head to the next."""
-    return (0 if x.dim() == 3 else x.stride(0)), x.stride(-3), x.stride(-2)
+    strides = x.stride()
+    return (0 if len(strides) == 3 else strides[0]), strides[-3], strides[-2]
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -501,12 +502,13 @@ class _TritonAttention(torch.autograd.Function):
             "SOFTCAP": options.softcap is not None,
             "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
         }
+        ctx.strides = (*_strides(q), *_strides(k), *_strides(v))
         ctx.numbers, ctx.scale, ctx.spans = (options.window or 0, inner, outer), options.scale, spans
         block = config("attention_forward", q.device, dtype=q.dtype, size=width)
         section = group * max(1, L2_BYTES // max(1, 2 * k.shape[-3] * width * k.element_size()))
         launch(
             _attention_forward, (batch * heads * cdiv(queries, block["BLOCK_M"]),), q, k, v, out, lse, spans,
-            *_strides(q), *_strides(k), *_strides(v), queries, k.shape[-3], heads, group,
+            *ctx.strides, queries, k.shape[-3], heads, group,
             min(section, batch * heads), *ctx.numbers, **ctx.constants, **block,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
@@ -525,9 +527,10 @@ class _TritonAttention(torch.autograd.Function):
         block = config("attention_delta", **look)
         sizes = {name: ctx.constants[name] for name in ("D", "BLOCK_D")}
         grid = (batch * heads * cdiv(queries, block["BLOCK_M"]),)
-        launch(_attention_delta, grid, out, dout, delta, *_strides(dout), queries, heads, **sizes, **block)
+        do_strides = _strides(dout)
+        launch(_attention_delta, grid, out, dout, delta, *do_strides, queries, heads, **sizes, **block)
         inputs = (q, k, v, dout, lse, delta)
-        strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout), queries, keys, heads, group)
+        strides = (*ctx.strides, *do_strides, queries, keys, heads, group)
         dq, dk, dv = None, None, None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
