@@ -109,7 +109,7 @@ def _dispatch(argv: list[str]) -> int:
     result = execute(args)
     if args.json:
         print(commands.to_json(result))
-    return 0
+    return 0 if result.get("ok", True) else 1
 
 
 def _help() -> str:

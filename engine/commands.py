@@ -1,7 +1,7 @@
 """The verbs of the command line: the options of each, and what it does with them.
 
-Each verb's function takes the parsed options, prints for people, and returns what ``--json`` prints. torch is imported
-only inside them, so that the help is quick.
+Each verb's function takes the parsed options, prints for people, and returns what ``--json`` prints; where that has
+``ok`` false, the exit status is 1. torch is imported only inside them, so that the help is quick.
 """
 
 from __future__ import annotations
@@ -386,6 +386,19 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     return run_demo(args.name, output_dir=args.output_dir, json=args.json)
 
 
+def doctor_options(parser: Parser) -> None:
+    parser.usage = "afina doctor [KERNEL ...] [options]"
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="only these, such as attention [all]")
+    parser.add_setting(TrainConfig, "device")
+
+
+def doctor(args: argparse.Namespace) -> dict[str, Any]:
+    device = option(args, TrainConfig, "device")
+    from afina.engine.doctor import examine
+
+    return examine(args.kernels, device)
+
+
 Verb = tuple[str, Callable[["Parser"], None], Callable[[argparse.Namespace], dict[str, Any]]]
 VERBS: dict[str, Verb] = {
     "train": ("fine-tune a model on your examples", train_options, train),
@@ -393,5 +406,6 @@ VERBS: dict[str, Verb] = {
     "generate": ("continue a text, or complete a file of rows", generate_options, generate),
     "chat": ("talk to a model in the terminal", chat_options, chat),
     "export": ("write deployable weights, checked against the model", export_options, export),
+    "doctor": ("this machine, and each kernel beside its reference on it", doctor_options, doctor),
     "demo": ("the whole story on the model and data inside the package", demo_options, demo),
 }

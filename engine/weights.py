@@ -16,6 +16,7 @@ from torch import Tensor
 from afina.engine.config import ModelConfig
 from afina.engine.model import GPT
 from afina.errors import ConfigError, WeightsError, nearest
+from afina.kernels.backend import requested
 from afina.loaders.checkpoint import Checkpoint, atomic_write, save_tensors
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
@@ -119,16 +120,20 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that a run asks for, once it is sure that it is here and that AFINA_BACKEND's kernels run on it."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(found if device == "auto" else device)
     except RuntimeError:
         raise ConfigError(
             f"device = {device!r}: expected auto, cpu or cuda{nearest(device, ('cpu', 'cuda'))}"
         ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device = {device!r}: torch sees no GPU on this machine; use --device cpu")
+    try:
+        requested(None, chosen)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return chosen
 
 

@@ -15,30 +15,39 @@ BACKENDS = ("triton", "torch")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def requested(backend: str | None, device: torch.device) -> str | None:
+    """The backend that the argument names, else AFINA_BACKEND, else None.
+
+    Raises ValueError for an unknown name, and for "triton" where it cannot run.
+    """
+    name = backend or os.environ.get("AFINA_BACKEND")
+    if not name or name == "torch":
+        return name or None
+    source = "backend" if backend else "AFINA_BACKEND"
+    if name != "triton":
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    if not runnable(device):
+        raise ValueError(
+            f"{source}: 'triton' needs a GPU, found a tensor on {device}; use 'torch', or set TRITON_INTERPRET=1 "
+            "in the environment to run the kernels in Triton's interpreter"
+        )
+    return name
+
+
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:
     """The backend for `op` on `tensor`: the argument, else AFINA_BACKEND, else Triton on a GPU and torch elsewhere.
 
     Left to itself it takes Triton on a GPU only after the op's self-test has passed there (`selftest.py`: once for
     each GPU and Triton version). Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
-    name = backend or os.environ.get("AFINA_BACKEND")
-    if name == "torch":
-        return name
-    if name is None or name == "":
+    name = requested(backend, tensor.device)
+    if name is None:
         if not tensor.is_cuda or not runnable(tensor.device) or tensor.dtype not in TRITON_DTYPES:
             return "torch"
         from afina.kernels.selftest import passed  # it imports the ops, which import this file
 
         return "triton" if passed(op, tensor.device) else "torch"
-    source = "backend" if backend else "AFINA_BACKEND"
-    if name != "triton":
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    if not runnable(tensor.device):
-        raise ValueError(
-            f"{source}: 'triton' needs a GPU, found a tensor on {tensor.device}; use 'torch', or set "
-            "TRITON_INTERPRET=1 in the environment to run the kernels in Triton's interpreter"
-        )
-    if tensor.dtype in TRITON_DTYPES:
+    if name == "torch" or tensor.dtype in TRITON_DTYPES:
         return name
     if backend is None:
         return "torch"

@@ -220,6 +220,13 @@ def test_triton_many_rows_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen[2] == (2,)
 
 
+def test_triton_a_softcap_far_above_the_scores_changes_nothing() -> None:
+    q, k, v = (draw(*shape, dtype=torch.float32).to(DEVICE) for shape in ((1, 4, 8), (1, 40, 2, 8), (1, 40, 2, 8)))
+    lengths = torch.tensor([40], dtype=torch.int32, device=DEVICE)
+    got, want = (decode_attention(q, k, v, lengths, softcap=cap, backend="triton") for cap in (1e4, None))
+    assert_near([got], [want], 2e-6)
+
+
 def test_triton_leaves_long_heads_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, lengths = torch.ones(1, 1, 513), torch.ones(1, 3, 1, 513), torch.tensor([2], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^q: backend 'triton' takes heads of at most 512 dimensions, found 513"):

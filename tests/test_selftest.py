@@ -1,0 +1,361 @@
+"""The kernels' self-test: it passes, it sees what is wrong, and what it finds is remembered and acted upon."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from kernel_checks import DEVICE
+
+from afina.kernels import activation, launch, selftest
+from afina.kernels.activation import swiglu
+from afina.kernels.backend import choose
+from afina.kernels.selftest import CASES, DTYPES, Case, Draw, Result, check, passed
+
+CPU = torch.device("cpu")
+OPS = pytest.mark.parametrize("op", CASES)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own, with its own cache."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("AFINA_BACKEND", raising=False)
+    monkeypatch.setattr(selftest, "_known", {})
+
+
+def test_every_op_that_asks_for_a_backend_has_cases() -> None:
+    text = "".join(path.read_text() for path in (REPO / "kernels").glob("*.py"))
+    assert set(re.findall(r'choose\("(\w+)"', text)) == set(CASES)
+
+
+# ---------------------------------------------------------------- the checks
+
+
+@OPS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_passes_without_a_trace(op: str, dtype: torch.dtype) -> None:
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        results = check(op, DEVICE, "torch", dtype)
+    assert [r for r in results if not r.ok] == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@OPS
+def test_triton_passes_and_never_asks_again(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFINA_BACKEND", "none")  # an error for whoever leaves the backend open
+    dtypes = [torch.bfloat16] if DEVICE.type == "cpu" else DTYPES
+    assert [r for dtype in dtypes for r in check(op, DEVICE, "triton", dtype) if not r.ok] == []
+
+
+@OPS
+def test_a_tenth_of_a_percent_is_seen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every output and every gradient; but for 8-bit moments, which are hardly better themselves."""
+
+    def off(case: Case) -> Case:
+        def call(*inputs: Any, **options: Any) -> Any:
+            made = case.call(*inputs, **options)
+            return tuple(1.001 * x for x in made) if isinstance(made, tuple) else 1.001 * made
+
+        return case._replace(call=call)
+
+    cases = CASES[op]
+    monkeypatch.setitem(CASES, op, lambda draw: [off(case) for case in cases(draw)])
+    results = check(op, CPU, "torch", torch.float32)
+    assert [r for r in results if r.ok and "8-bit" not in r.quantity] == []
+
+
+def test_a_wrong_gradient_a_wrong_shape_and_nan_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"a": Draw(CPU)(3, 4), "b": Draw(CPU)(3, 4)}
+
+    def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        return a * b
+
+    def found(call: Callable[..., Any]) -> dict[str, bool]:
+        monkeypatch.setitem(CASES, "glu", lambda draw: [Case(inputs, call, product)])
+        return {r.quantity: r.ok for r in check("glu", CPU, "triton", torch.float32)}
+
+    names = ["output", "gradient of a", "gradient of b"]
+    assert found(product) == dict.fromkeys(names, True)
+    assert found(lambda a, b, backend: a * (b.detach() * 0.9 + b * 0.1)) == dict(zip(names, (True, True, False)))
+    assert found(lambda a, b, backend: (a * b)[:2]) == dict(
+        zip(["output: shape (2, 4)", *names[1:]], (False, False, False))
+    )
+    assert found(lambda a, b, backend: a * b + torch.nan)["output"] is False
+    assert found(lambda a, b, backend: NoUpstream.apply(a, b)) == dict(zip(names, (True, False, False)))
+
+
+class NoUpstream(torch.autograd.Function):
+    """A product whose gradients forget what they are to be multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = ctx.saved_tensors
+        return b.detach(), a.detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rule(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the error of plain torch, which here is of one rounding, and eight roundings in fp32 or one in bf16."""
+    x, eps = torch.tensor([2.0], dtype=torch.float64), torch.finfo(dtype).eps
+
+    def off(roundings: float) -> Callable[..., Any]:
+        return lambda x, **options: x.double() * (1 + roundings * eps)
+
+    edge = 10 if dtype == torch.float32 else 3
+    for roundings, ok in ((edge - 0.1, True), (edge + 0.1, False), (-edge - 0.1, False)):
+        case = Case({"x": x}, off(roundings), off(0), off(1), gradients=False)
+        monkeypatch.setitem(CASES, "glu", lambda draw, case=case: [case])
+        (result,) = check("glu", CPU, "triton", dtype)
+        assert result.ok is ok
+        assert result.error == pytest.approx(2 * abs(roundings) * eps)
+        assert result.allowed == pytest.approx(2 * edge * eps)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PassManager::run failed"),
+        ValueError("glu: no launch configuration for 16-bit elements and a size of 0"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        AssertionError("libcuda.so cannot found!"),
+        OSError("no such library"),
+        "triton",
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_kernel_that_cannot_be_had_has_failed(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    error = triton.runtime.errors.PTXASError("too\nmuch") if error == "triton" else error
+    monkeypatch.setattr(activation, "launch", fail)
+    for result in check("glu", CPU, "triton", torch.float32):
+        assert not result.ok
+        assert result.quantity.startswith(f"{type(error).__name__}: ")
+        assert "\n" not in result.quantity
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x"), KeyboardInterrupt()])
+def test_other_errors_are_not_the_kernels(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(activation, "launch", fail)
+    with pytest.raises(type(error)):
+        passed("glu", CPU)
+    assert selftest._known == {}
+    assert selftest._running == set()
+
+
+# ---------------------------------------------------------------- what is remembered
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The ops that are checked, each with the dtype; all pass."""
+    seen: list[tuple[str, str]] = []
+
+    def fine(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> list[Result]:
+        assert backend == "triton"
+        seen.append((op, str(dtype)))
+        return [Result(op, backend, str(dtype), "output", 0.0, 1.0, True)]
+
+    monkeypatch.setattr(selftest, "check", fine)
+    return seen
+
+
+def again(op: str = "glu") -> bool:
+    """As the next process would ask."""
+    selftest._known.clear()
+    return passed(op, CPU)
+
+
+def cached(tmp_path: Path) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "cache").iterdir())]
+
+
+def test_an_op_is_checked_once(checks: list[Any], tmp_path: Path) -> None:
+    assert passed("glu", CPU)
+    assert checks == [("glu", str(dtype)) for dtype in DTYPES]
+    assert passed("glu", CPU)
+    assert again()
+    assert len(checks) == len(DTYPES)
+    assert again("rope")
+    assert len(checks) == 2 * len(DTYPES)
+    (file,) = cached(tmp_path)  # and nothing else is left in the folder
+    assert file["passed"] == ["glu", "rope"]
+    assert file["torch"] == torch.__version__
+    assert again("glu")
+    assert again("rope")
+    assert len(checks) == 2 * len(DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (launch, "VERSION", "3.99"),
+        (torch, "__version__", "2.99"),
+        (selftest, "_source", lambda: "edited"),
+        (launch, "capability", lambda device: 90),
+    ],
+    ids=["triton", "torch", "kernels", "gpu"],
+)
+def test_what_passed_elsewhere_counts_for_nothing(
+    where: Any, name: str, value: Any, checks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed("glu", CPU)
+    monkeypatch.setattr(where, name, value)
+    assert again()
+    assert len(checks) == 2 * len(DTYPES)
+    monkeypatch.undo()
+    assert len(cached(tmp_path)) == 2
+
+
+def test_the_source_is_all_kernels_and_the_launch_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ""
+    for name in ("launch_table.json", "activation.py", "selftest.py"):
+        copy = tmp_path / name.replace(".", "_")
+        copy.mkdir()
+        for path in [*(REPO / "kernels").glob("*.py"), REPO / "kernels" / "launch_table.json"]:
+            (copy / path.name).write_bytes(path.read_bytes())
+        monkeypatch.setattr(selftest, "__file__", str(copy / "selftest.py"))
+        monkeypatch.setattr(launch, "TABLE", copy / "launch_table.json")
+        selftest._source.cache_clear()
+        plain = plain or selftest._source()
+        assert selftest._source() == plain
+        with open(copy / name, "a") as file:
+            file.write(" ")
+        selftest._source.cache_clear()
+        assert selftest._source() != plain
+    monkeypatch.undo()
+    selftest._source.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"passed": ["glu"]}', "\x00"])
+def test_a_damaged_cache_is_replaced(text: str, checks: list[Any], tmp_path: Path) -> None:
+    passed("glu", CPU)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_text(text)
+    for _ in range(2):
+        assert again()
+    assert len(checks) == 2 * len(DTYPES)
+    assert cached(tmp_path)[0]["passed"] == ["glu"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    checks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        assert again()
+    assert len(checks) == 2 * len(DTYPES)
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(selftest.os, "replace", full)
+    assert again()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_threads_wait_for_one_check(checks: list[Any]) -> None:
+    start = threading.Barrier(4)
+    found: list[bool] = []
+
+    def ask() -> None:
+        start.wait()
+        found.append(passed("glu", CPU))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+    assert len(checks) == len(DTYPES)
+
+
+def test_a_check_that_asks_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nested(op: str, device: torch.device, *args: Any) -> list[Result]:
+        assert passed(op, device)
+        return []
+
+    monkeypatch.setattr(selftest, "check", nested)
+    assert passed("glu", CPU)
+
+
+# ---------------------------------------------------------------- what follows from it
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CPU tensors that say they are on a GPU, so that Triton (here its interpreter) is the default."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter is not used where there is a GPU")
+def test_a_sound_kernel_is_the_default(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.linspace(-2, 2, 20).view(2, 10)
+        assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
+    assert selftest._known == {("glu", None): True}
+    assert choose("glu", None, x.double()) == "torch"
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter is not used where there is a GPU")
+@pytest.mark.parametrize("how", ["wrong", "raises"])
+def test_a_broken_kernel_gives_way_to_torch_with_one_warning(
+    how: str, on_a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if how == "raises":
+            raise RuntimeError("PassManager::run failed")
+        launch.launch(kernel, grid, *args, **options)
+        args[1].mul_(1.5)
+
+    monkeypatch.setattr(activation, "launch", broken)
+    x = torch.linspace(-2, 2, 20).view(2, 10)
+    with pytest.warns(RuntimeWarning) as caught:
+        got = [swiglu(x) for _ in range(3)]
+    want = swiglu(x, backend="torch")
+    assert all(torch.equal(y, want) for y in got)
+    (warning,) = [str(w.message) for w in caught]
+    assert warning.startswith("glu: the Triton kernels fail their self-test on Triton's interpreter (float32: ")
+    assert ("PassManager::run failed" if how == "raises" else "output is off by ") in warning
+    assert warning.endswith("Run: afina doctor")
+    # Mended, the next process takes it up.
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(activation, "launch", launch.launch)
+    selftest._known.clear()
+    assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
+
+
+@pytest.mark.gpu
+def test_on_this_gpu() -> None:
+    x = torch.linspace(-2, 2, 20, device="cuda").view(2, 10)
+    assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
+    assert choose("glu", None, SimpleNamespace(device=x.device, is_cuda=True, dtype=x.dtype)) == "triton"  # type: ignore[arg-type]
