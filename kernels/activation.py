@@ -30,14 +30,15 @@ def geglu_reference(gate_up: Tensor) -> Tensor:
 
 @jit
 def _sigmoid(g, GELU: tl.constexpr):
-    """sigmoid(w(g)) and w'(g)."""
+    """s = sigmoid(w(g)), and its slope s (1 - s) w'(g), both without a difference that would lose digits."""
+    w = g
+    slope = 1.0
     if GELU:
         w = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
         slope = 1.5957691216057308 * (1.0 + 3 * 0.044715 * g * g)
-    else:
-        w = g
-        slope = tl.full(g.shape, 1.0, tl.float32)
-    return 1.0 / (1.0 + tl.exp(-w)), slope
+    e = tl.exp(-tl.abs(w))  # at most 1: nothing overflows
+    inverse = 1.0 / (1.0 + e)
+    return tl.where(w < 0, e, 1.0) * inverse, e * inverse * inverse * slope
 
 
 @jit
@@ -61,7 +62,7 @@ def _glu_backward(dy, gate_up, grad, dy_stride, stride, width, GELU: tl.constexp
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
     s, slope = _sigmoid(gate, GELU)
-    dgate = upstream * up * (s + gate * s * (1.0 - s) * slope)
+    dgate = upstream * up * (s + gate * slope)
     out = grad + row * 2 * width + column
     tl.store(out, dgate.to(grad.dtype.element_ty), mask=inside)
     tl.store(out + width, (upstream * gate * s).to(grad.dtype.element_ty), mask=inside)

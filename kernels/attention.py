@@ -478,6 +478,13 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return (0 if len(strides) == 3 else strides[0]), strides[-3], strides[-2]
 
 
+def _tiles(kernel: str, inner: str, q: Tensor, options: Options) -> dict[str, Any]:
+    """The kernel's row of the launch table. A softcap keeps a second tile of scores for its slope, for which `inner`,
+    the side of the tile that the kernel's loop walks along, is halved: else registers spill."""
+    block = config(kernel, q.device, dtype=q.dtype, size=q.shape[-1])
+    return block if options.softcap is None else block | {inner: max(16, block[inner] // 2)}
+
+
 class _TritonAttention(torch.autograd.Function):
     """q (B, T, Hq, D), k and v (B, S, Hkv, D); packed (T, H, D) with the spans of its documents."""
 
@@ -504,7 +511,8 @@ class _TritonAttention(torch.autograd.Function):
         }
         ctx.strides = (*_strides(q), *_strides(k), *_strides(v))
         ctx.numbers, ctx.scale, ctx.spans = (options.window or 0, inner, outer), options.scale, spans
-        block = config("attention_forward", q.device, dtype=q.dtype, size=width)
+        ctx.options = options
+        block = _tiles("attention_forward", "BLOCK_N", q, options)
         section = group * max(1, L2_BYTES // max(1, 2 * k.shape[-3] * width * k.element_size()))
         launch(
             _attention_forward, (batch * heads * cdiv(queries, block["BLOCK_M"]),), q, k, v, out, lse, spans,
@@ -522,9 +530,8 @@ class _TritonAttention(torch.autograd.Function):
         batch, keys, key_heads = q.shape[:-3].numel(), k.shape[-3], k.shape[-2]
         group = heads // key_heads
         row_bytes = 2 * width * q.element_size()
-        look = {"device": q.device, "dtype": q.dtype, "size": width}
         delta = torch.empty_like(lse)
-        block = config("attention_delta", **look)
+        block = config("attention_delta", q.device, dtype=q.dtype, size=width)
         sizes = {name: ctx.constants[name] for name in ("D", "BLOCK_D")}
         grid = (batch * heads * cdiv(queries, block["BLOCK_M"]),)
         do_strides = _strides(dout)
@@ -534,7 +541,7 @@ class _TritonAttention(torch.autograd.Function):
         dq, dk, dv = None, None, None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-            block = config("attention_dkdv", **look)
+            block = _tiles("attention_dkdv", "BLOCK_M", q, ctx.options)
             section = min(batch * key_heads, max(1, L2_BYTES // max(1, group * queries * row_bytes)))
             launch(
                 _attention_dkdv, (batch * key_heads * cdiv(keys, block["BLOCK_N"]),), *inputs, dk, dv, ctx.spans,
@@ -542,7 +549,7 @@ class _TritonAttention(torch.autograd.Function):
             )  # fmt: skip
         if ctx.needs_input_grad[0]:
             dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            block = config("attention_dq", **look)
+            block = _tiles("attention_dq", "BLOCK_N", q, ctx.options)
             section = min(batch * heads, group * max(1, L2_BYTES // max(1, keys * row_bytes)))
             launch(
                 _attention_dq, (batch * heads * cdiv(queries, block["BLOCK_M"]),), *inputs, dq, ctx.spans, *strides,
