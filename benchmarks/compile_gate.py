@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afina.kernels import activation, adamw, attention, decode, launch, nf4, norm, rope
+from afina.kernels import activation, adamw, attention, cross_entropy, decode, launch, nf4, norm, rope
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -53,15 +53,6 @@ def backward(*outs: Tensor) -> None:
 def glu(size: int, dtype: torch.dtype) -> None:
     for function in (activation.swiglu, activation.geglu):
         backward(function(leaf(16, 256, dtype=dtype), backend="triton"))
-
-
-def decode_attention(size: int, dtype: torch.dtype) -> None:
-    dim = max(size, 16)
-    options: dict[str, Any]
-    for rows, options in ((1, {}), (300, {"softcap": 30.0, "window": 1000})):  # keys split, and not
-        cache = torch.zeros(rows, 512, 2, dim, dtype=dtype)
-        q, lengths = torch.zeros(rows, 8, dim, dtype=dtype), torch.zeros(rows, dtype=torch.int32)
-        decode.decode_attention(q, cache, cache, lengths, backend="triton", **options)
 
 
 def norms(size: int, dtype: torch.dtype) -> None:
@@ -85,6 +76,43 @@ def ropes(size: int, dtype: torch.dtype) -> None:
             backward(*rope.rope(*arguments, q_weight=weight, k_weight=weight, backend="triton"))
 
 
+def decode_attention(size: int, dtype: torch.dtype) -> None:
+    dim = max(size, 16)
+    options: dict[str, Any]
+    for rows, options in ((1, {}), (300, {"softcap": 30.0, "window": 1000})):  # keys split, and not
+        cache = torch.zeros(rows, 512, 2, dim, dtype=dtype)
+        q, lengths = torch.zeros(rows, 8, dim, dtype=dtype), torch.zeros(rows, dtype=torch.int32)
+        decode.decode_attention(q, cache, cache, lengths, backend="triton", **options)
+
+
+def attentions(size: int, dtype: torch.dtype) -> None:
+    """Packed, as in training, for each row; at 128 and 256 also with every option, and without the causal mask."""
+    launch.config("attention_backend", torch.device("cpu"), dtype=dtype, size=size)
+    if size == 0:  # rows for heads of any size
+        return
+    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
+    q, k = leaf(256, 8, size, dtype=dtype), leaf(256, 2, size, dtype=dtype)
+    backward(attention.attention(q, k, k, cu_seqlens=offsets, backend="triton"))
+    if size in (128, 256) and dtype == torch.bfloat16:
+        backward(attention.attention(q, k, k, cu_seqlens=offsets, window=100, softcap=30.0, backend="triton"))
+        q, k = (x[None] for x in (q, k))
+        backward(attention.attention(q, k, k, causal=False, backend="triton"))
+
+
+def cross_entropies(size: int, dtype: torch.dtype) -> None:
+    targets = torch.zeros(64, dtype=torch.int64)
+    targets[:3] = -100
+    every: dict[str, Any] = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
+    hidden, weight, bias = leaf(64, 128, dtype=dtype), leaf(1024, 128, dtype=dtype), leaf(1024, dtype=dtype)
+    for reduction, options in (("mean", {}), ("none", every | {"bias": bias})):
+        arguments = {"reduction": reduction, "backend": "triton"} | options
+        for lean in (False, True):
+            backward(cross_entropy.linear_cross_entropy(hidden, weight, targets, lean=lean, **arguments))
+        arguments.pop("bias", None)
+        backward(cross_entropy.cross_entropy(leaf(64, 1024, dtype=dtype), targets, **arguments))
+        backward(cross_entropy.cross_entropy(leaf(64, 1023, dtype=dtype), targets, **arguments))
+
+
 def adamw_steps(size: int, dtype: torch.dtype) -> None:
     """fp32 parameters with a bf16 copy; bf16 parameters, rounded stochastically, with bf16 and with 8-bit moments."""
     options: dict[str, Any] = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -102,29 +130,16 @@ def dequantize(size: int, dtype: torch.dtype) -> None:
         nf4.dequantize_nf4(packed, state, backend="triton")
 
 
-def attentions(size: int, dtype: torch.dtype) -> None:
-    """Packed, as in training, for each row; at 128 also with every option, and without the causal mask."""
-    launch.config("attention_backend", torch.device("cpu"), dtype=dtype, size=size)
-    if size == 0:  # rows for heads of any size
-        return
-    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
-    q, k = leaf(256, 8, size, dtype=dtype), leaf(256, 2, size, dtype=dtype)
-    backward(attention.attention(q, k, k, cu_seqlens=offsets, backend="triton"))
-    if size == 128 and dtype == torch.bfloat16:
-        q, k = (x[None] for x in (q, k))
-        backward(attention.attention(q, k, k, window=100, softcap=30.0, backend="triton"))
-        backward(attention.attention(q, k, k, causal=False, backend="triton"))
-
-
 # Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
 OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
     "attention": (
         ("attention_forward", "attention_dkdv", "attention_dq", "attention_delta", "attention_backend"),
         attentions,
     ),
-    "norm": (("norm_forward", "norm_backward"), norms),
     "rope": (("rope", "rope_norm_backward"), ropes),
+    "norm": (("norm_forward", "norm_backward"), norms),
     "glu": (("glu",), glu),
+    "cross_entropy": (("cross_entropy", "cross_entropy_scale"), cross_entropies),
     "decode_attention": (("decode", "decode_combine"), decode_attention),
     "adamw": (("adamw",), adamw_steps),
     "nf4": (("nf4",), dequantize),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,11 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DRAWN, assert_low_precision, assert_near, assert_same_bits, draw, evaluate, strided
+from kernel_checks import (
+    DEVICE,
+    DRAWN,
+    TRITON_DTYPES,
+    assert_low_precision,
+    assert_near,
+    assert_same_bits,
+    draw,
+    evaluate,
+    strided,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from afina.kernels import cross_entropy as file
 from afina.kernels.cross_entropy import (
@@ -35,12 +47,27 @@ OPTIONS = st.fixed_dictionaries(
 )
 IGNORED = st.sampled_from(["none", "some", "all"])
 KINDS = st.sampled_from(["dense", "strided", "broadcast"])
+# The implementations of the head, with the dtype that each is compared in.
+HEADS = pytest.mark.parametrize(
+    ("head", "dtype"),
+    [
+        (partial(linear_cross_entropy, backend="torch"), torch.float64),
+        (partial(linear_cross_entropy, backend="torch", lean=True), torch.float64),
+        (partial(linear_cross_entropy, backend="triton"), torch.float32),
+        (partial(linear_cross_entropy, backend="triton", lean=True), torch.float32),
+    ],
+    ids=["torch", "torch-lean", "triton", "triton-lean"],
+)
+LOGITS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 @contextmanager
 def chunks(rows: int) -> Iterator[None]:
+    """At most so many rows at a time, and in the lean mode tiles of 20 (fp64) to 80 (16 bits) columns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file, "CHUNK_ROWS", (rows, rows))
+        for name in ("CHUNK_ROWS", "GPU_CHUNK_ROWS", "SUM_ROWS"):
+            patch.setattr(file, name, (rows, rows))
+        patch.setattr(file, "TILE_BYTES", dict.fromkeys(file.TILE_BYTES, 160 * rows))
         yield
 
 
@@ -68,12 +95,21 @@ def test_logits(rows: int, vocab: int, ignored: str, kind: str, options: dict[st
     kind=KINDS,
     bias=st.booleans(),
     chunk=st.sampled_from([1, 2, 4, 100]),
+    lean=st.booleans(),
     options=OPTIONS,
 )
 def test_linear(
-    rows: int, width: int, vocab: int, ignored: str, kind: str, bias: bool, chunk: int, options: dict[str, Any]
+    rows: int,
+    width: int,
+    vocab: int,
+    ignored: str,
+    kind: str,
+    bias: bool,
+    chunk: int,
+    lean: bool,
+    options: dict[str, Any],
 ) -> None:
-    """With more rows than a chunk holds, and fewer."""
+    """With more rows than a chunk holds, and fewer; tiles of the lean mode in one row or column, and several."""
     inputs = [draw(rows, width) * 2, draw(vocab, width, seed=1), *([draw(vocab, seed=2)] if bias else [])]
     targets = labels(rows, vocab, ignored, options["ignore_index"])
 
@@ -82,7 +118,9 @@ def test_linear(
 
     with chunks(chunk):
         got = evaluate(
-            partial(run, linear_cross_entropy), [strided(x) if kind == "strided" else x for x in inputs], kind
+            partial(run, partial(linear_cross_entropy, lean=lean)),
+            [strided(x) if kind == "strided" else x for x in inputs],
+            kind,
         )
     assert_near(got, evaluate(partial(run, linear_cross_entropy_reference), inputs, kind))
 
@@ -104,37 +142,59 @@ def test_against_torch(reduction: str, smoothing: float, dtype: torch.dtype) -> 
     assert_near(evaluate(lambda h, w, b: cross_entropy(F.linear(h, w, b), short, **ours), [h, w, b]), want)  # type: ignore[arg-type]
 
 
+@HEADS
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 3])
-def test_nothing_to_learn_from(reduction: str, rows: int) -> None:
+def test_nothing_to_learn_from(head: Any, dtype: torch.dtype, reduction: str, rows: int) -> None:
     targets = torch.full((rows,), -100)
-    for got in (
-        evaluate(lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction), [draw(rows, 4), draw(5, 4)]),
-        evaluate(lambda x: cross_entropy(x, targets, reduction=reduction), [draw(rows, 5) / 0.0]),  # even if infinite
-    ):
-        assert all(torch.equal(x, torch.zeros_like(x)) for x in got)
+    inputs = [draw(rows, 4, dtype=dtype).to(DEVICE), draw(5, 4, dtype=dtype).to(DEVICE)]
+    got = evaluate(lambda h, w: head(h, w, targets, reduction=reduction), inputs)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in got)
 
 
+@LOGITS
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_ignored_logits_may_be_infinite(backend: str, reduction: str, rows: int) -> None:
+    targets = torch.full((rows,), -100)
+    logits = draw(rows, 50, dtype=torch.float32).to(DEVICE) / 0.0
+    got = evaluate(lambda x: cross_entropy(x, targets, reduction=reduction, backend=backend), [logits])
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in got)
+
+
+@HEADS
 @pytest.mark.parametrize("outside", [-1, 5, 1 << 40])
-def test_target_outside_the_vocabulary(outside: int) -> None:
+def test_target_outside_the_vocabulary(head: Any, dtype: torch.dtype, outside: int) -> None:
     targets = torch.tensor([1, outside, -100, 4])
-    bad = torch.tensor([False, True, False, False])
-    h, w = draw(4, 3), draw(5, 3, seed=1)
-    loss, dh, _ = evaluate(lambda h, w: linear_cross_entropy(h, w, targets, reduction="none"), [h, w])
+    bad = torch.tensor([False, True, False, False], device=DEVICE)
+    h, w = draw(4, 3, dtype=dtype).to(DEVICE), draw(5, 3, seed=1, dtype=dtype).to(DEVICE)
+    with chunks(1):
+        loss, dh, dw = evaluate(lambda h, w: head(h, w, targets, reduction="none"), [h, w])
+        assert torch.equal(loss.isnan(), bad)
+        assert torch.equal(dh.isnan(), bad[:, None].expand(4, 3))
+        assert dw.isnan().all()
+        for reduction in ("mean", "sum"):
+            assert head(h, w, targets, reduction=reduction).isnan()
+
+
+@LOGITS
+@pytest.mark.parametrize("outside", [-1, 50, 1 << 40])
+def test_target_outside_the_logits(backend: str, outside: int) -> None:
+    targets = torch.tensor([1, outside, -100, 49])
+    bad = torch.tensor([False, True, False, False], device=DEVICE)
+    x = draw(4, 50, dtype=torch.float32).to(DEVICE)
+    loss, dx = evaluate(lambda x: cross_entropy(x, targets, reduction="none", backend=backend), [x])
     assert torch.equal(loss.isnan(), bad)
-    assert torch.equal(dh.isnan(), bad[:, None].expand(4, 3))
-    loss, dx = evaluate(lambda x: cross_entropy(x, targets, reduction="none"), [draw(4, 5)])
-    assert torch.equal(loss.isnan(), bad)
-    assert torch.equal(dx.isnan(), bad[:, None].expand(4, 5))
+    assert torch.equal(dx.isnan(), bad[:, None].expand(4, 50))
     for reduction in ("mean", "sum"):
-        assert linear_cross_entropy(h, w, targets, reduction=reduction).isnan()
-        assert cross_entropy(h @ w.t(), targets, reduction=reduction).isnan()
+        assert cross_entropy(x, targets, reduction=reduction, backend=backend).isnan()
 
 
+@HEADS
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 def test_no_gradient_is_made_for_what_is_frozen(
-    frozen: tuple[int, ...], reduction: str, monkeypatch: pytest.MonkeyPatch
+    head: Any, dtype: torch.dtype, frozen: tuple[int, ...], reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
     run = file._run
@@ -145,22 +205,49 @@ def test_no_gradient_is_made_for_what_is_frozen(
 
     monkeypatch.setattr(file, "_run", spy)
     inputs, targets = [draw(6, 4), draw(9, 4, seed=1), draw(9, seed=2)], labels(6, 9, "some")
-    leaves = [x.clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
-    loss = linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], reduction=reduction)
+    leaves = [x.to(DEVICE, dtype, copy=True).requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
     plain = [x.clone().requires_grad_() for x in inputs]
     want = linear_cross_entropy_reference(*plain[:2], targets, bias=plain[2])
     want.backward()
-    mean = loss.sum() / (3 if reduction == "none" else 1)
-    assert_near([mean.detach()], [want.detach()])
-    if mean.requires_grad:
-        mean.backward()
-    for i, (x, y) in enumerate(zip(leaves, plain)):
-        if i in frozen:
-            assert x.grad is None
-        else:
-            assert_near([x.grad], [y.grad])  # type: ignore[list-item]
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for rows in (2, 100):
+        with chunks(rows):
+            loss = head(*leaves[:2], targets, bias=leaves[2], reduction=reduction)
+            mean = loss.sum() / (3 if reduction == "none" else 1)
+            assert_near([mean.detach().cpu().double()], [want.detach()], tolerance)
+            if mean.requires_grad:
+                mean.backward()
+        for i, (x, y) in enumerate(zip(leaves, plain)):
+            if i in frozen:
+                assert x.grad is None
+            else:
+                assert_near([x.grad.cpu().double()], [y.grad], tolerance)  # type: ignore[list-item, union-attr]
+                x.grad = None
     for _, gradients in made:
         assert all(gradients[i] is None for i in frozen)
+
+
+@HEADS
+def test_without_gradients_only_losses_are_made(head: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad, though the parameters ask for them; the logits stay as the product left them."""
+    inputs = [draw(6, 4, dtype=dtype), draw(9, 4, seed=1, dtype=dtype)]
+    h, w = (x.to(DEVICE).requires_grad_() for x in inputs)
+    targets = labels(6, 9, "some")
+    rooms: list[Tensor] = []
+    step = file._launch
+
+    def spy(x: Tensor, grad: Tensor | None, *args: Any, **options: Any) -> None:
+        before = x.clone()
+        step(x, grad, *args, **options)
+        assert grad is None
+        assert torch.equal(x, before)
+        rooms.append(x)
+
+    with_gradients = head(h, w, targets).detach()
+    monkeypatch.setattr(file, "_launch", spy)
+    with torch.no_grad():
+        assert torch.equal(head(h, w, targets), with_gradients)
+    assert len(rooms) == (head.keywords["backend"] == "triton")
 
 
 class _Largest(TorchDispatchMode):
@@ -272,5 +359,301 @@ def test_validation(linear: bool, name: str, change: dict[str, Any]) -> None:
 def test_validation_of_the_head(weight: Tensor) -> None:
     with pytest.raises(ValueError, match=r"^weight: "):
         linear_cross_entropy(H, weight, T)
-    with pytest.raises(ValueError, match=r"^bias: "):
-        linear_cross_entropy(H, W, T, bias=torch.ones(4))
+    for bias in (torch.ones(4), torch.ones(5, device="meta")):
+        with pytest.raises(ValueError, match=r"^bias: "):
+            linear_cross_entropy(H, W, T, bias=bias)
+
+
+@settings(DRAWN, max_examples=80)
+@given(
+    rows=st.sampled_from([0, 1, 3, 7]),
+    width=st.sampled_from([1, 5, 16]),
+    vocab=st.sampled_from([3, 33, 70, 257]),
+    ignored=IGNORED,
+    kind=KINDS,
+    bias=st.booleans(),
+    chunk=st.sampled_from([2, 3, 100]),
+    lean=st.booleans(),
+    dtype=st.sampled_from(TRITON_DTYPES),
+    place=st.sampled_from([(torch.int64, "cpu"), (torch.int64, DEVICE), (torch.int32, DEVICE)]),
+    options=OPTIONS,
+)
+def test_triton_linear(
+    rows: int,
+    width: int,
+    vocab: int,
+    ignored: str,
+    kind: str,
+    bias: bool,
+    chunk: int,
+    lean: bool,
+    dtype: torch.dtype,
+    place: tuple[torch.dtype, Any],
+    options: dict[str, Any],
+) -> None:
+    inputs = [draw(rows, width) * 2, draw(vocab, width, seed=1), *([draw(vocab, seed=2)] if bias else [])]
+    inputs = [x.float().to(DEVICE) for x in inputs]
+    targets = labels(rows, vocab, ignored, options["ignore_index"])
+
+    def head(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        own = targets.to(place[1], place[0]).repeat_interleave(2)[::2]
+        return linear_cross_entropy(h, w, own, bias=b, lean=lean, backend="triton", **options)
+
+    def reference(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return cross_entropy_reference(F.linear(h, w, b), targets.to(h.device), **options)
+
+    with chunks(chunk):
+        assert_low_precision(head, reference, reference, inputs, dtype, kind)
+
+
+@settings(DRAWN, max_examples=50)
+@given(
+    rows=st.sampled_from([0, 1, 3, 7]),
+    vocab=st.sampled_from([3, 63, 64, 70, 257]),
+    ignored=IGNORED,
+    kind=KINDS,
+    padded=st.booleans(),
+    dtype=st.sampled_from(TRITON_DTYPES),
+    options=OPTIONS,
+)
+def test_triton_logits(
+    rows: int, vocab: int, ignored: str, kind: str, padded: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    logits = (draw(rows, vocab) * 3).float().to(DEVICE)
+    targets = labels(rows, vocab, ignored, options["ignore_index"]).to(DEVICE)
+
+    def reference(x: Tensor) -> Tensor:
+        return cross_entropy_reference(x, targets, **options)
+
+    def ours(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 5), value=torch.nan)[:, :vocab] if padded else x  # rows further apart than they are long
+        before = x.detach().clone()
+        loss = cross_entropy(x, targets.repeat_interleave(2)[::2], backend="triton", **options)
+        assert torch.equal(x, before)
+        return loss
+
+    assert_low_precision(ours, reference, reference, [logits], dtype, kind)
+
+
+@HEADS
+@pytest.mark.parametrize("vocab", [1, 2])
+def test_one_class_and_two(head: Any, dtype: torch.dtype, vocab: int) -> None:
+    """Where there is but one, the loss and all gradients are 0."""
+    inputs = [draw(3, 4, dtype=dtype).to(DEVICE), draw(vocab, 4, seed=1, dtype=dtype).to(DEVICE)]
+    for smoothing in (0.0, 0.3):
+        options = {"targets": labels(3, vocab, "some").to(DEVICE), "label_smoothing": smoothing}
+        got = evaluate(partial(head, **options), inputs)
+        want = evaluate(partial(linear_cross_entropy_reference, **options), inputs)
+        assert_near(got, want, 1e-6)
+        assert vocab > 1 or max(x.abs().max() for x in want) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@LOGITS
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}, {"softcap": 30.0}])
+def test_triton_extreme_logits(backend: str, options: dict[str, Any]) -> None:
+    """Large ones stay finite; impossible classes (-inf) get no gradient; NaN and inf stay in their row."""
+    x, targets = draw(3, 100, dtype=torch.float32).to(DEVICE) * 1e4, labels(3, 100).to(DEVICE)
+    function = partial(cross_entropy, targets=targets, backend=backend, **options)
+    reference = partial(cross_entropy_reference, targets=targets, **options)
+    got = evaluate(function, [x])
+    assert all(y.isfinite().all() for y in got)
+    assert_near(got, evaluate(reference, [x]), 1e-5)
+    x = draw(3, 100, dtype=torch.float32).to(DEVICE)
+    x[:, :70] = -torch.inf  # more than a tile
+    x[range(3), targets] = 1.0
+    assert_near(evaluate(function, [x])[1:], evaluate(reference, [x])[1:], 1e-5)
+    for value in (torch.nan, torch.inf):
+        x[2, 99] = value
+        loss, grad = evaluate(lambda x: function(x, reduction="none"), [x])
+        if value == torch.nan or "softcap" not in options:
+            assert torch.equal(loss.isnan(), torch.arange(3, device=DEVICE) == 2)
+            assert torch.equal(grad.isnan().any(1), torch.arange(3, device=DEVICE) == 2)
+    x = torch.full((2, 100), -torch.inf, device=DEVICE)
+    x[1] = 0.0
+    if "softcap" not in options:
+        assert function(x, targets=targets[:2] * 0, reduction="none").isnan().tolist() == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@HEADS
+def test_extreme_logits_of_the_head(head: Any, dtype: torch.dtype) -> None:
+    x, targets = draw(3, 70, dtype=dtype).to(DEVICE) * 1e4, labels(3, 70)
+    weight = torch.eye(70, dtype=dtype, device=DEVICE)
+    for options in ({}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}, {"softcap": 30.0}):
+        reference = partial(cross_entropy_reference, targets=targets.to(DEVICE), **options)
+        with chunks(2):
+            got = evaluate(lambda x, o=options: head(x, weight, targets, **o), [x])
+        assert_near(got, evaluate(reference, [x]), 1e-5)
+
+
+@HEADS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_same_bits(head: Any, dtype: torch.dtype, reduction: str) -> None:
+    inputs = [draw(7, 6, dtype=dtype), draw(70, 6, seed=1, dtype=dtype), draw(70, seed=2, dtype=dtype)]
+    targets = labels(7, 70, "some")
+    with chunks(3):
+        assert_same_bits(
+            lambda h, w, b: head(h, w, targets, bias=b, reduction=reduction), [x.to(DEVICE) for x in inputs]
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_backward_twice(reduction: str) -> None:
+    """Gradients made in the forward pass are scaled in place, but not where the graph is used again."""
+    h, w = (draw(n, 5, seed=n, dtype=torch.float32).to(DEVICE).requires_grad_() for n in (6, 70))
+    x = draw(6, 70, dtype=torch.float32).to(DEVICE).requires_grad_()
+    targets = labels(6, 70, "some").to(DEVICE)
+    for loss, leaves in (
+        (linear_cross_entropy(h, w, targets, reduction=reduction, backend="triton"), [h, w]),
+        (cross_entropy(x, targets, reduction=reduction, backend="triton"), [x]),
+    ):
+        once = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
+        plain = [g.clone() for g in once]
+        for factor in (-3.0, 0.5):
+            scaled = torch.autograd.grad(loss, leaves, torch.full_like(loss, factor), retain_graph=factor < 0)
+            assert_near(scaled, [factor * g for g in plain], 1e-5)
+        assert_near(once, plain, 0.0)
+
+
+def test_wide_rows_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tile of the launch table's GPUs: a row shorter than a tile, one a tile longer, one of many."""
+    monkeypatch.setattr(file, "config", lambda *a, **k: {"DEPTH": 4, "LANES": 2048} if k else {"BLOCK": 8192})
+    targets = torch.tensor([0, -100, 5000])
+    for vocab in (8191, 8192, 40_003):
+        x = draw(3, vocab, dtype=torch.float32).to(DEVICE) * 3
+        got = evaluate(lambda x: cross_entropy(x, targets, backend="triton"), [x])
+        assert_near(got, evaluate(lambda x: cross_entropy_reference(x, targets.to(DEVICE)), [x]), 1e-5)
+
+
+def test_rows_of_a_chunk_on_a_gpu() -> None:
+    def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        options = file._Options(-100, "mean", None, 0.0, 0.0, "triton", False)
+        weight, targets = torch.empty(vocab, 1, device="meta"), torch.empty(count, device="meta")
+        return file._chunk_rows(file._Head(weight, weight, None, None, targets, None, options, dtype, 1.0))
+
+    assert rows(100_000, 128_256) == 4096
+    assert rows(100_000, 262_147) == rows(100_000, 128_256, torch.float32) == 2048
+    assert rows(4097, 1000) == 2176  # two of nearly one size
+    assert rows(8192, 1000) == 4096
+    assert rows(5, 1000) == 128
+    assert rows(0, 1000) > 0
+
+
+def test_sums_of_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best way that gives the right sum, of the three that a torch may have on a GPU."""
+    a, b, before = (
+        draw(5, 3, dtype=torch.bfloat16),
+        draw(3, 4, seed=1, dtype=torch.bfloat16),
+        draw(5, 4, seed=2).float(),
+    )
+    mm, addmm = torch.mm, torch.addmm
+
+    def mixed_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return mm(a.float(), b.float()).to(out_dtype)
+
+    def mixed_addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor, **scales: Any) -> None:
+        assert out_dtype == out.dtype == torch.float32
+        out.copy_(addmm(total, a.float(), b.float(), **scales))
+
+    def wrong_addmm(total: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
+        mixed_addmm(total, a, b, **(options | {"beta": 0}))
+
+    for patched, name in (
+        ({"mm": mixed_mm, "addmm": mixed_addmm}, "_fused"),
+        ({"mm": mixed_mm, "addmm": wrong_addmm}, "mixed"),
+        ({"mm": mixed_mm}, "mixed"),
+        ({}, "_beside"),
+    ):
+        with monkeypatch.context() as patch:
+            for function, stand_in in patched.items():
+                patch.setattr(torch, function, stand_in)
+            product = file._mixed_product.__wrapped__(torch.bfloat16, torch.device("cpu"))
+            assert getattr(product, "__name__", "mixed") == name
+            for beta in (0, 1):
+                total = before.clone() if beta else torch.full_like(before, torch.nan)
+                product(total, a, b, beta, -0.5)
+                want = beta * before - 0.5 * (a.float() @ b.float())
+                torch.testing.assert_close(total, want, rtol=0, atol=0.02 if name == "_beside" else 1e-6)
+
+
+class _NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("lean", [True, False])
+def test_nothing_waits_for_the_gpu(reduction: str, lean: bool) -> None:
+    """With the targets on the CPU. (On a GPU torch itself watches, where nothing is read for the first time.)"""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    h, w, b = (draw(*shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in ((6, 4), (70, 4), (70,)))
+    targets = labels(6, 70, "some")
+    for watched in (False, True):
+        if watched and DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with _NoWaiting(), chunks(2):
+                loss = linear_cross_entropy(h, w, targets, bias=b, reduction=reduction, lean=lean, backend="triton")
+                loss.backward(torch.ones_like(loss))
+                loss = cross_entropy(h, targets % 4, reduction=reduction, backend="triton")
+                loss.backward(torch.ones_like(loss))
+        finally:
+            if DEVICE.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[int, int]] = {}  # where: bytes, tensors
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(made):
+            where = x.untyped_storage().data_ptr() if isinstance(x, Tensor) else 0
+            if where and (where in self.live or where not in given):
+                size, tensors = self.live.get(where, (x.untyped_storage().nbytes(), 0))
+                self.bytes += 0 if tensors else size
+                self.live[where] = (size, tensors + 1)
+                weakref.finalize(x, self._freed, where)
+        self.peak = max(self.peak, self.bytes)
+        return made
+
+    def _freed(self, where: int) -> None:
+        size, tensors = self.live.pop(where)
+        if tensors > 1:
+            self.live[where] = (size, tensors - 1)
+        else:
+            self.bytes -= size
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", ["none", "some"])
+def test_the_lean_mode_holds_little(
+    backend: str, dtype: torch.dtype, ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sixteenth of what it may hold, at a sixteenth of the sizes it is for; a chunk's logits would be twice that."""
+    monkeypatch.setattr(file, "SUM_BYTES", file.SUM_BYTES // 16)
+    monkeypatch.setattr(file, "TILE_BYTES", {name: size // 16 for name, size in file.TILE_BYTES.items()})
+    monkeypatch.setattr(file, "config", lambda *a, **k: {"DEPTH": 4, "LANES": 2048} if k else {"BLOCK": 8192})
+    if backend == "triton":
+        # What is computed is of no matter here, and slow; on a GPU, sums of 16-bit products make no copy.
+        monkeypatch.setattr(file, "launch", lambda *args, **options: None)
+        monkeypatch.setattr(file, "_accumulate", lambda *args: None)
+    rows, width, vocab = 900 if ignored == "some" else 450, 1024, 1500
+    device = DEVICE if backend == "triton" else "cpu"
+    h, w = (draw(n, width, seed=n, dtype=dtype).to(device).requires_grad_() for n in (rows, vocab))
+    targets = labels(rows, vocab, ignored)
+    for softcap in (None, 10.0):
+        with _Peak() as memory:
+            loss = linear_cross_entropy(h, w, targets, softcap=softcap, lean=True, backend=backend)
+            gradients = torch.autograd.grad(loss, [h, w])
+        held = memory.peak - sum(g.nbytes for g in gradients)
+        assert 1e6 < held < 100e6 / 16
