@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from afina.kernels.attention_blocks import Bucket, Options, blocked_attention, plan_buckets, visible
-from afina.kernels.backend import check_floating, check_like, choose, document_offsets
+from afina.kernels.backend import check_floating, check_like, choose, document_offsets, wide_dtype
 from afina.kernels.launch import INTERPRETED, cdiv, config, jit, launch, power_of_two, tl
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
@@ -57,7 +57,7 @@ def attention_reference(
             attention_reference(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0] for a, b in pairwise(offsets)
         ]
         return torch.cat(pieces) if pieces else torch.zeros_like(q)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     length, keys = q.shape[1], k.shape[1]
     group = q.shape[2] // k.shape[2]
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide).repeat_interleave(group, 2))

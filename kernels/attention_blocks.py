@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from afina.kernels.backend import wide_dtype
+
 # Queries of one block, and the scores (of all heads, of several documents) that exist at a time: they stay in cache.
 BLOCK_ROWS = 64
 BLOCK_SCORES = 1 << 20
@@ -97,7 +99,7 @@ def visible(rows: int, columns: int, shift: int, causal: bool, window: int | Non
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D)."""
-    wide, heads = _wide(q.dtype), k.shape[2]
+    wide, heads = wide_dtype(q.dtype), k.shape[2]
     tiles, blocks, size = _tiles(q, k, options)
     out = _empty(q, blocks)
     scores = q.new_empty(size, dtype=wide)
@@ -112,7 +114,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `_forward` -> dq, dk, dv."""
-    wide, heads = _wide(q.dtype), k.shape[2]
+    wide, heads = wide_dtype(q.dtype), k.shape[2]
     tiles, blocks, size = _tiles(q, k, options)
     dq = _empty(q, blocks)
     dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
@@ -205,10 +207,6 @@ def _mask(rows: int, columns: int, shift: int, window: int | None, dtype: torch.
     """0 where query i at position i + shift sees key j, -inf elsewhere."""
     seen = visible(rows, columns, shift, True, window, device)
     return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads(x: Tensor, dtype: torch.dtype) -> Tensor:

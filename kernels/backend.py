@@ -54,6 +54,11 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
     raise ValueError(f"backend: 'triton' computes in float32, float16 or bfloat16, found {tensor.dtype}; use 'torch'")
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics of `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating point tensor, found {tensor.dtype}")

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afina.kernels.backend import as_rows, check_floating, check_like, check_shape, choose
+from afina.kernels.backend import as_rows, check_floating, check_like, check_shape, choose, wide_dtype
+from afina.kernels.cross_entropy_rows import Options, loss_rows, torch_tile
 from afina.kernels.launch import cdiv, config, jit, launch, tl
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -44,16 +45,6 @@ SUM_ROWS = (256, 4096)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-class _Options(NamedTuple):
-    ignore_index: int
-    reduction: str
-    softcap: float | None
-    label_smoothing: float
-    z_loss: float
-    backend: str
-    lean: bool
-
-
 def cross_entropy_reference(
     logits: Tensor,
     targets: Tensor,
@@ -65,7 +56,7 @@ def cross_entropy_reference(
     z_loss: float = 0.0,
 ) -> Tensor:
     """The formulas above, written plainly; logits (N, V), targets (N,)."""
-    x = logits.to(_wide(logits.dtype))
+    x = logits.to(wide_dtype(logits.dtype))
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     kept = targets != ignore_index
@@ -82,13 +73,9 @@ def cross_entropy_reference(
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    wide = _wide(hidden.dtype)
+    wide = wide_dtype(hidden.dtype)
     logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     return cross_entropy_reference(logits, targets, **options)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @jit
@@ -238,7 +225,7 @@ def _scale_kernel(x, factors, factor_stride, width, size, BLOCK: tl.constexpr):
 
 
 def _launch(
-    x: Tensor, grad: Tensor | None, targets: Tensor, bias: Tensor | None, rates: Tensor | None, options: _Options, *,
+    x: Tensor, grad: Tensor | None, targets: Tensor, bias: Tensor | None, rates: Tensor | None, options: Options, *,
     losses: Tensor | None = None, stats: Tensor | None = None, first: int = 0, vocab: int = 0,
 ) -> None:  # fmt: skip
     """Run the kernel on x (n, columns); without `losses`, only for the gradient, from the stats of whole rows."""
@@ -263,84 +250,6 @@ def _scaled(gradient: Tensor | None, factors: Tensor) -> Tensor | None:
     return gradient
 
 
-def _loss_rows(x: Tensor, targets: Tensor, options: _Options) -> Tensor:
-    """Losses (n,) of the logits x (n, V); x is overwritten by their gradient. Targets here are never ignored ones."""
-    softcap, smoothing, z_loss = options.softcap, options.label_smoothing, options.z_loss
-    slope = None
-    if softcap is not None:
-        x.div_(softcap).tanh_()
-        slope = 1 - x * x
-        x.mul_(softcap)
-    inside = (targets >= 0) & (targets < x.shape[1])
-    column = targets.where(inside, 0).unsqueeze(1)
-    at_target = x.gather(1, column).squeeze(1)
-    mean = x.mean(1) if smoothing else None
-    highest = x.amax(1)
-    # In place: the CPU and CUDA kernels read a row's maximum and sum before they write it (a test watches this).
-    torch.softmax(x, dim=1, out=x)
-    lse = highest - x.amax(1).log_()
-    loss = lse - at_target if mean is None else lse - (1 - smoothing) * at_target - smoothing * mean
-    if z_loss:
-        loss += z_loss * lse.square()
-        x.mul_((1 + 2 * z_loss * lse).unsqueeze(1))
-    if smoothing:
-        x.sub_(smoothing / x.shape[1])
-    x.scatter_add_(1, column, torch.full_like(at_target, smoothing - 1).unsqueeze(1))
-    if slope is not None:
-        x.mul_(slope)
-    if not inside.all():
-        outside = ~inside
-        loss[outside] = torch.nan
-        x[outside] = torch.nan
-    return loss
-
-
-def _torch_tile(
-    x: Tensor, grad: Tensor | None, targets: Tensor, bias: Tensor | None, rates: Tensor | None, options: _Options, *,
-    losses: Tensor | None = None, stats: Tensor, first: int, vocab: int,
-) -> None:  # fmt: skip
-    """What `_launch` does for the lean mode; x is overwritten in either case."""
-    softcap, smoothing, z_loss = options.softcap, options.label_smoothing, options.z_loss
-    if bias is not None:
-        x += bias[first : first + x.shape[1]]
-    slope = None
-    if softcap is not None:
-        x.div_(softcap).tanh_()
-        slope = None if grad is None else 1 - x * x
-        x.mul_(softcap)
-    local = targets - first
-    found = (local >= 0) & (local < x.shape[1])
-    valid = (targets >= 0) & (targets < vocab)
-    column = local.where(found, 0).unsqueeze(1)
-    highest, exp_sum, at_target, total = stats.unbind(1)
-    if losses is not None:
-        if first == 0:
-            stats.zero_()
-            highest.fill_(torch.finfo(x.dtype).min)
-        at_target.copy_(x.gather(1, column).squeeze(1).where(found, at_target))
-        total += x.sum(1)
-        top = torch.maximum(highest, x.amax(1))
-        exp_sum.mul_((highest - top).exp_()).add_(x.sub_(top.unsqueeze(1)).exp_().sum(1))
-        highest.copy_(top)
-        loss = highest - at_target
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (highest - total / vocab)
-        loss += exp_sum.log()
-        if z_loss:
-            loss += z_loss * (highest + exp_sum.log()).square()
-        losses.copy_(loss.where(valid, torch.nan))
-        return
-    x.sub_(highest.unsqueeze(1)).exp_()
-    x.mul_(((1 + 2 * z_loss * (highest + exp_sum.log())) / exp_sum).unsqueeze(1))
-    if smoothing:
-        x.sub_(smoothing / vocab)
-    x.scatter_add_(1, column, (found.to(x.dtype) * (smoothing - 1)).unsqueeze(1))
-    if slope is not None:
-        x.mul_(slope)
-    rate = torch.ones_like(highest).where(valid, torch.nan)
-    x.mul_((rate if rates is None else rate * rates).unsqueeze(1))
-
-
 class _Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
@@ -356,7 +265,7 @@ class _Head(NamedTuple):
     where: Tensor | None
     targets: Tensor
     rates: Tensor | None
-    options: _Options
+    options: Options
     compute: torch.dtype
     scale: float
 
@@ -426,7 +335,7 @@ def _mixed_product(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options, wanted: tuple[bool, ...],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, wanted: tuple[bool, ...],
     rates: Tensor | None = None,
 ) -> tuple[Tensor, _Gradients]:  # fmt: skip
     """The loss, and for (hidden, weight, bias) the gradients of it that are wanted, or with rates (N,) those of
@@ -436,7 +345,7 @@ def _run(
     rows, count, device = hidden.shape[0], index.numel(), hidden.device
     dense = count == rows
     targets = _to(targets.contiguous() if dense else targets[index], device)
-    wide = _wide(hidden.dtype)
+    wide = wide_dtype(hidden.dtype)
     # torch's low-precision matrix products are slow and round on a CPU; its path runs in fp32 there.
     compute = wide if device.type == "cpu" and options.backend == "torch" else hidden.dtype
     scale = 1.0 / max(1, count) if options.reduction == "mean" else 1.0
@@ -486,7 +395,7 @@ def _run_chunks(head: _Head, losses: Tensor, gradients: _Gradients) -> None:
         else:
             if head.bias is not None:
                 x += head.bias
-            found = _loss_rows(x, targets, head.options)
+            found = loss_rows(x, targets, head.options)
             if rate is not None:
                 x.mul_(rate.unsqueeze(1))
         losses[here] = found
@@ -504,7 +413,7 @@ def _run_tiles(head: _Head, losses: Tensor, gradients: _Gradients) -> None:
     (vocab, width), count, wide, device = head.weight.shape, head.targets.numel(), losses.dtype, losses.device
     dhidden, dweight, dbias = gradients
     compute, options, scale = head.compute, head.options, head.scale
-    step, dtype = (_launch, compute) if options.backend == "triton" else (_torch_tile, wide)
+    step, dtype = (_launch, compute) if options.backend == "triton" else (torch_tile, wide)
     held = max(SUM_ROWS[0], min(SUM_ROWS[1], _multiple(SUM_BYTES // (wide.itemsize * max(1, width)))))
     # Where the weight is converted, its converted rows take room too.
     most = 64 * cdiv(vocab, 64) if compute == head.weight.dtype else held
@@ -572,7 +481,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        options: _Options,
+        options: Options,
         wanted: tuple[bool, ...],
     ) -> Tensor:
         ctx.options = options
@@ -602,7 +511,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 class _TritonCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, options: _Options, wanted: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, options: Options, wanted: bool) -> Tensor:
         rows = as_rows(logits)
         grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if wanted else None
         losses = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
@@ -625,10 +534,10 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, options: _Options, wanted: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, options: Options, wanted: bool) -> Tensor:
         kept = targets != options.ignore_index
-        x = logits.detach().to(_wide(logits.dtype), copy=True)
-        losses = _loss_rows(x, targets.where(kept, 0), options).where(kept, 0.0)
+        x = logits.detach().to(wide_dtype(logits.dtype), copy=True)
+        losses = loss_rows(x, targets.where(kept, 0), options).where(kept, 0.0)
         ctx.scale = 1.0
         if options.reduction == "mean":
             ctx.scale /= max(1, int(kept.sum()))
@@ -715,7 +624,7 @@ def cross_entropy(
 def _check(
     rows: Tensor, targets: Tensor, ignore_index: int, reduction: str, softcap: float | None, label_smoothing: float,
     z_loss: float, backend: str, lean: bool = False,
-) -> _Options:  # fmt: skip
+) -> Options:  # fmt: skip
     check_shape("targets", targets, rows.shape[:1])
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets: expected int64 or int32, found {targets.dtype}")
@@ -728,4 +637,4 @@ def _check(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected in [0, 1), found {label_smoothing}")
     cap = None if softcap is None else float(softcap)
-    return _Options(ignore_index, reduction, cap, float(label_smoothing), float(z_loss), backend, lean)
+    return Options(ignore_index, reduction, cap, float(label_smoothing), float(z_loss), backend, lean)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afina.kernels.backend import check_floating, check_like, check_shape, choose
+from afina.kernels.backend import check_floating, check_like, check_shape, choose, wide_dtype
 from afina.kernels.launch import INTERPRETED, cdiv, config, jit, launch, power_of_two, tl
 
 # A maximum below all others. Finite: two of them differ by 0, not by NaN.
@@ -41,7 +41,7 @@ def decode_attention_reference(
 ) -> Tensor:
     out = torch.zeros_like(q)
     group = q.shape[1] // k_cache.shape[2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     for row, length in enumerate(lengths.tolist()):
         first = 0 if window is None else max(0, length - window)
         k, v = (x[row, first:length].to(wide).repeat_interleave(group, 1) for x in (k_cache, v_cache))
@@ -246,7 +246,7 @@ def decode_attention(
     hidden = position >= ends
     if window is not None:
         hidden |= position < ends - window
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     rows = q.to(wide).unflatten(1, (k.shape[2], -1))  # (B, Hkv, G, D)
     scores = torch.matmul(rows, k.to(wide).permute(0, 2, 3, 1)).mul_(scale)
     if softcap is not None:

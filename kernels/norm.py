@@ -23,25 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afina.kernels.backend import check_floating, check_shape, choose
+from afina.kernels.backend import check_floating, check_shape, choose, wide_dtype
 from afina.kernels.launch import cdiv, config, jit, launch, power_of_two, tl
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, weight_offset: float = 0.0) -> Tensor:
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normal * (weight.to(wide.dtype) + weight_offset)).to(x.dtype)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     centred = wide - wide.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @jit
@@ -288,7 +284,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float) -> Any:
         total = x if residual is None else x + residual
         rows = total.reshape(-1, x.shape[-1])
-        wide = rows.to(_wide(x.dtype))
+        wide = rows.to(wide_dtype(x.dtype))
         scale = _scale(weight, offset, wide.dtype)
         mean_square = torch.linalg.vector_norm(wide, dim=1).square_().div_(max(1, rows.shape[1]))
         rstd = mean_square.add_(eps).rsqrt_()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.kernels.backend import check_floating, check_shape, choose
+from afina.kernels.backend import check_floating, check_shape, choose, wide_dtype
 from afina.kernels.launch import config, jit, launch, power_of_two, tl
 from afina.kernels.norm import programs, rms_norm
 
@@ -323,7 +323,7 @@ def rope(
     Raises ValueError for shapes that do not fit, D_rot > D, a wrong dtype or backend.
     """
     _check(q, k, cos, sin, q_weight, k_weight)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     if choose("rope", backend, q) == "triton" and q.numel() and k.numel():
         lead, table = q.shape[:-3], cos.shape[-2:]
         cos, sin = (x.contiguous().expand(*lead, *table).reshape(lead.numel(), *table) for x in (cos, sin))
@@ -357,7 +357,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | No
         )
     if cos.shape != sin.shape:
         raise ValueError(f"sin: expected cos's shape {tuple(cos.shape)}, found {tuple(sin.shape)}")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     for name, x in (("cos", cos), ("sin", sin)):
         if x.dtype not in (torch.float32, wide):
             raise ValueError(f"{name}: expected torch.float32, found {x.dtype}")

@@ -14,7 +14,13 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-DRAWN = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# On a GPU each new shape or option may be another compilation.
+DRAWN = settings(
+    max_examples=8 if DEVICE.type == "cuda" else 25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -42,7 +42,7 @@ def test_passes_and_remembers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ("table['glu'][1].update(BLOCK=32768, num_warps=1)", "bytes of registers spilt to local memory"),
+        ("table['glu'][1].update(BLOCK=8192, num_warps=1)", "bytes of registers spilt to local memory"),
         ("compile_gate.SHARED[90] = -1", "0 bytes of shared memory, of -1"),
         ("table['glu'].append({'capability': 90, 'size': 7, 'BLOCK': 8})", "no call uses the row {'capability': 80"),
     ],

@@ -35,6 +35,7 @@ from afina.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from afina.kernels.cross_entropy_rows import Options
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -528,7 +529,7 @@ def test_wide_rows_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_chunk_on_a_gpu() -> None:
     def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        options = file._Options(-100, "mean", None, 0.0, 0.0, "triton", False)
+        options = Options(-100, "mean", None, 0.0, 0.0, "triton", False)
         weight, targets = torch.empty(vocab, 1, device="meta"), torch.empty(count, device="meta")
         return file._chunk_rows(file._Head(weight, weight, None, None, targets, None, options, dtype, 1.0))
 

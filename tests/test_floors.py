@@ -49,6 +49,7 @@ def test_links_and_no_initialisers(floor: str) -> None:
 # Files that are only reached through another one, whose tests they share.
 TESTED_WITH = {
     "attention_blocks": "attention",
+    "cross_entropy_rows": "cross_entropy",
     "commands": "cli",
     "export": "cli",
     "positions": "config",

@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gemma2",
         "architectures": ["Gemma2ForCausalLM"],
         "head_dim": 8,
-        "sliding_window": 8,
+        "sliding_window": 3,
         "query_pre_attn_scalar": 8,
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
@@ -50,8 +50,7 @@ def losses(model: Path, data: Path, output: Path, backend: str) -> list[float]:
 def test_the_same_losses_as_on_torch(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", **MODELS[name])
     data = tmp_path / "data.jsonl"
-    answers = (" three four five", " the lazy dog")
-    rows = [{"prompt": f"one two {i}", "completion": answers[i % 2]} for i in range(30)]
+    rows = [{"prompt": f"{i}", "completion": (" five", " lazy dog")[i % 2]} for i in range(30)]  # short: 1 ms a tile
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     triton, plain = (losses(model, data, tmp_path / backend, backend) for backend in ("triton", "torch"))
     assert len(triton) == len(plain) == STEPS + 2  # with the dev loss before and after
