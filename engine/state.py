@@ -147,7 +147,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"{state}: format {content.get('format')!r:.80}, this version reads {FORMAT!r}")
     if type(step) is not int or path.name != f"checkpoint-{step}":
         raise RunError(f"{state}: step {step!r:.80} does not agree with the folder's name")
-    if not isinstance(groups, list) or {f"{group}.safetensors" for group in groups} != present - {STATE}:
+    if not isinstance(groups, list) or sorted(f"{group}.safetensors" for group in groups) != sorted(present - {STATE}):
         raise RunError(f"{state}: groups {groups!r:.80} do not agree with the files beside it")
     if not isinstance(meta, dict):
         raise RunError(f"{state}: meta must be an object, found {type(meta).__name__}")

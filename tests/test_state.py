@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -445,6 +445,7 @@ def test_fuzzed_manifest(fuzzed: Path, content: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(content=st.binary(max_size=80) | (json_values | near_states).map(as_bytes))
+@example(content=b'{"format": "afina-checkpoint-1", "meta": {}, "step": 1, "groups": ["model", "model"]}')
 def test_fuzzed_state(fuzzed: Path, content: bytes) -> None:
     (fuzzed / STATE).write_bytes(content)
     remake_manifest(fuzzed)
