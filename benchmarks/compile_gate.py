@@ -5,8 +5,9 @@
 
 Each public function runs forward and backward on small CPU tensors while launches are recorded instead of run, once for
 each row of the launch table that the target would use; every recorded launch is then compiled as Triton would compile
-it on that GPU. Failures: registers spilt to local memory, more shared memory than the GPU has, a matrix kernel without
-wgmma instructions on sm_90, and a row of the launch table that nothing used. Results are cached by the kernel's source
+it on that GPU. Failures: registers spilt to local memory (but for a few bytes that are stored before a loop and read
+back behind it), more shared memory than the GPU has, a matrix kernel without wgmma instructions on sm_90, and a row of
+the launch table that nothing used. Results are cached by the kernel's source
 and arguments in .compile_gate.json (ignored by git), so only what changed is compiled again.
 """
 
@@ -165,7 +166,8 @@ class Job(NamedTuple):
 
 class Result(NamedTuple):
     registers: int
-    spills: int
+    spills: int  # bytes
+    hot: int  # instructions of innermost loops that reach for them; all such instructions, if there is no loop
     shared: int
     seconds: float
     wgmma: bool
@@ -252,17 +254,33 @@ def compiled(job: Job) -> Result:
         file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+        def dumped(what: str) -> str:
+            command = [str(tool), f"--dump-{what}", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", dumped("resource-usage"))
+        found = {name: int(value) for name, value in usage}
+        spills = found["STACK"] + found["LOCAL"]
+        hot = local_accesses(dumped("sass")) if spills else 0
     dots = "tt.dot" in made.asm["ttir"] and "bf16" in made.asm["ttir"]
-    spills = found["STACK"] + found["LOCAL"]
-    return Result(found["REG"], spills, made.metadata.shared, round(seconds, 2), "wgmma" in made.asm["ptx"], dots)
+    return Result(found["REG"], spills, hot, made.metadata.shared, round(seconds, 2), "wgmma" in made.asm["ptx"], dots)
+
+
+def local_accesses(sass: str) -> int:
+    """Loads and stores of local memory in the innermost loops of a disassembly, in all of it where there is no loop."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?;)", sass, re.MULTILINE)]
+    jumps = [(at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in lines]
+    # The last instruction of all jumps to itself.
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
+    accesses = [at for at, text in lines if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(not inner or any(a <= at <= b for a, b in inner) for at in accesses)
 
 
 def complaints(job: Job, result: Result) -> Iterator[str]:
-    if result.spills:
-        yield f"{result.spills} bytes of registers spilt to local memory"
+    if result.hot or result.spills > 32:
+        yield f"{result.spills} bytes of registers spilt to local memory, which {result.hot} instructions of loops read"
     if result.shared > SHARED[job.target]:
         yield f"{result.shared:,} bytes of shared memory, of {SHARED[job.target]:,}"
     if job.target == 90 and result.dots and not result.wgmma:

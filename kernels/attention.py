@@ -385,8 +385,8 @@ def _dkdv_tile(
     if SOFTCAP:
         p = p - p * s * s
     minus_delta = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - column_delta[None, :]  # there, it takes no more registers
-    ds = p * tl.dot(value, tl.trans(grad), minus_delta, input_precision="ieee")
     dv = tl.dot(weights, grad, dv, input_precision="ieee")
+    ds = p * tl.dot(value, tl.trans(grad), minus_delta, input_precision="ieee")
     dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
@@ -405,20 +405,21 @@ def _dkdv_rows(
     value = _tile(v, rows, row_stop, v_token, D, BLOCK_D, UPCAST)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    # One loop over the tiles of all heads: its loads run ahead across heads, and it fits into the registers.
+    # One loop over the tiles of all heads. Where a turn reads must not hang on a branch, or no load could run ahead.
+    tiles = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
     at = begin
-    head = 0
-    for _ in range(group * tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)):
+    row = 0  # of lse and delta: where the head's begin
+    for _ in range(group * tiles):
         edge = _is_edge(at, at + BLOCK_M, all_from, all_to, CAUSAL)
         dk, dv = _dkdv_tile(
-            key, value, q + tl.cast(head, tl.int64) * q_head, dout + tl.cast(head, tl.int64) * do_head,
-            lse + head * queries, delta + head * queries, dk, dv, rows, row_stop, at, stop, edge, q_token, do_token,
+            key, value, q, dout, lse + row, delta + row, dk, dv, rows, row_stop, at, stop, edge, q_token, do_token,
             shift, window, inner, outer, D, BLOCK_D, CAUSAL, WINDOW, SOFTCAP, UPCAST, BLOCK_M, BLOCK_N
         )  # fmt: skip
-        at += BLOCK_M
-        if at >= stop:
-            at = begin
-            head += 1
+        last = at + BLOCK_M >= stop
+        at = tl.where(last, begin, at + BLOCK_M)
+        q += tl.where(last, q_head, 0)
+        dout += tl.where(last, do_head, 0)
+        row += tl.where(last, queries, 0)
     _put_tile(grad_k, dk * scale, rows, row_stop, grad_token, D, BLOCK_D)
     _put_tile(grad_v, dv, rows, row_stop, grad_token, D, BLOCK_D)
 

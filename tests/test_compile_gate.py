@@ -67,9 +67,25 @@ import sys
 sys.path.insert(0, "benchmarks")
 from compile_gate import Job, Result, complaints
 job = Job("op", "m", "k", {target}, (), (), (), ())
-print(list(complaints(job, Result(32, 0, 0, 1.0, wgmma={wgmma}, dots=True))))
+print(list(complaints(job, Result(32, 0, 0, 0, 1.0, wgmma={wgmma}, dots=True))))
 """
     for target, wgmma, told in ((90, False, True), (90, True, False), (80, False, False)):
         command = [sys.executable, "-c", code.format(target=target, wgmma=wgmma)]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
         assert ("without wgmma" in done.stdout) == told
+
+
+@pytest.mark.parametrize(
+    ("sass", "count"),
+    [
+        ("/*0000*/ STL [R1], R2 ;\n/*0010*/ FADD R3, R3, R4 ;\n/*0020*/ LDL R2, [R1] ;\n/*0030*/ BRA 0x30;", 2),
+        ("/*0000*/ STL [R1], R2 ;\n/*0010*/ FADD R3, R3, R4 ;\n/*0020*/ @P0 BRA 0x10 ;\n/*0030*/ LDL R2, [R1] ;", 0),
+        ("/*0000*/ STL [R1], R2 ;\n/*0010*/ LDL.LU R3, [R1] ;\n/*0020*/ @!P0 BRA P1, 0x10 ;\n/*0030*/ EXIT ;", 1),
+        # An outer loop from 0 to 40 around an inner one from 20 to 30.
+        ("/*0000*/ LDL R2, [R1] ;\n/*0020*/ FADD R3, R3, R4 ;\n/*0030*/ BRA 0x20 ;\n/*0040*/ BRA 0x0 ;", 0),
+    ],
+)
+def test_spills_count_where_they_are_repeated_most(sass: str, count: int) -> None:
+    code = f"import sys; sys.path.insert(0, 'benchmarks'); import compile_gate as g; print(g.local_accesses({sass!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == count
