@@ -5,10 +5,16 @@
 
 Each public function runs forward and backward on small CPU tensors while launches are recorded instead of run, once for
 each row of the launch table that the target would use; every recorded launch is then compiled as Triton would compile
-it on that GPU. Failures: registers spilt to local memory (but for a few bytes that are stored before a loop and read
-back behind it), more shared memory than the GPU has, a matrix kernel without wgmma instructions on sm_90, and a row of
-the launch table that nothing used. Results are cached by the kernel's source
-and arguments in .compile_gate.json (ignored by git), so only what changed is compiled again.
+it on that GPU. Failures:
+
+- registers spilt to local memory, but for a few bytes that are stored before a loop and read back behind it;
+- more shared memory than the GPU has;
+- a matrix kernel without wgmma instructions on sm_90;
+- a matrix kernel whose loads do not run ahead of its products, though it has stages for that;
+- a row of the launch table that nothing used.
+
+Results are cached by the kernel's source and arguments in .compile_gate.json (ignored by git), so only what changed is
+compiled again.
 """
 
 from __future__ import annotations
@@ -172,6 +178,7 @@ class Result(NamedTuple):
     seconds: float
     wgmma: bool
     dots: bool
+    ahead: bool  # loads of the loop are begun before it
 
 
 def recorded(op: str, kernels: tuple[str, ...], call: Callable[..., None], target: int) -> Iterator[Job | str]:
@@ -264,7 +271,10 @@ def compiled(job: Job) -> Result:
         spills = found["STACK"] + found["LOCAL"]
         hot = local_accesses(dumped("sass")) if spills else 0
     dots = "tt.dot" in made.asm["ttir"] and "bf16" in made.asm["ttir"]
-    return Result(found["REG"], spills, hot, made.metadata.shared, round(seconds, 2), "wgmma" in made.asm["ptx"], dots)
+    ir = made.asm["ttgir"]
+    ahead = -1 < ir.find("async_copy_global_to_local") < ir.rfind("scf.for ")
+    wgmma = "wgmma" in made.asm["ptx"]
+    return Result(found["REG"], spills, hot, made.metadata.shared, round(seconds, 2), wgmma, dots, ahead)
 
 
 def local_accesses(sass: str) -> int:
@@ -285,6 +295,8 @@ def complaints(job: Job, result: Result) -> Iterator[str]:
         yield f"{result.shared:,} bytes of shared memory, of {SHARED[job.target]:,}"
     if job.target == 90 and result.dots and not result.wgmma:
         yield "a matrix kernel without wgmma"
+    if result.dots and not result.ahead and dict(job.options).get("num_stages", 1) > 1:
+        yield "no load runs ahead of the products: an address hangs on a branch or on what the loop computes"
 
 
 def cache_key(job: Job) -> str:

@@ -61,18 +61,19 @@ def test_a_kernel_that_no_op_covers_fails(tmp_path: Path) -> None:
     assert "FAILED the launch table's other: no op of this script covers it" in done.stdout
 
 
-def test_a_matrix_kernel_needs_wgmma_on_hopper() -> None:
+def test_a_matrix_kernel_needs_wgmma_on_hopper_and_loads_ahead() -> None:
     code = """
 import sys
 sys.path.insert(0, "benchmarks")
 from compile_gate import Job, Result, complaints
-job = Job("op", "m", "k", {target}, (), (), (), ())
-print(list(complaints(job, Result(32, 0, 0, 0, 1.0, wgmma={wgmma}, dots=True))))
+job = Job("op", "m", "k", {target}, (), (), (), (("num_stages", 2),))
+print(list(complaints(job, Result(32, 0, 0, 0, 1.0, wgmma={wgmma}, dots=True, ahead={wgmma}))))
 """
     for target, wgmma, told in ((90, False, True), (90, True, False), (80, False, False)):
         command = [sys.executable, "-c", code.format(target=target, wgmma=wgmma)]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
         assert ("without wgmma" in done.stdout) == told
+        assert ("no load runs ahead" in done.stdout) != wgmma
 
 
 @pytest.mark.parametrize(
