@@ -157,7 +157,8 @@ def _sees(query, key, stop, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.cons
 
 
 @jit
-def _tanh(x, PRECISE: tl.constexpr):
+def tanh(x, PRECISE: tl.constexpr):
+    """From exp2 alone, which GPUs and the interpreter have; PRECISE: in fp32 near 0 too."""
     y = 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x))
     if PRECISE:
         # Near 0 that difference has lost its digits.
@@ -178,7 +179,7 @@ def _forward_tile(
     key = _tile(k + tl.cast(at, tl.int64) * k_token, columns, stop - at, k_token, D, BLOCK_D, UPCAST)
     s = tl.dot(query, tl.trans(key), input_precision="ieee")
     if SOFTCAP:
-        s = _tanh(s * inner, query.dtype == tl.float32)
+        s = tanh(s * inner, query.dtype == tl.float32)
     if edge:
         seen = _sees(rows[:, None], columns[None, :], stop - at, shift - at, window, CAUSAL, WINDOW)
         s = tl.where(seen, s, -float("inf"))
@@ -286,7 +287,7 @@ def _dq_tile(
     value = _tile(v + tl.cast(at, tl.int64) * v_token, columns, stop - at, v_token, D, BLOCK_D, UPCAST)
     s = tl.dot(query, tl.trans(key), input_precision="ieee")
     if SOFTCAP:
-        s = _tanh(s * inner, query.dtype == tl.float32)
+        s = tanh(s * inner, query.dtype == tl.float32)
     p = tl.exp2(s * outer - row_lse[:, None])
     if edge:
         seen = _sees(rows[:, None], columns[None, :], stop - at, shift - at, window, CAUSAL, WINDOW)
@@ -377,7 +378,7 @@ def _dkdv_tile(
     column_delta = tl.load(delta + at + columns, mask=columns < stop - at, other=0.0)
     s = tl.dot(key, tl.trans(query), input_precision="ieee")
     if SOFTCAP:
-        s = _tanh(s * inner, key.dtype == tl.float32)
+        s = tanh(s * inner, key.dtype == tl.float32)
     p = tl.exp2(s * outer - column_lse[None, :])
     if edge:  # queries from `stop` on were read as 0 and add nothing
         p = tl.where(_sees(columns[None, :], rows[:, None], row_stop, shift + at, window, CAUSAL, WINDOW), p, 0.0)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afina.kernels.attention import tanh
 from afina.kernels.backend import check_floating, check_like, check_shape, choose, wide_dtype
 from afina.kernels.launch import INTERPRETED, cdiv, config, jit, launch, power_of_two, tl
 
@@ -50,16 +51,6 @@ def decode_attention_reference(
             scores = softcap * torch.tanh(scores / softcap)
         out[row] = torch.einsum("hs,shd->hd", torch.softmax(scores, dim=-1), v).to(q.dtype)
     return out
-
-
-@jit
-def _tanh(x):
-    """As exact near 0 as elsewhere: there 1 - exp(-2 |x|) has lost its digits, and few terms of the series do."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    square = x * x
-    near = x - x * square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835))))
-    return tl.where(square < 0.09, near, tl.where(x < 0.0, -far, far))
 
 
 @jit(do_not_specialize=["room", "window"])
@@ -105,7 +96,7 @@ def _decode_split(
             block = block.to(tl.float32)
         s = tl.dot(block, queries, input_precision="ieee") * scale
         if softcap is not None:
-            s = softcap * _tanh(s / softcap)
+            s = softcap * tanh(s / softcap, True)
         s = tl.where(inside[:, None], s * 1.4426950408889634, -float("inf"))
         highest = tl.maximum(m, tl.max(s, 0))
         p = tl.exp2(s - highest[None, :])
