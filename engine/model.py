@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from afina.engine.config import ModelConfig
 from afina.engine.kv_cache import KVCache, Slots
+from afina.engine.linear import Again, Linear
 from afina.engine.positions import RopeTables, packed_positions
 from afina.errors import ConfigError
 from afina.kernels.activation import geglu, swiglu
@@ -26,6 +27,9 @@ from afina.kernels.attention import attention
 from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.kernels.norm import layer_norm, rms_norm
 from afina.kernels.rope import rope
+
+if TYPE_CHECKING:
+    from afina.engine.adapters import Adapter
 
 IGNORE = -100
 DENSE = 0.9  # share of trained tokens above which the last layer computes all of them
@@ -78,18 +82,18 @@ class Attention(nn.Module):
             "scale": config.attention_scale,
         }
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, q + 2 * kv, bias=config.qkv_bias)
-        self.o = nn.Linear(q, config.hidden_size, bias=config.o_bias)
+        self.qkv = Linear(config.hidden_size, q + 2 * kv, bias=config.qkv_bias)
+        self.o = Linear(q, config.hidden_size, bias=config.o_bias)
         self.norm_heads = config.qk_norm == "head"
         self.q_norm, self.k_norm = None, None
         if config.qk_norm is not None:
             self.q_norm = Norm(config, self.head_dim if self.norm_heads else q)
             self.k_norm = Norm(config, self.head_dim if self.norm_heads else kv)
 
-    def forward(self, x: Tensor, step: Step, rows: Tensor | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (n, C) for the flat ``rows``."""
+    def forward(self, x: Tensor, step: Step, rows: Tensor | None, again: Again | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (n, C) for the flat ``rows``; ``again`` computes x a second time."""
         b, t, _ = x.shape
-        heads = self.qkv(x).view(b, t, -1, self.head_dim)
+        heads = self.qkv(x, again).view(b, t, -1, self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         # RMSNorm of heads and rotation are one op.
         fused: dict[str, Any] = {}
@@ -120,17 +124,18 @@ class MLP(nn.Module):
         self.act: Callable[[Tensor], Tensor]
         if config.gated:
             self.act = {"silu": swiglu, "gelu_tanh": geglu}[config.activation]
-            self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+            self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         else:
             approximate = {"gelu": "none", "gelu_tanh": "tanh"}[config.activation]
             self.act = lambda x: F.gelu(x, approximate=approximate)
-            self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+            self.up = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.gated = config.gated
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., C)."""
-        return self.down(self.act((self.gate_up if self.gated else self.up)(x)))
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """x (..., C) -> (..., C); ``again`` computes x a second time."""
+        wide = (self.gate_up if self.gated else self.up)(x, again)
+        return self.down(self.act(wide), lambda: self.act(wide))
 
 
 class Layer(nn.Module):
@@ -149,7 +154,7 @@ class Layer(nn.Module):
         """(x, delta) -> (x, delta), each (B, T, C), or (n, C) for the flat ``rows``: what follows the attention works
         on each token alone, so a last layer need not do it for tokens that nobody reads."""
         y, x = _add(self.attn_norm, x, delta)
-        attended = self.attn(y, step, rows)
+        attended = self.attn(y, step, rows, _again(self.attn_norm, x))
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)
         if self.attn_post_norm is not None:
@@ -158,7 +163,7 @@ class Layer(nn.Module):
             y = x if self.mlp_norm is None else self.mlp_norm(x)
         else:
             y, x = _add(self.mlp_norm, x, attended)
-        delta = self.mlp(y)
+        delta = self.mlp(y, _again(self.mlp_norm, x))
         if self.mlp_post_norm is not None:
             delta = self.mlp_post_norm(delta)
         return x, attended + delta if self.parallel else delta
@@ -171,12 +176,17 @@ def _add(norm: Norm | None, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Te
     return total, total
 
 
+def _again(norm: Norm | None, total: Tensor) -> Again | None:
+    """Computes the output of ``_add`` a second time, from the sum that the norm keeps anyway."""
+    return None if norm is None else lambda: norm(total)
+
+
 class GPT(nn.Module):
     """A decoder-only language model (see ``ModelConfig``).
 
     ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. With ``gradient_checkpointing`` set,
     training computes each layer again in the backward pass instead of keeping its activations. ``hf_config`` is the
-    config.json it came from, for export.
+    config.json it came from, for export; ``adapter`` is the active one (see ``set_adapter``).
     """
 
     def __init__(
@@ -186,6 +196,8 @@ class GPT(nn.Module):
         self.config = config
         self.hf_config: dict[str, Any] = {}
         self.hash_source: Callable[[], str] = str
+        self.sample = ""
+        self.adapter: Adapter | None = None
         self.gradient_checkpointing = False
         device = torch.device("cpu" if device is None else device)
         # On meta first: the layers' own initialisation would cost time and draw from the global random state.
@@ -288,10 +300,11 @@ class GPT(nn.Module):
         step = Step([table(positions, lengths) for table in self.ropes], cu_seqlens, cache, slots, rows)
         delta: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        dropout = self.adapter is not None and self.adapter.config.dropout > 0
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
             if recompute:
-                x, delta = checkpoint(layer, x, delta, step, wanted, use_reentrant=False, preserve_rng_state=False)
+                x, delta = checkpoint(layer, x, delta, step, wanted, use_reentrant=False, preserve_rng_state=dropout)
             else:
                 x, delta = layer(x, delta, step, wanted)
         return self.norm.add(x, delta)[0]

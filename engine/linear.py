@@ -1,0 +1,211 @@
+"""The linear layers: a dense or NF4 weight, and LoRA beside it.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) leaves W as it is and learns a product of two thin matrices:
+
+    y = x W^T + b + s drop(x) A^T B^T         x (N, C), W (O, C), A (r, C), B (O, r), s = alpha / r
+
+rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) has s = alpha / sqrt(r). DoRA (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353) learns a magnitude m (O,) too: y = m / |W + s B A| (x W^T + s drop(x) A^T B^T) + b,
+the norm taken of each row and held constant in the backward pass (section 4.3).
+
+Our matrices hold several of the checkpoint's one below the other (q, k, v; gate, up). Each of these is a part with an
+adapter of its own; their A lie one below the other too, so that x is read once: h = drop(x) A^T is one product.
+
+The frozen weight has no gradient, and x is needed for A's alone. Where x is cheap to compute again from what other
+operations keep anyway (a norm's output, an activation's), ``again`` does so, and x need not be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from afina.engine.quantised import NF4Weight
+
+Again = Callable[[], Tensor]
+
+
+class Part(NamedTuple):
+    """The rows ``start:stop`` of a matrix that have an adapter: its rank r, and its scale s."""
+
+    start: int
+    stop: int
+    rank: int
+    scale: float
+
+
+class Lora(nn.Module):
+    """The adapters of one matrix (O, C).
+
+    ``A`` (parts x R, C) and ``B`` (rows of all parts, R), where R is the largest rank: lower ones are filled up with
+    zeros, which stay zeros. ``magnitude`` fp32 (rows of all parts,) with DoRA, else None: at first it equals the norm
+    that it is divided by, which a rounded one would not.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], width: int, *, dropout: float, dora: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.parts, self.dropout = list(parts), dropout
+        self.rank = max(part.rank for part in parts)
+        rows = sum(part.stop - part.start for part in parts)
+        self.A = nn.Parameter(torch.zeros(len(parts) * self.rank, width, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(rows, self.rank, device=device, dtype=dtype))
+        self.magnitude = nn.Parameter(torch.ones(rows, device=device)) if dora else None
+        self._norm: Tensor | None = None
+
+    def blocks(self) -> list[tuple[Part, slice, slice]]:
+        """Each part with its rows of A and its rows of B (and of the magnitude)."""
+        found, first = [], 0
+        for i, part in enumerate(self.parts):
+            last = first + part.stop - part.start
+            found.append((part, slice(i * self.rank, i * self.rank + part.rank), slice(first, last)))
+            first = last
+        return found
+
+    @torch.no_grad()
+    def init(self, weight: Tensor, generator: torch.Generator) -> None:
+        """A as nn.Linear's own weights, uniform within 1 / sqrt(C); B zeros: the adapter changes nothing yet."""
+        bound = 1 / math.sqrt(self.A.shape[1])
+        for part, a, _ in self.blocks():
+            self.A[a].copy_(torch.empty(part.rank, self.A.shape[1]).uniform_(-bound, bound, generator=generator))
+        if self.magnitude is not None:
+            self.magnitude.copy_(self.row_norms(weight))
+
+    def train(self, mode: bool = True) -> Lora:
+        self._norm = None  # kernels that move the weights in place leave no trace that a cache could check
+        return super().train(mode)
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """|W + s B A| of each adapted row, fp32 (rows,), from products with r columns: the sum is never built."""
+        if self._norm is not None:
+            return self._norm
+        found = []
+        with torch.no_grad():
+            for part, a, b in self.blocks():
+                w, down, up = weight[part.start : part.stop], self.A[a], self.B[b, : part.rank].float()
+                square = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square()
+                cross = (F.linear(w, down).float() * up).sum(1)
+                own = ((up @ F.linear(down.float(), down.float())) * up).sum(1)
+                found.append((square + (2 * part.scale * cross + part.scale**2 * own)).clamp(min=0).sqrt())
+        norm = torch.cat(found)
+        if not self.training:
+            self._norm = norm
+        return norm
+
+    def gains(self, weight: Tensor) -> Tensor:
+        """DoRA's m / |W + s B A| (O,) in the weight's dtype, 1 for rows without an adapter."""
+        assert self.magnitude is not None
+        gain = (self.magnitude / self.row_norms(weight)).to(weight.dtype)
+        pieces, done = [], 0
+        for part, _, b in self.blocks():
+            pieces += [gain.new_ones(part.start - done), gain[b]]
+            done = part.stop
+        return torch.cat([*pieces, gain.new_ones(weight.shape[0] - done)])
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The one matrix (O, C), fp32, that stands for ``weight`` (O, C) and the adapter together."""
+        merged = weight.float()
+        merged = merged.clone() if merged is weight else merged
+        for part, a, b in self.blocks():
+            merged[part.start : part.stop].addmm_(self.B[b, : part.rank].float(), self.A[a].float(), alpha=part.scale)
+            if self.magnitude is not None:
+                rows = merged[part.start : part.stop]
+                rows.mul_((self.magnitude[b] / torch.linalg.vector_norm(rows, dim=1))[:, None])
+        return merged
+
+
+class Linear(nn.Module):
+    """y = x W^T + b: x (..., C) -> (..., O). ``weight`` (O, C), or None where ``quantised`` holds it as NF4."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.quantised: NF4Weight | None = None
+        self.lora: Lora | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W (O, C): the parameter as it is, or dequantised to ``dtype``."""
+        if self.quantised is not None:
+            return self.quantised.dense(dtype)
+        assert self.weight is not None
+        return self.weight
+
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """``again`` computes x a second time, in the backward pass."""
+        lora = self.lora
+        if lora is None and self.quantised is None:
+            return F.linear(x, self.dense(x.dtype), self.bias)
+        if lora is None:
+            return _AdaptedLinear.apply(x, None, None, self, self.bias, None, None)
+        mask = None
+        if lora.dropout and self.training:
+            mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - lora.dropout)
+        if not torch.is_grad_enabled():
+            again = None
+        if lora.magnitude is None:
+            return _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, again)
+        y = _AdaptedLinear.apply(x, lora.A, lora.B, self, None, mask, again) * lora.gains(self.dense(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x, A, B -> x W^T + b + s drop(x) A^T B^T, for a frozen W and b; A and B may be None (W is NF4)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: Linear, bias: Tensor | None,
+        mask: Tensor | None, again: Again | None,
+    ) -> Tensor:  # fmt: skip
+        y = F.linear(x, layer.dense(x.dtype), bias)
+        ctx.layer, ctx.again = layer, again if a is not None else None
+        h = None
+        if a is not None and b is not None and layer.lora is not None:
+            h = F.linear(_dropped(x, mask, layer.lora.dropout), a).flatten(0, -2)
+            rows = y.flatten(0, -2)
+            for part, at, bt in layer.lora.blocks():
+                out = rows[:, part.start : part.stop]
+                out.addmm_(h[:, at], b[bt, : part.rank].t(), alpha=part.scale)
+        ctx.save_for_backward(None if again is not None or a is None else x, a, b, h, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, h, mask = ctx.saved_tensors
+        layer, lora = ctx.layer, ctx.layer.lora
+        rows = dy.flatten(0, -2)
+        da = db = dh = dx = None
+        if a is not None:
+            dh, db = torch.zeros_like(h), torch.zeros_like(b)
+            for part, at, bt in lora.blocks():
+                out, up = rows[:, part.start : part.stop], b[bt, : part.rank]
+                torch.mm(out, up, out=dh[:, at]).mul_(part.scale)
+                torch.mm(out.t(), h[:, at], out=db[bt, : part.rank]).mul_(part.scale)
+            if ctx.again is not None:
+                with torch.no_grad():
+                    x = ctx.again()
+                ctx.again = None  # what it holds is free from here on, so there is one backward pass only
+            if x is None:
+                raise RuntimeError("the graph of an adapter was walked backward a second time")
+            da = dh.t() @ _dropped(x, mask, lora.dropout).flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            weight = layer.dense(dy.dtype)
+            dx = rows @ weight
+            if a is not None and mask is None:
+                dx.addmm_(dh, a)
+            elif a is not None:
+                dx += _dropped(dh @ a, mask.flatten(0, -2), lora.dropout)
+            dx = dx.view(*dy.shape[:-1], -1)
+        return dx, da, db, None, None, None, None
+
+
+def _dropped(x: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    return x if mask is None else x * mask / (1 - rate)
