@@ -153,8 +153,11 @@ class Linear(nn.Module):
             again = None
         if lora.magnitude is None:
             return _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, again)
-        y = _AdaptedLinear.apply(x, lora.A, lora.B, self, None, mask, again) * lora.gains(self.dense(x.dtype))
-        return y if self.bias is None else y + self.bias
+        gains = lora.gains(self.dense(x.dtype))
+        y = _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, again) * gains
+        # The bias inside, as without an adapter: added afterwards it would round once more, so a fresh adapter would
+        # not leave bf16 outputs as they are.
+        return y if self.bias is None else y + self.bias * (1 - gains)
 
 
 class _AdaptedLinear(torch.autograd.Function):
