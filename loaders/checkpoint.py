@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -48,6 +48,19 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+
+
+class Later(NamedTuple):
+    """A tensor to be written that exists only while it is: ``make`` returns it, with this shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    layout: torch.layout = torch.strided
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFile:
@@ -284,7 +297,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one file as the safetensors library would, byte for byte, streaming each tensor, whatever its strides.
 
     The file appears under its name only when it is complete and on the disk. Raises WeightsError when it cannot be
@@ -297,7 +312,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
     position = 0
     for name, x in ordered:
-        end = position + x.numel() * x.itemsize
+        end = position + x.nbytes
         header[name] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -306,13 +321,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         raise WeightsError(f"{path}: {len(tensors):,} tensors, header {len(raw):,} bytes: too many for one file")
     with atomic_write(Path(path)) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, x in ordered:
+        for _, each in ordered:
+            x = each.make() if isinstance(each, Later) else each
             for piece in _pieces(x.detach(), PIECE // x.itemsize):
                 file.write(_bytes(piece.cpu().contiguous()))
 
 
 def save_tensors(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_shard_bytes: int = 5_000_000_000
+    tensors: Iterable[tuple[str, Tensor | Later]], folder: Path, *, max_shard_bytes: int = 5_000_000_000
 ) -> list[Path]:
     """Write the weights of a model folder and return the files: one, or numbered shards and their index.
 
@@ -320,14 +336,14 @@ def save_tensors(
     when something cannot be written, ValueError for a name given twice.
     """
     folder = Path(folder)
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Tensor | Later]] = [{}]
     used = total = 0
     seen: set[str] = set()
     for name, x in tensors:
         if name in seen:
             raise ValueError(f"tensors: {name!r} is given twice")
         seen.add(name)
-        size = x.numel() * x.itemsize
+        size = x.nbytes
         if shards[-1] and used + size > max_shard_bytes:
             shards.append({})
             used = 0
