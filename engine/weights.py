@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from afina.engine.config import ModelConfig
 from afina.engine.model import GPT
+from afina.engine.quantised import BITS, NF4Weight, Part, by_heads
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
-from afina.loaders.checkpoint import Checkpoint, atomic_write, save_tensors
+from afina.kernels.nf4 import NF4State, quantize_nf4
+from afina.loaders.checkpoint import Checkpoint, Later, atomic_write, save_tensors
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
 from afina.loaders.hub import resolve
 from afina.loaders.jsonfile import read_json
+from afina.loaders.quantised import QuantisedTensor, quantised_tensors, read_quantised
 
 if TYPE_CHECKING:
     from afina.loaders.tokenizer import Tokenizer
@@ -31,28 +35,54 @@ LISTED = 10  # problems named in one message
 CHUNK_ROWS = 4096
 
 
-def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto", allow_nonfinite: bool = False) -> GPT:
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_nonfinite: bool = False,
+    quantise: str | None = None,
+) -> GPT:
     """Load a model in eval mode.
 
     ``source``: a folder, a run folder (its best model), "afina-tiny" or a hub id. ``dtype``: "float32", "bfloat16",
     "float16", or "auto": float32 on a CPU, bfloat16 on a GPU. ``device``: "cpu", "cuda", or "auto". ``allow_nonfinite``
-    accepts NaN and Inf. Raises ``WeightsError`` and ``ConfigError``. Weights are streamed: the peak is the model itself
-    in ``dtype`` and one buffer.
+    accepts NaN and Inf. ``quantise``: "nf4" holds the matrices of the layers as NF4 with double quantisation, made of
+    the weights in ``dtype`` (QLoRA's frozen base: they have no gradient); None as the files do, so NF4 where
+    bitsandbytes wrote them, whatever this says. Raises ``WeightsError`` and ``ConfigError``. Weights are streamed: the
+    peak is the model itself as it is held, and one buffer; quantising, also one tensor of the file and 50 MB.
     """
+    if quantise not in (None, "nf4"):
+        raise ConfigError(f"quantise = {quantise!r}: expected nf4, or none at all{nearest(str(quantise), ['nf4'])}")
     folder = resolve(source)
     config, hf = read_config(folder)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    check_memory(config, kind, where)
+    published = hf.get("quantization_config") is not None  # and then its own choice of matrices holds
+    check_memory(config, kind, where, quantised=published or quantise is not None)
     checkpoint = Checkpoint(folder, allow_nonfinite=allow_nonfinite)
     model = GPT(config, device="meta", dtype=kind)
     model.hf_config = hf
-    table = _match(model, checkpoint, folder)
+    stored = quantised_tensors(checkpoint, announced=published)
+    table = _match(model, checkpoint, folder, stored)
+    held = _held_quantised(model, table, stored, everything=quantise is not None and not published)
+    for ours in held:
+        _owner(model, ours).weight = None  # never dense, not even for a moment
     model.to_empty(device=where)
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
     for name, tensor in table.items():
-        checkpoint.read_into(name, _view(parameters, tensor), transpose=tensor.transpose)
+        if tensor.ours in parameters:
+            rows = parameters[tensor.ours][tensor.start : tensor.stop]
+            checkpoint.read_into(name, _by_heads(rows, tensor), transpose=tensor.transpose)
+    for ours, tensors in held.items():
+        parts = [
+            _stored_part(checkpoint, stored[name], tensor, where)
+            if name in stored
+            else _quantised_part(checkpoint, name, tensor, kind, where, codes=not published)
+            for name, tensor in tensors.items()
+        ]
+        _owner(model, ours).quantised = NF4Weight(parts)
     model.hash_source = checkpoint.fingerprint
     return model.eval()
 
@@ -72,6 +102,7 @@ def new_model(
         config = read_json(path / "config.json" if path.is_dir() else path)
     hf = {**config, **({} if vocab_size is None else {"vocab_size": vocab_size})}
     fields = ModelConfig.from_hf(hf)
+    hf.pop("quantization_config", None)  # of the weights that the config came with
     hf.setdefault("architectures", [load_family(hf).architecture])
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
@@ -85,15 +116,17 @@ def new_model(
 
 def save_model(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Write ``model`` to ``folder`` as transformers would: config.json as it was read (with the dtype of the weights),
-    model.safetensors (and an index above 5 GB) under HF names, and the tokenizer's files. Raises ``WeightsError``."""
+    model.safetensors (and an index above 5 GB) under HF names, and the tokenizer's files. NF4 weights are written
+    dequantised, one matrix at a time. Raises ``WeightsError``."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise WeightsError(f"{folder}: cannot be made ({problem.strerror}): choose another folder") from problem
-    save_tensors(hf_tensors(model), folder)
-    hf = dict(model.hf_config)
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    kind = model.embed.weight.dtype
+    save_tensors(_named(model, _parameters(model), kind), folder)
+    hf = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
+    dtype = str(kind).removeprefix("torch.")
     for key in [k for k in ("dtype", "torch_dtype") if k in hf] or ["dtype"]:
         hf[key] = dtype
     with atomic_write(folder / "config.json") as file:
@@ -104,13 +137,9 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) -> N
 
 def hf_tensors(model: GPT, values: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The model's weights under their HF names and in their HF shapes; or other ``values`` with our names and shapes
-    (gradients, say)."""
-    if values is None:
-        values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for tensor in _table(model, load_family(model.hf_config)):
-        view = _view(values, tensor)
-        # Views of a larger parameter stay views: save_tensors streams them.
-        yield tensor.name, view.t() if tensor.transpose else (view.flatten(0, 2) if tensor.heads else view)
+    (gradients, say). A matrix that is held as NF4 is dequantised to fp32 when its turn comes: keep one at a time."""
+    for name, tensor in _named(model, _parameters(model) if values is None else values, torch.float32):
+        yield name, tensor.make() if isinstance(tensor, Later) else tensor
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -145,37 +174,137 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a config whose weights alone cannot fit, before anything is allocated."""
-    needed = config.num_parameters() * dtype.itemsize
+def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, *, quantised: bool = False) -> None:
+    """Refuse a config whose weights alone cannot fit, before anything is allocated. ``quantised``: the matrices of the
+    layers are held as NF4."""
+    count = config.num_parameters()
+    packed = config.num_layers * _layer_matrices(config) if quantised else 0
+    needed = (count - packed) * dtype.itemsize + packed * BITS / 8
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
+        held = str(dtype).removeprefix("torch.") + (" and nf4" if quantised else "")
         raise ConfigError(
-            f"config.json: {config.num_parameters():,} parameters (hidden_size {config.hidden_size}, "
-            f"{config.num_layers} layers, vocab_size {config.vocab_size}) take {needed / 1e9:,.1f} GB in "
-            f"{str(dtype).removeprefix('torch.')}, but the {device.type} has {memory / 1e9:,.1f} GB: "
-            "check the sizes, or use a smaller model or dtype"
+            f"config.json: {count:,} parameters (hidden_size {config.hidden_size}, {config.num_layers} layers, "
+            f"vocab_size {config.vocab_size}) take {needed / 1e9:,.1f} GB in {held}, but the {device.type} has "
+            f"{memory / 1e9:,.1f} GB: check the sizes, or use a smaller model or dtype"
         )
+
+
+def _layer_matrices(config: ModelConfig) -> int:
+    """How many weights the matrices of one layer hold."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return config.hidden_size * (2 * (q + kv) + (3 if config.gated else 2) * config.intermediate_size)
 
 
 def _table(model: GPT, family: Family) -> list[HFTensor]:
     return list(family.tensors(model.config.to_dict()))
 
 
-def _view(values: Mapping[str, Tensor], tensor: HFTensor) -> Tensor:
-    """Our rows that a tensor of the file holds: for ``heads`` as (heads, 3, D, ...), in the file's order."""
-    rows = values[tensor.ours][tensor.start : tensor.stop]
+def _owner(model: GPT, ours: str) -> Any:
+    """The module that a parameter's name belongs to."""
+    return model.get_submodule(ours.rpartition(".")[0])
+
+
+def _by_heads(rows: Tensor, tensor: HFTensor) -> Tensor:
+    """Our rows as the file orders them: for ``heads`` as (heads, 3, D, ...)."""
     return rows.unflatten(0, (3, tensor.heads, -1)).transpose(0, 1) if tensor.heads else rows
 
 
-def _match(model: GPT, checkpoint: Checkpoint, folder: Path) -> dict[str, HFTensor]:
-    """The table by the names that this file uses. Raises ``WeightsError`` listing all that is missing or too much."""
+def _as_in_file(rows: Tensor, tensor: HFTensor) -> Tensor:
+    # Views of a larger parameter stay views: save_tensors streams them.
+    return rows.t() if tensor.transpose else (_by_heads(rows, tensor).flatten(0, 2) if tensor.heads else rows)
+
+
+def _parameters(model: GPT) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _named(model: GPT, values: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor | Later]]:
+    """``values`` as the file has them, and what the model holds as NF4 instead, in ``dtype`` whenever it is made."""
+    for tensor in _table(model, load_family(model.hf_config)):
+        if tensor.ours in values:
+            yield tensor.name, _as_in_file(values[tensor.ours][tensor.start : tensor.stop], tensor)
+            continue
+        weight: NF4Weight = _owner(model, tensor.ours).quantised
+        shape = (tensor.stop - tensor.start, weight.shape[1])
+
+        def make(weight: NF4Weight = weight, tensor: HFTensor = tensor) -> Tensor:
+            return _as_in_file(weight.rows(tensor.start, tensor.stop, dtype), tensor)
+
+        yield tensor.name, Later(shape[::-1] if tensor.transpose else shape, dtype, make)
+
+
+def _held_quantised(
+    model: GPT, table: Mapping[str, HFTensor], stored: Mapping[str, QuantisedTensor], *, everything: bool
+) -> dict[str, dict[str, HFTensor]]:
+    """Our matrices to hold as NF4, each with the tensors of the file that it is made of: those of which the file holds
+    a part quantised, or ``everything`` that may be."""
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")}
+    held: dict[str, dict[str, HFTensor]] = {}
+    for name, tensor in table.items():
+        if tensor.ours in matrices:
+            held.setdefault(tensor.ours, {})[name] = tensor
+    return {ours: tensors for ours, tensors in held.items() if everything or not stored.keys().isdisjoint(tensors)}
+
+
+def _stored_part(checkpoint: Checkpoint, stored: QuantisedTensor, tensor: HFTensor, device: torch.device) -> Part:
+    """A matrix that the file holds quantised, as it is."""
+    found = {name: value.to(device) for name, value in read_quantised(checkpoint, stored).items()}
+    state = NF4State(found["absmax"], stored.shape, DTYPES[stored.dtype], stored.blocksize, found["quant_map"])
+    if stored.nested_blocksize is not None:
+        state = replace(
+            state,
+            offset=torch.tensor(stored.offset, dtype=torch.float32, device=device),
+            nested_absmax=found["nested_absmax"],
+            nested_code=found["nested_quant_map"],
+            nested_blocksize=stored.nested_blocksize,
+        )
+    return _part(checkpoint, stored.name, tensor, found["packed"], state)
+
+
+def _quantised_part(
+    checkpoint: Checkpoint, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, codes: bool
+) -> Part:
+    """A matrix that the file holds dense: quantised here from its values in ``dtype``, as transformers has bitsandbytes
+    do it; or left dense (without ``codes``), where the file did not quantise it although it did its neighbours."""
+    shape = checkpoint.shape(name)
+    weight = torch.empty(shape[::-1] if tensor.transpose else shape, dtype=dtype, device=device)
+    checkpoint.read_into(name, weight, transpose=tensor.transpose)
+    if not codes:
+        return Part(tensor.start, tensor.stop, weight, None)
+    try:
+        packed, state = quantize_nf4(weight)
+    except ValueError as problem:  # read with allow_nonfinite
+        raise WeightsError(
+            f"{checkpoint.folder}: tensor {name} cannot be quantised ({problem}): load it without quantise"
+        ) from problem
+    return _part(checkpoint, name, tensor, packed, state)
+
+
+def _part(checkpoint: Checkpoint, name: str, tensor: HFTensor, packed: Tensor, state: NF4State) -> Part:
+    if tensor.heads:
+        try:
+            packed, state = by_heads(packed, state, tensor.heads)
+        except ValueError as problem:
+            raise WeightsError(
+                f"{checkpoint.folder}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
+                f"quantised ({problem}): use the unquantised model, without quantise"
+            ) from problem
+    return Part(tensor.start, tensor.stop, packed, state)
+
+
+def _match(
+    model: GPT, checkpoint: Checkpoint, folder: Path, stored: Mapping[str, QuantisedTensor]
+) -> dict[str, HFTensor]:
+    """The table by the names that this file uses; ``stored`` are its quantised matrices. Raises ``WeightsError``
+    listing all that is missing or too much."""
     family = load_family(model.hf_config)
     table = {tensor.name: tensor for tensor in _table(model, family)}
     found = set(checkpoint.names())
+    found -= {name for tensor in stored.values() for name in tensor.companions()}
     if not any(name.startswith(family.prefix) for name in found):
         # Saved from the bare body, without the head's class around it.
         table = {name.removeprefix(family.prefix): tensor for name, tensor in table.items()}
@@ -196,9 +325,14 @@ def _match(model: GPT, checkpoint: Checkpoint, folder: Path) -> dict[str, HFTens
             problems.append(f"{name} missing{near(name, extra)}")
             continue
         rows = parameters[tensor.ours][tensor.start : tensor.stop]
-        shape = tuple(rows.t().shape if tensor.transpose else rows.shape)
-        if checkpoint.shape(name) != shape:
-            problems.append(f"{name} has shape {checkpoint.shape(name)}, expected {shape}")
+        if name in stored and (rows.dim() != 2 or not tensor.ours.startswith("layers.")):
+            problems.append(f"{name} is quantised, which only the matrices of the layers may be")
+            continue
+        # bitsandbytes has (out, in) everywhere: transformers turns what it stores transposed.
+        shape = tuple(rows.t().shape if tensor.transpose and name not in stored else rows.shape)
+        has = stored[name].shape if name in stored else checkpoint.shape(name)
+        if has != shape:
+            problems.append(f"{name} has shape {has}, expected {shape}")
     for name in sorted(extra):
         if tied and name == family.head:
             if not _equal(checkpoint, name, embedding):

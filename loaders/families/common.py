@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from afina.errors import ConfigError, nearest
+from afina.loaders.quantised import unsupported
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -88,12 +89,12 @@ class Reader:
         self.hf = hf
         self.seen: set[str] = set(HARMLESS)
         self.model_type = hf["model_type"]
-        for key, problem in (
-            ("quantization_config", "quantised weights are not supported; use the unquantised model"),
-            ("auto_map", "code of the model's own is never run; remove the key if the model follows the plain layout"),
-        ):
-            if hf.get(key) is not None:
-                raise self.error(key, problem)
+        quantisation = hf.get("quantization_config")
+        if quantisation is not None and (problem := unsupported(quantisation)) is not None:
+            raise self.error("quantization_config", problem)
+        if hf.get("auto_map") is not None:
+            problem = "code of the model's own is never run; remove the key if the model follows the plain layout"
+            raise self.error("auto_map", problem)
         self.seen |= {"quantization_config", "auto_map"}
         names = hf.get("architectures")
         if names and architecture not in names:

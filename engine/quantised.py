@@ -1,0 +1,118 @@
+"""The quantised base of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): weights that the model holds as
+NF4, and dequantises a matrix at a time whenever it computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from afina.kernels.blockwise import from_blocks
+from afina.kernels.nf4 import NF4State, dequantize_nf4, quantize_nf4
+
+BITS = 4.127  # a parameter with double quantisation (kernels/nf4.py)
+
+
+class Part(NamedTuple):
+    """The rows ``start:stop`` (rows, in) of a matrix: its codes and what they mean. Where ``state`` is None, the rows
+    themselves: a checkpoint may leave out some of what we fuse."""
+
+    start: int
+    stop: int
+    packed: Tensor
+    state: NF4State | None
+
+
+class NF4Weight(nn.Module):
+    """A frozen weight (out, in) as NF4 codes, in one part for each matrix of the file (fused q, k, v are three).
+
+    ``parts``: (start, stop, packed, state) each, together all rows in order, on one device. The module moves between
+    devices as any does; dtypes it keeps, since its fp32 state is what gives the codes their exact meaning.
+    ``shape`` is (out, in), ``nbytes`` all that it holds.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int, Tensor, NF4State | None]]) -> None:
+        super().__init__()
+        self.parts = [Part(*part) for part in parts]
+        width = self._width(self.parts[0])
+        rows = 0
+        for part in self.parts:
+            shape = tuple(part.packed.shape if part.state is None else part.state.shape)
+            if part.start != rows or shape != (part.stop - part.start, width):
+                found = f"{part.start}:{part.stop} of shape {shape}"
+                raise ValueError(f"parts: expected rows from {rows} on, {width} wide, found {found}")
+            rows = part.stop
+        self.shape = (rows, width)
+
+    @classmethod
+    def quantise(cls, weight: Tensor) -> NF4Weight:
+        """One part from a weight (out, in), fp32, bf16 or fp16. Raises ValueError for NaN and infinity."""
+        return cls([(0, weight.shape[0], *quantize_nf4(weight))])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), dequantised anew into its own memory: computed in fp32, rounded once, to ``dtype``."""
+        return self.rows(0, self.shape[0], dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The rows ``start:stop`` of ``dense``; both must be where a part begins or ends."""
+        chosen = [part for part in self.parts if start <= part.start and part.stop <= stop]
+        if sum(part.stop - part.start for part in chosen) != stop - start:
+            raise ValueError(f"rows: {start}:{stop} cuts a part in two")
+        out = torch.empty(stop - start, self.shape[1], dtype=dtype, device=self.parts[0].packed.device)
+        for part in chosen:
+            room = out[part.start - start : part.stop - start]
+            if part.state is None:
+                room.copy_(part.packed)
+            else:
+                dequantize_nf4(part.packed, part.state, out=room)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for part in self.parts for tensor in _tensors(part))
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, parts={len(self.parts)}, {8 * self.nbytes / (self.shape[0] * self.shape[1]):.3f} bits"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Weight:
+        # What .to(), .cuda() and .half() do to every tensor of a module: here the device changes, never a dtype.
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.parts[0].packed.device)).device
+        self.parts = [
+            part._replace(packed=part.packed.to(device), state=part.state and part.state.to(device))
+            for part in self.parts
+        ]
+        return self
+
+    @staticmethod
+    def _width(part: Part) -> int:
+        return part.packed.shape[1] if part.state is None else part.state.shape[1]
+
+
+def _tensors(part: Part) -> Iterator[Tensor]:
+    yield part.packed
+    if part.state is not None:
+        values = (getattr(part.state, field.name) for field in fields(part.state))
+        yield from (value for value in values if isinstance(value, Tensor))
+
+
+def by_heads(packed: Tensor, state: NF4State, heads: int) -> tuple[Tensor, NF4State]:
+    """Sort the rows of a matrix that goes head by head, each with its q, k and v, into all q, all k and all v.
+
+    The blocks go with their rows. The codes of 8 bits cannot, since a block of them spans rows: absmax becomes fp32,
+    with the same values. Raises ValueError where a block of weights spans rows too.
+    """
+    out, width = state.shape
+    if width % state.blocksize:
+        raise ValueError(f"rows of {width} weights do not divide into blocks of {state.blocksize}")
+    absmax = state.absmax
+    if state.nested_absmax is not None and state.nested_code is not None and state.offset is not None:
+        absmax = from_blocks(absmax, state.nested_absmax, state.nested_code, state.nested_blocksize) + state.offset
+
+    def sort(values: Tensor) -> Tensor:
+        return values.view(heads, 3, out // (3 * heads), -1).transpose(0, 1).contiguous()
+
+    plain = replace(state, absmax=sort(absmax).view(-1), offset=None, nested_absmax=None, nested_code=None)
+    return sort(packed).view(-1, 1), plain
