@@ -16,6 +16,7 @@ from afina.errors import ConfigError, WeightsError, nearest
 from afina.loaders.adapter import BASE_HASH, BASE_SAMPLE, AdapterConfig, AdapterFile, write_adapter
 from afina.loaders.families.common import HFTensor
 from afina.loaders.families.registry import load_family
+from afina.loaders.jsonfile import show
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
@@ -156,15 +157,12 @@ def new_adapter(
     Raises ConfigError, also for a rank above a matrix's smaller side.
     """
     chosen, saved = choose_targets(model, targets), choose_whole(model, modules_to_save)
-    leaves = tuple(dict.fromkeys(t.name.rpartition(".")[2] for t in chosen))
-    exact = len(choose_targets(model, leaves)) == len(chosen)
-    config = replace(
-        config,
-        target_modules=leaves if exact else tuple(t.name for t in chosen),
-        modules_to_save=tuple(sorted(_module_names(model, saved))),
-        fan_in_fan_out=any(t.transpose for t in _table(model)),
-    )
-    adapter = Adapter(config, chosen, _loras(model, config, chosen), saved)
+    _check_whole(model, chosen, saved, "modules_to_save")
+    config = _described(model, config, chosen, saved)
+    loras = _loras(model, config, chosen)
+    set_adapter(model, None)  # what trains whole starts from the base's weights, and leaves them as they are
+    spare = {name: model.get_parameter(name).detach().clone() for name in saved}
+    adapter = Adapter(config, chosen, loras, saved, spare)
     generator = torch.Generator().manual_seed(seed)
     for module, lora in adapter.loras.items():
         lora.init(_layer(model, module).dense(lora.A.dtype), generator)
@@ -181,17 +179,16 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
     trained on another base; ConfigError for kinds of adapters that are not supported.
     """
     file = AdapterFile(Path(folder))
+    base = show(file.config.base)
     recorded = file.metadata.get(BASE_SAMPLE)
     if recorded is not None and recorded != model.sample:
-        raise WeightsError(
-            f"{folder}: this adapter was trained on another base ({file.config.base}): load it on that one"
-        )
+        raise WeightsError(f"{folder}: this adapter was trained on another base ({base}): load it on that one")
     known = linears(model)
     for module in file.lora:
         if module not in known:
             raise WeightsError(
-                f"{folder}: adapts {module}, which this model does not have{nearest(module, known)}: load it on the "
-                f"base it was trained on ({file.config.base})"
+                f"{folder}: adapts {show(module)}, which this model does not have{_nearest(module, known)}: load it on "
+                f"the base it was trained on ({base})"
             )
     chosen = [target for name, target in known.items() if name in file.lora]
     for target in chosen:
@@ -202,7 +199,7 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
             if file.shape(name) != shapes[kind]:
                 raise WeightsError(
                     f"{folder}: {name} has shape {file.shape(name)}, expected {shapes[kind]}: the adapter was trained "
-                    f"on another base ({file.config.base}), or its config names another rank"
+                    f"on another base ({base}), or its config names another rank"
                 )
     loras = _loras(model, file.config, chosen)
     for target in chosen:
@@ -213,8 +210,8 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
             lora.B[b, : file.config.rank(target.name)].copy_(_ours(file.read(names["B"]), target))
             if lora.magnitude is not None:
                 lora.magnitude[b].copy_(_ours(file.read(names["magnitude"]), target))
-    spare = _read_saved(model, file)
-    return Adapter(file.config, chosen, loras, tuple(spare), spare)
+    spare = _read_saved(model, file, chosen)
+    return Adapter(_described(model, file.config, chosen, spare), chosen, loras, tuple(spare), spare)
 
 
 def set_adapter(model: GPT, adapter: Adapter | None) -> None:
@@ -297,10 +294,44 @@ def _place(lora: Lora, target: Target) -> tuple[slice, slice]:
     return next((a, b) for part, a, b in lora.blocks() if part.start == target.start)
 
 
-def _read_saved(model: GPT, file: AdapterFile) -> dict[str, Tensor]:
+def _described(model: GPT, config: AdapterConfig, targets: Sequence[Target], saved: Iterable[str]) -> AdapterConfig:
+    """``config`` with names that stand for exactly what has an adapter and what trains whole, in PEFT too."""
+    leaves = tuple(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
+    exact = len(choose_targets(model, leaves)) == len(targets)
+    return replace(
+        config,
+        target_modules=leaves if exact else tuple(target.name for target in targets),
+        modules_to_save=tuple(sorted(_module_names(model, saved))),
+        fan_in_fan_out=any(tensor.transpose for tensor in _table(model)),
+    )
+
+
+def _check_whole(model: GPT, targets: Sequence[Target], saved: Iterable[str], where: str) -> None:
+    """Refuse to train whole what has an adapter, or is held quantised."""
+    adapted = {target.ours for target in targets}
+    for name in saved:
+        module = name.rpartition(".")[0]
+        if module in adapted:
+            theirs = next(target.name for target in targets if target.ours == module)
+            raise ConfigError(f"{where}: {theirs} has an adapter too: leave it out of one of the two")
+        if getattr(model.get_submodule(module), "quantised", None) is not None:
+            theirs = next(tensor.name for tensor in _table(model) if tensor.ours == name)
+            raise ConfigError(
+                f"{where}: {theirs} is held in 4 bits and cannot train: leave it out, or load the base unquantised"
+            )
+
+
+def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[Target]) -> dict[str, Tensor]:
     """What the adapter trained whole, by our names, on the model's device and in its dtype."""
     table = _table(model)
-    names = dict(file.saved)
+    names, base = dict(file.saved), show(file.config.base)
+    for wanted in file.config.modules_to_save:
+        left = [t.name for t in table if _is_end(wanted, t.name.rpartition(".")[0]) and t.name not in names]
+        if left:
+            raise WeightsError(
+                f"{file.folder}: modules_to_save names {show(wanted)}, but {left[0]} is not in the file: save the "
+                "adapter again"
+            )
     head, tied = load_family(model.hf_config).head, model.config.tie_embeddings
     embedding = next(t.name for t in table if t.ours == "embed.weight")
     if tied and (head in names or embedding in names):
@@ -315,11 +346,14 @@ def _read_saved(model: GPT, file: AdapterFile) -> dict[str, Tensor]:
     for name in names:
         if name not in known:
             raise WeightsError(
-                f"{file.folder}: holds {name}, which this model does not have{nearest(name, known)}: load it on the "
-                f"base it was trained on ({file.config.base})"
+                f"{file.folder}: holds {show(name)}, which this model does not have{_nearest(name, known)}: load it on "
+                f"the base it was trained on ({base})"
             )
     found: dict[str, Tensor] = {}
-    for ours in _whole(table, set(names), f"{file.folder}: modules_to_save"):
+    where = f"{file.folder}: modules_to_save"
+    whole = _whole(table, set(names), where)
+    _check_whole(model, targets, whole, where)
+    for ours in whole:
         parameter = model.get_parameter(ours)
         own = found[ours] = torch.empty_like(parameter.data)
         for tensor in (t for t in table if t.ours == ours):
@@ -328,7 +362,7 @@ def _read_saved(model: GPT, file: AdapterFile) -> dict[str, Tensor]:
             if value.shape != rows.shape:
                 raise WeightsError(
                     f"{file.folder}: {tensor.name} has shape {tuple(value.shape)}, expected {tuple(rows.shape)}: load "
-                    f"it on the base it was trained on ({file.config.base})"
+                    f"it on the base it was trained on ({base})"
                 )
             rows.copy_(value)
     return found
@@ -363,6 +397,10 @@ def _ours(rows: Tensor, target: Target) -> Tensor:
 
 def _theirs(rows: Tensor, target: Target) -> Tensor:
     return rows if target.heads is None else rows.unflatten(0, (3, target.heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _nearest(name: str, options: Iterable[str]) -> str:
+    return nearest(name[:200], options)  # a name from a file may have any length, and comparing takes its square
 
 
 def _is_end(name: str, module: str) -> bool:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ BASE_HASH, BASE_SAMPLE = "afina_base_sha256", "afina_base_sample"  # keys of the
 MAX_RANK = 65_536
 SUFFIXES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 SUFFIXES["lora_magnitude_vector.weight"] = "magnitude"  # how the layer itself calls it
+MAX_ALPHA, MAX_PATTERNS = 1e6, 10_000  # patterns: modules with another rank or alpha
 # How PEFT may have drawn the first weights. Other ways change the base too, so the adapter does not fit the base alone.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Keys that change nothing about what a trained adapter computes.
@@ -112,6 +114,8 @@ class AdapterFile:
         self.saved: dict[str, str] = {}
         for name in self._file.entries:
             module, kind = _split(name.removeprefix(PREFIX).replace(".modules_to_save.", "."))
+            if kind in self.lora.get(module, {}) or module in self.saved:
+                raise WeightsError(f"{folder / WEIGHTS}: tensor {show(name)} comes twice, by two names: keep one")
             if kind:
                 self.lora.setdefault(module, {})[kind] = name
             elif "lora_" in name:
@@ -128,6 +132,8 @@ class AdapterFile:
                     f"{folder / WEIGHTS}: module {show(module)} has {', '.join(sorted(names))}, expected "
                     f"{', '.join(sorted(wanted))} (use_dora: {self.config.dora}): save the adapter again"
                 )
+        if not self.lora and not self.saved:
+            raise WeightsError(f"{folder / WEIGHTS}: holds no weights at all: save the adapter again")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.entries[name].shape
@@ -146,7 +152,10 @@ def write_adapter(
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise WeightsError(f"{folder}: the adapter's tensor {show(name)} holds NaN or infinity: nothing is written")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise WeightsError(f"{folder}: cannot be made ({problem.strerror}): choose another folder") from problem
     write_safetensors(folder / WEIGHTS, {PREFIX + n: x for n, x in tensors.items()}, {"format": "pt", **metadata})
     with atomic_write(folder / CONFIG) as file:
         file.write(json.dumps(config.to_peft(), indent=2, ensure_ascii=False).encode() + b"\n")
@@ -162,9 +171,14 @@ def _split(name: str) -> tuple[str, str | None]:
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that is the module's name or the end of it, as PEFT reads them."""
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        if _compiled(pattern).fullmatch(module):
             return value
     return default
+
+
+@lru_cache(MAX_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})")
 
 
 def _config(path: Path) -> AdapterConfig:
@@ -189,15 +203,17 @@ def _config(path: Path) -> AdapterConfig:
         return type(value) is int and 1 <= value <= MAX_RANK
 
     def is_number(value: Any) -> bool:
-        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+        return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= MAX_ALPHA
 
     def pattern(key: str, good: Any) -> dict[str, Any]:
         value = hf.get(key) or {}
         if not isinstance(value, dict) or not all(good(v) for v in value.values()):
             raise fail(key, "expected an object of module names and numbers")
+        if len(value) > MAX_PATTERNS:
+            raise ConfigError(f"{path}: {key} has {len(value):,} entries: expected at most {MAX_PATTERNS:,}")
         for name in value:
             # Names and the few signs that PEFT's users write, not any expression: a hostile one can run for ever.
-            if not re.fullmatch(r"[\w.^$\\]{1,200}", name):
+            if not re.fullmatch(r"([\w.^$]|\\[.d]){1,200}", name):
                 raise fail(key, f"the pattern {show(name)} is not supported: expected names of modules")
         return value
 
@@ -212,7 +228,7 @@ def _config(path: Path) -> AdapterConfig:
     if not is_rank(r):
         raise fail("r", f"expected a whole number from 1 to {MAX_RANK}")
     if not is_number(alpha):
-        raise fail("lora_alpha", "expected a number")
+        raise fail("lora_alpha", f"expected a number of at most {MAX_ALPHA:,.0f}")
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise fail("lora_dropout", "expected a number from 0 to below 1")
     base = hf.get("base_model_name_or_path")
