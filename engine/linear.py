@@ -206,7 +206,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dx.addmm_(dh, a)
             elif a is not None:
                 dx += _dropped(dh @ a, mask.flatten(0, -2), lora.dropout)
-            dx = dx.view(*dy.shape[:-1], -1)
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])
         return dx, da, db, None, None, None, None
 
 
