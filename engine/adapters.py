@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afina.engine.linear import Linear, Lora, Part
 from afina.errors import ConfigError, WeightsError, nearest
-from afina.loaders.adapter import BASE_HASH, BASE_SAMPLE, AdapterConfig, AdapterFile, write_adapter
+from afina.loaders.adapter import BASE_FORMAT, BASE_HASH, BASE_SAMPLE, AdapterConfig, AdapterFile, write_adapter
 from afina.loaders.families.common import HFTensor
 from afina.loaders.families.registry import load_family
 from afina.loaders.jsonfile import show
@@ -234,6 +234,8 @@ def save_adapter(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) ->
     """
     assert model.adapter is not None
     metadata = {BASE_HASH: model.fingerprint, BASE_SAMPLE: model.sample}
+    if any(isinstance(module, Linear) and module.quantised is not None for module in model.modules()):
+        metadata[BASE_FORMAT] = "nf4"
     write_adapter(Path(folder), model.adapter.config, adapter_tensors(model), metadata)
     if tokenizer is not None:
         tokenizer.save(Path(folder))

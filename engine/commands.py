@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from afina.engine.sampling import Sampling
 from afina.engine.settings import checked, fields
-from afina.engine.train_config import LORA_NAMES, TrainConfig
+from afina.engine.train_config import TrainConfig
 from afina.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
+    from afina.engine.adapters import Adapter
     from afina.engine.cli import Parser
     from afina.engine.model import GPT
     from afina.loaders.tokenizer import Tokenizer
@@ -38,12 +39,10 @@ def train_options(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for name in fields(TrainConfig):
         parser.add_setting(TrainConfig, name, action="append")
-    for name in LORA_NAMES:
-        parser.add_argument(f"--{name}", action="append", help=argparse.SUPPRESS)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    names = [*fields(TrainConfig), *LORA_NAMES]
+    names = [*fields(TrainConfig)]
     names += [alias for f in fields(TrainConfig).values() for alias in f.metadata["aliases"]]
     flags = [(name, value) for name in names for value in getattr(args, name) or ()]
     config = TrainConfig.resolve(args.recipe, flags, prefix="--")
@@ -112,12 +111,18 @@ def model_options(parser: Parser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a folder, a run folder (its best model), a hub id or afina-tiny"
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="[NAME=]DIR",
+        help="an adapter for MODEL: a run folder, a PEFT folder or a hub id; may be given several times",
+    )
     for name in ("dtype", "device", "threads", "allow_nonfinite"):
         parser.add_setting(TrainConfig, name)
 
 
 def open_model(args: argparse.Namespace, source: str) -> tuple[GPT, Tokenizer]:
-    """The model and its tokenizer, as the options of ``model_options`` ask for."""
+    """The model and its tokenizer, as the options of ``model_options`` ask for, without --adapter."""
     from afina.engine.runtime import prepare_process
     from afina.engine.weights import load_model
     from afina.loaders.tokenizer import check_vocab, load_tokenizer
@@ -130,6 +135,34 @@ def open_model(args: argparse.Namespace, source: str) -> tuple[GPT, Tokenizer]:
     model = load_model(source, dtype=dtype, device=device, allow_nonfinite=allow)
     check_vocab(tokenizer, model.config.vocab_size)
     return model, tokenizer
+
+
+def open_adapted(args: argparse.Namespace) -> tuple[GPT, Tokenizer, dict[str, Adapter | None]]:
+    """MODEL with its adapters by name, the first of them active; one without name, {"": None}, where none is given."""
+    from afina.engine.adapters import load_adapter, set_adapter
+    from afina.loaders.adapter import CONFIG, adapter_base
+    from afina.loaders.hub import resolve
+
+    folders: dict[str, Path] = {}
+    for text in args.adapter or ():
+        name, named, source = text.partition("=")
+        if not named or "/" in name or Path(text).exists():
+            name, source = "", text
+        folder = resolve(source)
+        name = name or (folder.parent.name if folder.name == "best" else folder.name)
+        if not (folder / CONFIG).is_file():
+            raise ConfigError(f"--adapter {text}: {folder} has no {CONFIG}: it is a whole model, give it as MODEL")
+        if name in (*folders, "base"):
+            raise ConfigError(f"--adapter {text}: {name!r} is taken: give each its own name, as in --adapter NAME=DIR")
+        folders[name] = folder
+    if folders and adapter_base(resolve(args.model)) is not None:
+        raise ConfigError(f"{args.model} is an adapter itself: give its base as MODEL and both with --adapter")
+    model, tokenizer = open_model(args, args.model)
+    adapters: dict[str, Adapter | None] = {name: load_adapter(model, folder) for name, folder in folders.items()}
+    if not adapters:
+        return model, tokenizer, {"": model.adapter}
+    set_adapter(model, next(iter(adapters.values())))
+    return model, tokenizer, adapters
 
 
 def option(args: argparse.Namespace, owner: type, name: str) -> Any:
@@ -175,16 +208,22 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _generate_one(args: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(**sampling_of(args))
+    from afina.engine.adapters import set_adapter
     from afina.engine.generate import complete, encode_prompt
 
-    model, tokenizer = open_model(args, args.model)
+    model, tokenizer, adapters = open_adapted(args)
     ids = encode_prompt(model, tokenizer, [{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
-    started = time.perf_counter()
-    (done,) = complete(model, tokenizer, [ids], sampling)
-    seconds = time.perf_counter() - started
-    if not args.json:
-        print(done.text)
-    return {"text": done.text, "tokens": done.tokens, "tokens_per_second": round(done.tokens / seconds, 1)}
+    started, tokens, texts = time.perf_counter(), 0, {}
+    for name, adapter in adapters.items():
+        set_adapter(model, adapter)
+        (done,) = complete(model, tokenizer, [ids], sampling)
+        texts[name] = done.text
+        tokens += done.tokens
+        if not args.json:
+            print(f"== {name} ==\n{done.text}" if len(adapters) > 1 else done.text)
+    speed = round(tokens / (time.perf_counter() - started), 1)
+    several = {"texts": texts} if len(texts) > 1 else {}
+    return {"text": next(iter(texts.values())), **several, "tokens": tokens, "tokens_per_second": speed}
 
 
 def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,6 +236,7 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--output {output}: there is no folder {output.parent}: make it, or choose another")
     from tqdm import tqdm
 
+    from afina.engine.adapters import set_adapter
     from afina.engine.evaluate import answer_of
     from afina.engine.generate import complete, encode_prompt
     from afina.loaders.checkpoint import atomic_write
@@ -212,16 +252,26 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
             targets=False,
         )
     )
-    model, tokenizer = open_model(args, args.model)
+    model, tokenizer, adapters = open_adapted(args)
     prompts = [encode_prompt(model, tokenizer, row.example, where=row.example.where) for row in rows]
     started, tokens = time.perf_counter(), 0
-    with atomic_write(output) as file, tqdm(total=len(rows), unit="row", disable=None) as bar:
-        for row, done in zip(rows, complete(model, tokenizer, prompts, sampling, batch_size=batch_size), strict=True):
+    texts: dict[str, list[str]] = {}
+    with atomic_write(output) as file, tqdm(total=len(rows) * len(adapters), unit="row", disable=None) as bar:
+        for name, adapter in adapters.items():
+            set_adapter(model, adapter)
+            found = texts[name] = []
+            for done in complete(model, tokenizer, prompts, sampling, batch_size=batch_size):
+                found.append(done.text)
+                tokens += done.tokens
+                bar.update()
+        for number, row in enumerate(rows):
+            each = {name: found[number] for name, found in texts.items()}
+            line = {**row.raw, "completion": next(iter(each.values()))} | (
+                {"completions": each} if len(each) > 1 else {}
+            )
             own = answer_of(row.example)
-            line = {**row.raw, "completion": done.text} | ({} if own is None else {"reference": own})
+            line |= {} if own is None else {"reference": own}
             file.write(to_json(line).encode(errors="backslashreplace") + b"\n")  # half characters as JSON escapes
-            tokens += done.tokens
-            bar.update()
     seconds = time.perf_counter() - started
     print(f"{output}: {len(rows):,} rows, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
     speed = round(tokens / seconds, 1)
@@ -265,6 +315,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     names = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "batch_size", "packing")
     settings = {name: option(args, TrainConfig, name) for name in names}
     new_tokens = args.max_new_tokens and checked(Sampling, "max_new_tokens", args.max_new_tokens, "--max_new_tokens")
+    from afina.engine.adapters import set_adapter
     from afina.engine.evaluate import TASKS, evaluate_loss, evaluate_task, learnt_bytes
     from afina.loaders.dataset import prepare
     from afina.loaders.hub import resolve
@@ -273,11 +324,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--task is {args.task!r}; expected {', '.join(TASKS)}{nearest(args.task, TASKS)}")
     batching = {name: settings.pop(name) for name in ("batch_size", "packing")}
 
-    def measure(source: str) -> dict[str, Any]:
-        model, tokenizer = open_model(args, source)
+    def measure(source: str, model: GPT, tokenizer: Tokenizer, *, summary: bool = False) -> dict[str, Any]:
         length = min(settings["max_length"], model.config.max_positions)
         data = prepare(args.data, tokenizer, **settings | {"max_length": length}, val_size=0.0, progress=not args.json)
-        if source == args.model:
+        if summary:
             print(data.summary().splitlines()[0], file=sys.stderr)
         task = args.task
         if task == "auto":
@@ -294,14 +344,26 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.base:
         resolve(args.base)  # before the first model is measured
-    result = measure(args.model)
-    if args.base:
-        result["base"] = measure(args.base)
+    model, tokenizer, adapters = open_adapted(args)
+    columns: dict[str, dict[str, Any]] = {}
+    for name, adapter in adapters.items():
+        set_adapter(model, adapter)
+        columns[name] = measure(args.model, model, tokenizer, summary=not columns)
+    result = next(iter(columns.values()))
+    if len(columns) > 1:
+        result = result | {"adapters": dict(columns)}
+    if args.base or args.adapter:
+        set_adapter(model, None)
+        if args.base:
+            del model  # room for the next one
+            model, tokenizer = open_model(args, args.base)
+        result["base"] = columns["base"] = measure(args.base or args.model, model, tokenizer)
+    if len(columns) > 1:
+        print(" " * 14 + "".join(f" {name or 'model':>14}" for name in columns))
     for name, value in [*result.items(), *result["metrics"].items()]:
         if isinstance(value, int | float):
-            base = result.get("base", {})
-            beside = base.get(name, base.get("metrics", {}).get(name))
-            print(f"{name:14} {value:>12,.6g}" + ("" if beside is None else f"   base {beside:>12,.6g}"))
+            values = [column.get(name, column["metrics"].get(name, math.nan)) for column in columns.values()]
+            print(f"{name:14}" + "".join(f" {found:>14,.6g}" for found in values))
     return result
 
 
@@ -315,14 +377,17 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
     """Read messages from standard input until it ends; answers are printed as they are written."""
     sampling = sampling_of(args)
     Sampling(**sampling)
+    from afina.engine.adapters import set_adapter
     from afina.engine.generate import stream
 
-    model, tokenizer = open_model(args, args.model)
+    model, tokenizer, adapters = open_adapted(args)
     person = sys.stdin.isatty()
     if person:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing and history for input)
         print("/reset forgets the conversation, /quit (or Ctrl-D) leaves.")
+        if args.adapter:
+            print(f"/adapter NAME changes who answers: {', '.join([*adapters, 'base'])}")
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages, turns = list(opening), 0
     while True:
@@ -334,6 +399,12 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
             break
         if line == "/reset":
             messages = list(opening)
+        elif args.adapter and line.split()[0] == "/adapter":
+            name = line.removeprefix("/adapter").strip()
+            if name in (*adapters, "base"):
+                set_adapter(model, adapters.get(name))
+            else:
+                print(f"no adapter {name!r}: there are {', '.join([*adapters, 'base'])}", file=sys.stderr)
         elif line.startswith("/"):
             print(f"unknown command {line.split()[0]}; /reset and /quit are known", file=sys.stderr)
         elif line:
@@ -356,22 +427,47 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def export_options(parser: Parser) -> None:
-    parser.usage = "afina export MODEL --to hf --output DIR [options]"
+    parser.usage = "afina export MODEL --to hf|peft|gguf --output DIR [options]"
     parser.add_argument(
         "model", metavar="MODEL", help="a run folder (its best model), a folder, a hub id or afina-tiny"
     )
-    parser.add_argument("--to", default="hf", metavar="hf|peft|gguf", help="layout; this version: hf [hf]")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto keeps what is stored [auto]")
+    parser.add_argument(
+        "--to",
+        default="hf",
+        metavar="hf|peft|gguf",
+        help="hf: what transformers loads, an adapter merged into its base; peft: the adapter alone; gguf: one file "
+        "for llama.cpp, an adapter merged [hf]",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to create; for gguf also a file to create: NAME.gguf"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16 or float16, for gguf also q8_0; auto keeps what is stored, for gguf float16 [auto]",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="where an adapter's base is now (default: where it was)")
+    parser.add_argument(
+        "--base_name", metavar="NAME", help="what PEFT shall load as the base (default: what the adapter names)"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", help="rows that the result is compared on (default: the run's dev rows)"
+    )
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
-    from afina.engine.export import export
+    from afina.engine.export import export, summary
 
-    result = export(args.model, args.output, to=args.to, dtype=args.dtype)
-    check = result["check"]
-    print(f"{result['output']}: {check['dtype']} weights; loaded again, the logits differ by "
-          f"{check['logits_relative_error']:.2g} of the largest (limit {check['limit']:g})")  # fmt: skip
+    result = export(
+        args.model,
+        args.output,
+        to=args.to,
+        dtype=args.dtype,
+        base=args.base,
+        base_name=args.base_name,
+        data=args.data,
+    )
+    print(summary(result))
     return result
 
 

@@ -8,6 +8,8 @@ rounding, written in the same pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ class AdamW:
 
     Attributes: ``params`` (name -> model parameter), ``masters`` (name -> fp32 weights; the parameter's own memory when
     it is fp32), ``exp_avgs`` and ``exp_avg_sqs`` (name -> fp32 moments), ``updates`` (weight updates applied so far).
+    ``decay``: names of the parameters that decay. ``factors``: by name, what multiplies the learning rate (else 1).
     """
 
     def __init__(
@@ -26,6 +29,7 @@ class AdamW:
         model: nn.Module,
         *,
         decay: set[str],
+        factors: Mapping[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -37,10 +41,11 @@ class AdamW:
         self.exp_avgs = {name: torch.zeros_like(w) for name, w in self.masters.items()}
         self.exp_avg_sqs = {name: torch.zeros_like(w) for name, w in self.masters.items()}
         self.betas, self.eps = betas, eps
-        self.groups = [
-            ([n for n in self.params if n in decay], weight_decay),
-            ([n for n in self.params if n not in decay], 0.0),
-        ]
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name in self.params:
+            key = (weight_decay if name in decay else 0.0, (factors or {}).get(name, 1.0))
+            groups.setdefault(key, []).append(name)
+        self.groups = [(names, *key) for key, names in groups.items()]
         self.updates = 0
 
     def clip_(self, max_norm: float) -> Tensor:
@@ -59,7 +64,7 @@ class AdamW:
     def step(self, lr: float) -> None:
         """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay."""
         self.updates += 1
-        for names, weight_decay in self.groups:
+        for names, weight_decay, factor in self.groups:
             grads = {n: g for n in names if (g := self.params[n].grad) is not None}
             live = list(grads)
             adamw_(
@@ -68,7 +73,7 @@ class AdamW:
                 [self.exp_avgs[n] for n in live],
                 [self.exp_avg_sqs[n] for n in live],
                 step=self.updates,
-                lr=lr,
+                lr=lr * factor,
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=weight_decay,

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from afina.engine.adapters import choose_patterns, default_trainable, freeze, new_adapter, save_adapter
 from afina.engine.evaluate import evaluate_loss
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
@@ -28,9 +29,10 @@ from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
 from afina.engine.state import Checkpoint, publish_best, save_checkpoint
-from afina.engine.train_config import TrainConfig
+from afina.engine.train_config import ADAPTED, TrainConfig
 from afina.engine.weights import load_model, new_model, save_model
 from afina.errors import ConfigError
+from afina.loaders.adapter import AdapterConfig
 from afina.loaders.batches import Batches, MicroBatch
 from afina.loaders.dataset import Data, prepare
 from afina.loaders.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -114,6 +116,7 @@ def finetune(
         )
         say(data.summary())
         model = _load(config, tokenizer)
+        config = choose_trained(config, model)
         run = Run(config, model, tokenizer, data, folder, say)
         with StopRequest() as stop, flushed_denormals():
             run.begin()
@@ -129,11 +132,41 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         )
     else:
         model = load_model(
-            str(config.model), dtype=config.dtype, device=config.device, allow_nonfinite=config.allow_nonfinite
+            str(config.model),
+            dtype=config.dtype,
+            device=config.device,
+            allow_nonfinite=config.allow_nonfinite,
+            quantise="nf4" if config.method == "qlora" else None,
         )
     check_vocab(tokenizer, model.config.vocab_size)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model.train()
+
+
+def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
+    """Let train what ``config.method`` says, adding adapters where it asks for them; returns the config with what that
+    depended on the model for. Raises ConfigError for names that the model does not have."""
+    if config.method == "freeze":
+        config = replace(config, trainable=config.trainable or default_trainable(model))
+        freeze(model, choose_patterns(model, config.trainable or ()))
+    elif config.method in ADAPTED:
+        folder = Path(str(config.model)).expanduser()
+        adapter = AdapterConfig(
+            base=str(folder.resolve()) if folder.is_dir() else config.model,
+            r=config.lora_r or 0,
+            alpha=config.lora_alpha or 0,
+            dropout=config.lora_dropout or 0.0,
+            rslora=bool(config.use_rslora),
+            dora=bool(config.use_dora),
+        )
+        new_adapter(
+            model,
+            adapter,
+            targets=config.lora_target_modules or (),
+            modules_to_save=config.modules_to_save or (),
+            seed=config.seed,
+        )
+    return config
 
 
 def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[], None] | None = None) -> Tensor:
@@ -170,9 +203,12 @@ class Run:
     def __post_init__(self) -> None:
         c, model = self.config, self.model
         self.device = next(model.parameters()).device
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ratio = c.loraplus_lr_ratio or 1.0
         self.optimizer = AdamW(
             model,
             decay=model.decay_parameters(),
+            factors={name: ratio for name, _ in model.named_parameters() if name.endswith(".lora.B")},
             betas=(c.adam_beta1, c.adam_beta2),
             eps=c.adam_epsilon,
             weight_decay=c.weight_decay,
@@ -194,14 +230,16 @@ class Run:
     def begin(self) -> None:
         """Write, or check, the run's papers; take back the newest checkpoint when resuming."""
         c, model = self.config, self.model
-        count = model.num_parameters()
+        count = model.config.num_parameters()
         facts = {"data_sha256": self.data.fingerprint, "model_sha256": model.fingerprint, "parameters": count}
         # Weights and two moments in fp32 for every checkpoint kept and the one being written, and the best model.
-        self.folder.begin(c.to_dict(), facts, bytes_needed=12 * count * (c.save_total_limit + 1) + 4 * count)
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        best = self.trained if model.adapter else count
+        self.folder.begin(c.to_dict(), facts, bytes_needed=12 * self.trained * (c.save_total_limit + 1) + 4 * best)
+        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        some = "" if c.method == "full" else f", {self.trained:,} train ({c.method})"
         self.say(
-            f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}; {self.total:,} steps of "
-            f"{c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
+            f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}{some}; {self.total:,} steps "
+            f"of {c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
         )
         for reason in self.folder.skipped:
             self.say(f"damaged checkpoint skipped: {reason}")
@@ -317,7 +355,8 @@ class Run:
             at.dev_loss_before = loss
             return
         if better:
-            publish_best(self.folder.path, lambda folder: save_model(self.model, self.tokenizer, folder))
+            save = save_adapter if self.model.adapter else save_model
+            publish_best(self.folder.path, lambda folder: save(self.model, self.tokenizer, folder))
             at.best_dev_loss, at.best_step, at.evals_since_best = loss, at.step, 0
             return
         at.evals_since_best += 1
@@ -332,6 +371,8 @@ class Run:
             "updates": self.optimizer.updates,
             "rng": torch.get_rng_state().tolist(),
         }
+        if self.device.type == "cuda":  # dropout draws there
+            meta["cuda_rng"] = torch.cuda.get_rng_state(self.device).tolist()
         save_checkpoint(self.folder.path, self.at.step, self.optimizer.state(), meta, keep=self.config.save_total_limit)
         self.saved_step = self.at.step
 
@@ -342,6 +383,8 @@ class Run:
         self.at.stopped_early = False if self.config.early_stopping_patience is None else self.at.stopped_early
         self.saved_step = self.at.step
         torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))
+        if "cuda_rng" in checkpoint.meta and self.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.tensor(checkpoint.meta["cuda_rng"], dtype=torch.uint8), self.device)
         self.say(f"resumed from {checkpoint.path.name}")
 
     def finish(self) -> RunResult:

@@ -7,6 +7,7 @@ trainers use), the same values and the same checks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,18 @@ if TYPE_CHECKING:
     import yaml
 
 MAX_RECIPE_BYTES = 1 << 20
+ADAPTED = ("lora", "qlora")
+METHOD_ONLY = {
+    **dict.fromkeys(
+        (
+            "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "modules_to_save", "use_rslora", "use_dora",
+            "loraplus_lr_ratio",
+        ),
+        ADAPTED,
+    ),
+    "trainable": ("freeze",),
+}  # fmt: skip
+LISTS = ("lora_target_modules", "modules_to_save", "trainable")
 
 
 @dataclass(frozen=True)
@@ -50,9 +63,38 @@ class TrainConfig(Settings):
     val_file: str | None = setting(None, "held-out rows (default: val_size of the data)")
     method: str = setting(
         "full",
-        "which weights train (this version: full)",
+        "which weights train: all, adapters on frozen weights (qlora: on 4-bit ones), or those of trainable",
         aliases=("finetuning_type", "adapter"),
         choices=("full", "lora", "qlora", "freeze"),
+    )
+    lora_r: int | None = setting(None, "rank of the adapters (default: 16)", aliases=("lora_rank",), limit=POSITIVE)
+    lora_alpha: float | None = setting(
+        None,
+        "scales the adapters, by alpha / r, with rsLoRA by alpha / sqrt(r) (default: a scale of 2)",
+        limit=POSITIVE,
+    )
+    lora_dropout: float | None = setting(
+        None, "share of the adapters' inputs that is dropped in training (default: 0)", limit=BETA
+    )
+    lora_target_modules: tuple[str, ...] | None = setting(
+        None,
+        "linear layers with adapters, such as q_proj,v_proj (default: all-linear)",
+        aliases=("lora_target", "target_modules"),
+    )
+    modules_to_save: tuple[str, ...] | None = setting(
+        None,
+        "modules that train whole beside the adapters, such as embed_tokens,lm_head",
+        aliases=("additional_target", "lora_modules_to_save"),
+    )
+    use_rslora: bool | None = setting(None, "rank-stabilised scale (rsLoRA)", aliases=("peft_use_rslora",))
+    use_dora: bool | None = setting(None, "learn magnitude and direction apart (DoRA)", aliases=("peft_use_dora",))
+    loraplus_lr_ratio: float | None = setting(
+        None, "learning rate of the adapters' B over that of their A (LoRA+; default: 1)", limit=POSITIVE
+    )
+    trainable: tuple[str, ...] | None = setting(
+        None,
+        "method freeze: tensors that train, by name or pattern (default: last quarter of the layers, norm and head)",
+        aliases=("unfrozen_parameters",),
     )
     init: str = setting("pretrained", "start from trained weights or random ones", choices=("pretrained", "random"))
     config: str | None = setting(None, "config.json of the model to build (init random)")
@@ -66,14 +108,18 @@ class TrainConfig(Settings):
     gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step", limit=POSITIVE)
     epochs: float = setting(3.0, "passes over the data", aliases=("num_train_epochs", "num_epochs"), limit=POSITIVE)
     max_steps: int | None = setting(None, "optimizer steps (instead of epochs)", limit=POSITIVE)
-    learning_rate: float = setting(5e-5, "peak learning rate", aliases=("lr",), limit=RATE)
+    learning_rate: float = setting(
+        None, "peak learning rate (default: 5e-5, with adapters 2e-4)", aliases=("lr",), limit=RATE
+    )
     lr_scheduler_type: str = setting(
         "cosine", "learning-rate schedule after the warm-up", choices=("cosine", "linear", "constant", "wsd")
     )
     warmup_ratio: float = setting(0.03, "share of the steps that warm up", limit=FRACTION)
     warmup_steps: int | None = setting(None, "steps that warm up (instead of warmup_ratio)", limit=NOT_NEGATIVE)
     min_lr_ratio: float = setting(0.0, "last learning rate as a share of the peak", limit=FRACTION)
-    weight_decay: float = setting(0.01, "decoupled decay of the weight matrices", limit=NOT_NEGATIVE)
+    weight_decay: float = setting(
+        None, "decoupled decay of the weight matrices (default: 0.01, with adapters 0)", limit=NOT_NEGATIVE
+    )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", limit=POSITIVE)
@@ -112,8 +158,21 @@ class TrainConfig(Settings):
         for name in ("data", "output_dir"):
             if getattr(self, name) is None:
                 raise ConfigError(f"{name} is missing: give --{name}, or {name}: in the recipe")
-        if self.method != "full":
-            raise ConfigError(f"method {self.method} is not in this version, which trains all weights: use method full")
+        for name in LISTS:
+            value = getattr(self, name)
+            if value is not None:  # as in q_proj,v_proj
+                self._set(name, tuple(part.strip() for text in value for part in text.split(",") if part.strip()))
+        for name, methods in METHOD_ONLY.items():
+            if self.method not in methods and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is for method {' and '.join(methods)}, but method is {self.method}: leave it out, or use "
+                    f"method {methods[0]}"
+                )
+        for name, value in self._method_defaults().items():
+            if getattr(self, name) is None:
+                self._set(name, value)
+        if self.method != "full" and self.init == "random":
+            raise ConfigError(f"method {self.method} needs pretrained weights, but init is random: use method full")
         if self.init == "pretrained":
             if self.model is None:
                 raise ConfigError("model is missing: give --model (a folder, a hub id or afina-tiny) or --init random")
@@ -127,6 +186,28 @@ class TrainConfig(Settings):
             for name, what in (("config", "config.json of the model to build"), ("tokenizer", "folder of a tokenizer")):
                 if getattr(self, name) is None:
                     raise ConfigError(f"{name} is missing: init random needs --{name}, the {what}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _method_defaults(self) -> dict[str, Any]:
+        """What the method makes of settings that are left open, so that the saved recipe says it all."""
+        if self.method not in ADAPTED:
+            return {"learning_rate": 5e-5, "weight_decay": 0.01}
+        rank = 16 if self.lora_r is None else self.lora_r
+        return {
+            # Adapters want about ten times full fine-tuning's rate at first; 2e-4 is the usual careful choice.
+            "learning_rate": 2e-4,
+            "weight_decay": 0.0,
+            "lora_r": rank,
+            "lora_alpha": 2.0 * (math.sqrt(rank) if self.use_rslora else rank),
+            "lora_dropout": 0.0,
+            "lora_target_modules": ("all-linear",),
+            "modules_to_save": (),
+            "use_rslora": False,
+            "use_dora": False,
+            "loraplus_lr_ratio": 1.0,
+        }
 
     @classmethod
     def resolve(
@@ -161,12 +242,8 @@ class TrainConfig(Settings):
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
-# Names that only mean something on the command line, or to a method that is not here yet: answered, not guessed at.
-LORA_NAMES = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-_NOT_HERE = {
-    **dict.fromkeys(LORA_NAMES, "is for LoRA, which is not in this version: leave it out"),
-    "resume_from_checkpoint": "is a flag, not a setting of the run: use afina train --resume",
-}
+# Names that only mean something on the command line: answered, not guessed at.
+_NOT_HERE = {"resume_from_checkpoint": "is a flag, not a setting of the run: use afina train --resume"}
 _INVERTED = ("completion_only_loss",)
 
 

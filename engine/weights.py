@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from afina.engine.adapters import load_adapter, set_adapter
 from afina.engine.config import ModelConfig
 from afina.engine.model import GPT
 from afina.engine.quantised import BITS, NF4Weight, Part, by_heads
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
 from afina.kernels.nf4 import NF4State, quantize_nf4
+from afina.loaders.adapter import adapter_base, base_format
 from afina.loaders.checkpoint import Checkpoint, Later, atomic_write, save_tensors
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
@@ -42,6 +44,7 @@ def load_model(
     device: str = "auto",
     allow_nonfinite: bool = False,
     quantise: str | None = None,
+    adapter: str | Path | None = None,
 ) -> GPT:
     """Load a model in eval mode.
 
@@ -51,10 +54,20 @@ def load_model(
     the weights in ``dtype`` (QLoRA's frozen base: they have no gradient); None as the files do, so NF4 where
     bitsandbytes wrote them, whatever this says. Raises ``WeightsError`` and ``ConfigError``. Weights are streamed: the
     peak is the model itself as it is held, and one buffer; quantising, also one tensor of the file and 50 MB.
+
+    ``adapter``: a folder, run folder or hub id of an adapter to put on the model. An adapter as ``source`` is put on
+    the base that it names; that is loaded as it was in training, so as NF4 for one of QLoRA.
     """
     if quantise not in (None, "nf4"):
         raise ConfigError(f"quantise = {quantise!r}: expected nf4, or none at all{nearest(str(quantise), ['nf4'])}")
     folder = resolve(source)
+    if (base := adapter_base(folder)) is not None:
+        if adapter is not None:
+            raise ConfigError(f"{source} is an adapter itself: load its base ({base}) with one of the two")
+        adapter, folder = folder, _base_folder(folder, base)
+    if adapter is not None:
+        adapter = resolve(adapter)
+        quantise = quantise or base_format(adapter)
     config, hf = read_config(folder)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
@@ -83,8 +96,23 @@ def load_model(
             for name, tensor in tensors.items()
         ]
         _owner(model, ours).quantised = NF4Weight(parts)
-    model.hash_source = checkpoint.fingerprint
+    model.hash_source, model.sample = checkpoint.fingerprint, checkpoint.sample()
+    if adapter is not None:
+        set_adapter(model, load_adapter(model, adapter))
     return model.eval()
+
+
+def _base_folder(folder: Path, base: str) -> Path:
+    try:
+        found = resolve(base)
+    except WeightsError as problem:
+        raise WeightsError(
+            f"{folder} is an adapter, and its base cannot be found: {problem}; if it has moved, name the base, and "
+            "give this folder with --adapter"
+        ) from problem
+    if adapter_base(found) is not None:
+        raise WeightsError(f"{folder} is an adapter of {base}, which is one too: merge that first, with afina export")
+    return found
 
 
 def new_model(
@@ -111,6 +139,7 @@ def new_model(
     model.init_weights(seed)
     model.hf_config = hf
     model.hash_source = lambda: hashlib.sha256(json.dumps([hf, seed], sort_keys=True).encode()).hexdigest()
+    model.sample = model.hash_source()
     return model.train()
 
 

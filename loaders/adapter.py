@@ -26,7 +26,8 @@ from afina.loaders.jsonfile import read_json, show
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE_HASH, BASE_SAMPLE = "afina_base_sha256", "afina_base_sample"  # keys of the file's metadata
+# Keys of the file's metadata: SHA-256 of all the base's weights; of a sample of them; how they were held in training.
+BASE_HASH, BASE_SAMPLE, BASE_FORMAT = "afina_base_sha256", "afina_base_sample", "afina_base_format"
 MAX_RANK = 65_536
 SUFFIXES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 SUFFIXES["lora_magnitude_vector.weight"] = "magnitude"  # how the layer itself calls it
@@ -143,6 +144,30 @@ class AdapterFile:
         out = torch.empty(self.shape(name), dtype=self._file.entries[name].dtype)
         self._file.read_into(name, out)
         return out
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model of an adapter folder, as it is recorded; None for a folder that holds a whole model.
+
+    Raises ConfigError where an adapter does not name its base.
+    """
+    if (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
+        return None
+    base = _config(folder / CONFIG).base
+    if not base:
+        raise ConfigError(
+            f"{folder / CONFIG}: base_model_name_or_path is missing, so its base is not known: name the base itself, "
+            "and give the adapter with --adapter"
+        )
+    return base
+
+
+def base_format(folder: Path) -> str | None:
+    """How the base was held in training: "nf4", or None where it was dense or nobody recorded it."""
+    found = AdapterFile(folder).metadata.get(BASE_FORMAT)
+    if found not in (None, "nf4"):
+        raise WeightsError(f"{folder / WEIGHTS}: {BASE_FORMAT} is {show(found)}, expected nf4: save the adapter again")
+    return found
 
 
 def write_adapter(

@@ -27,6 +27,7 @@ from afina.loaders.jsonfile import parse_json, read_json, show
 MAX_HEADER = 16 * 2**20
 MAX_TENSORS = 100_000
 PIECE = 4 * 2**20  # bytes that are read, checked and converted at a time
+SAMPLE = 4096
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # In the order in which the format's own library lays tensors out: wide first, so that all stay aligned.
@@ -181,13 +182,13 @@ class SafetensorsFile:
                         raise self._bad(f"tensor {show(name)} holds values too large for {out.dtype}", mend)
                 done += piece.numel()
 
-    def stored(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor as they lie in the file, at most PIECE at a time, all in one buffer."""
+    def stored(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor as they lie in the file, at most ``limit`` at a time, all in one buffer."""
         dtype, shape, offset = self.entries[name]
         size = math.prod(shape) * dtype.itemsize
-        buffer = torch.empty(min(PIECE, size), dtype=torch.uint8)
+        buffer = torch.empty(min(limit, size), dtype=torch.uint8)
         with self._open(offset) as file:
-            for start in range(0, size, PIECE):
+            for start in range(0, size, limit):
                 piece = buffer[: size - start]
                 self._fill(file, piece)
                 yield memoryview(_bytes(piece))
@@ -287,6 +288,17 @@ class Checkpoint:
                 digest.update(piece)
         return digest.hexdigest()
 
+    def sample(self) -> str:
+        """Return the SHA-256 (hex) of all names, dtypes and shapes, and of the first SAMPLE bytes of each tensor: quick
+        to know, and even another fine-tuning of the same model has another."""
+        digest = hashlib.sha256()
+        for name in self.names():
+            file = self._file(name)
+            dtype, shape, _ = file.entries[name]
+            digest.update(json.dumps([name, _NAMES[dtype], shape]).encode())
+            digest.update(next(file.stored(name, SAMPLE), b""))
+        return digest.hexdigest()
+
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of one file, on the CPU; NaN and Inf pass. Raises WeightsError when it is damaged."""
@@ -321,10 +333,8 @@ def write_safetensors(
         raise WeightsError(f"{path}: {len(tensors):,} tensors, header {len(raw):,} bytes: too many for one file")
     with atomic_write(Path(path)) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, each in ordered:
-            x = each.make() if isinstance(each, Later) else each
-            for piece in _pieces(x.detach(), PIECE // x.itemsize):
-                file.write(_bytes(piece.cpu().contiguous()))
+        for _, x in ordered:
+            _write(file, x.make() if isinstance(x, Later) else x)
 
 
 def save_tensors(
@@ -387,6 +397,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise WeightsError(f"{path}: cannot be written ({problem.strerror}): {mend}") from problem
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, x: Tensor) -> None:
+    for piece in _pieces(x.detach(), PIECE // x.itemsize):
+        file.write(_bytes(piece.cpu().contiguous()))
 
 
 def _pieces(x: Tensor, limit: int) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from afina.loaders.jsonfile import show
 
 BUILT_IN = "afina-tiny"
 # Weights, configs, tokenizers and templates of the repository's top folder; never code or pickles.
-ALLOWED = ("model*.safetensors", "*.json", "merges.txt", "*.jinja")
+ALLOWED = ("model*.safetensors", "adapter_model.safetensors", "*.json", "merges.txt", "*.jinja")
 IGNORED = ("*/*",)
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -20,8 +20,9 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.AS
 def resolve(source: str | Path) -> Path:
     """Return the local folder of a model, downloaded first when ``source`` is on the hub.
 
-    ``source``: a folder with config.json; a run folder (its best model); "afina-tiny"; or "owner/name", with a branch,
-    tag or commit as "owner/name@revision". A folder wins over a hub name. Raises WeightsError.
+    ``source``: a folder with config.json (or an adapter's, with adapter_config.json); a run folder (its best model);
+    "afina-tiny"; or "owner/name", with a branch, tag or commit as "owner/name@revision". A folder wins over a hub name.
+    Raises WeightsError.
     """
     try:
         path = Path(source).expanduser()
@@ -46,7 +47,7 @@ def resolve(source: str | Path) -> Path:
 
 
 def _local(folder: Path) -> Path:
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return folder
     best = folder / "best"
     if (folder / "run.json").is_file():

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from afina.errors import DataError, TokenizerError, nearest
+from afina.loaders.adapter import adapter_base
 from afina.loaders.chat_template import ChatTemplate
 from afina.loaders.hub import resolve
 from afina.loaders.jsonfile import MAX_BYTES, parse_json
@@ -59,11 +60,14 @@ _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Return the tokenizer of a model: a folder, a run folder, a hub id or "afina-tiny". Raises TokenizerError.
 
-    A folder that holds tokenizer files and no model (no config.json) is accepted too.
+    A folder that holds tokenizer files and no model (no config.json) is accepted too. An adapter without any has its
+    base's.
     """
     folder = Path(source)
     if not folder.is_dir() or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         folder = resolve(source)
+        if (base := adapter_base(folder)) is not None and not (folder / "tokenizer.json").is_file():
+            return load_tokenizer(base)
     files: dict[str, bytes] = {}
     for name in (*FILES, "config.json"):
         path = folder / name
