@@ -104,9 +104,14 @@ def nf4_reference(packed: Tensor, state: NF4State, dtype: torch.dtype | None = N
     absmax = state.absmax
     if state.nested_absmax is not None and state.nested_code is not None and state.offset is not None:
         absmax = from_blocks(absmax, state.nested_absmax, state.nested_code, state.nested_blocksize) + state.offset
-    byte = packed.reshape(-1)
-    codes = torch.stack([byte >> 4, byte & 15], dim=1).view(-1)[: prod(state.shape)]
-    return from_blocks(codes, absmax, state.code, state.blocksize).to(dtype or state.dtype).view(state.shape)
+    # Both codes of a byte are looked up at once; blocks are scaled in place, but for a last one that is not full.
+    byte, count = torch.arange(256, device=packed.device), prod(state.shape)
+    pairs = state.code[torch.stack([byte >> 4, byte & 15], dim=1)]
+    values = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
+    full = count - count % state.blocksize
+    values[:full].view(-1, state.blocksize).mul_(absmax[: full // state.blocksize, None])
+    values[full:].mul_(absmax[full // state.blocksize :])
+    return values.to(dtype or state.dtype).view(state.shape)
 
 
 @jit
