@@ -476,6 +476,16 @@ def test_memory_is_checked_as_it_will_be_held(monkeypatch: pytest.MonkeyPatch) -
                 check_memory(config, torch.bfloat16, cpu, quantised=True)
 
 
+def test_a_quantised_model_may_be_larger_than_memory(
+    plain: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, published = plain("llama"), by_hand(plain("llama"), tmp_path)
+    half = 2 * ModelConfig.from_hf(json.loads((source / "config.json").read_text())).num_parameters()
+    monkeypatch.setattr(weights.os, "sysconf", lambda key: 1 if key == "SC_PAGE_SIZE" else half)
+    assert "in float32, but the cpu has" in refusal(source, ConfigError)
+    assert_same(load_model(source, quantise="nf4"), load_model(published))
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
