@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if resume and args.overwrite:
         raise ConfigError("--resume and --overwrite contradict each other: keep one of them")
     if args.dry_run:
-        _check(config, resume=resume, overwrite=args.overwrite)
+        config = _check(config, resume=resume, overwrite=args.overwrite)
         print(config.to_yaml(), end="")
         return config.to_dict()
     from afina.engine.train import finetune
@@ -63,11 +63,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return dict(metrics)
 
 
-def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Everything that training would refuse before its first step and that shows without reading weights."""
+def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig:
+    """Everything that training would refuse before its first step and that shows without reading weights; returns the
+    config with what depended on the model."""
     from afina.engine.config import ModelConfig
+    from afina.engine.model import GPT
     from afina.engine.run_folder import RunFolder
+    from afina.engine.train import choose_trained, refuse_adapter
     from afina.engine.weights import choose_device, read_config
+    from afina.loaders.adapter import adapter_base
     from afina.loaders.checkpoint import Checkpoint
     from afina.loaders.hub import resolve
     from afina.loaders.jsonfile import read_json
@@ -88,11 +92,18 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
                 ModelConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
             else:
                 folder = resolve(str(config.model))
+                if (base := adapter_base(folder)) is not None:
+                    refuse_adapter(str(config.model), base)
                 Checkpoint(folder, allow_nonfinite=config.allow_nonfinite)
-                check_vocab(tokenizer, read_config(folder)[0].vocab_size)
+                fields, hf = read_config(folder)
+                check_vocab(tokenizer, fields.vocab_size)
+                model = GPT(fields, device="meta")
+                model.hf_config = hf
+                config = choose_trained(config, model)
         for source in filter(None, (config.data, config.val_file)):
             for _ in read_rows(source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, chat=chat):
                 pass
+    return config
 
 
 def _resume_word(value: str | None) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import reprlib
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import field
@@ -70,8 +71,9 @@ def kinds(owner: type) -> dict[str, type]:
     """The type of each setting (str, int, float, bool, dict, tuple), without its "or None"."""
     found = {}
     for name, hint in typing.get_type_hints(owner).items():
-        args = [a for a in typing.get_args(hint) if a is not type(None)]
-        found[name] = typing.get_origin(hint) if typing.get_origin(hint) in (dict, tuple) else args[0] if args else hint
+        if typing.get_origin(hint) is types.UnionType:
+            hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        found[name] = typing.get_origin(hint) or hint
     return found
 
 

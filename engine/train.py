@@ -146,6 +146,8 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
 def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
     """Let train what ``config.method`` says, adding adapters where it asks for them; returns the config with what that
     depended on the model for. Raises ConfigError for names that the model does not have."""
+    if model.adapter is not None:
+        refuse_adapter(str(config.model), model.adapter.config.base)
     if config.method == "freeze":
         config = replace(config, trainable=config.trainable or default_trainable(model))
         freeze(model, choose_patterns(model, config.trainable or ()))
@@ -167,6 +169,13 @@ def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
             seed=config.seed,
         )
     return config
+
+
+def refuse_adapter(source: str, base: str | None) -> None:
+    raise ConfigError(
+        f"model {source} is an adapter of {base}: merge it first (afina export {source} --to hf --output DIR) to train "
+        "on from there, or train another on its base"
+    )
 
 
 def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[], None] | None = None) -> Tensor:

@@ -108,7 +108,7 @@ def test_train_help_names_every_setting_with_its_default_and_other_names(capsys:
     run(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "--learning_rate X peak learning rate [5e-05]; also lr",
+        "--learning_rate X peak learning rate (default: 5e-5, with adapters 2e-4); also lr",
         "--gradient_accumulation_steps N micro-batches in an optimizer step [1]",
         "--min_lr_ratio X last learning rate as a share of the peak [0.0]",
         "--lr_scheduler_type cosine|linear|constant|wsd",
@@ -260,9 +260,11 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(
         (["--lr_scheduler_type", "cosin"], "(did you mean 'cosine'?)"),
         (["--learning_rate", "-1"], "above 0"),
         (["--learning_rate", "nan"], "expected a number"),
-        (["--method", "lora"], "method lora is not in this version"),
-        (["--adapter", "qlora"], "method qlora is not in this version"),
-        (["--lora_r", "8"], "--lora_r is for LoRA"),
+        (["--method", "lora", "--lora_target_modules", "q_pro"], "'q_pro' is no linear layer of this model (did you"),
+        (["--adapter", "qlora", "--lora_r", "4096"], "lora_r is 4096, but model.layers.0.self_attn.q_proj is a matrix"),
+        (["--method", "lora", "--modules_to_save", "lm_hed"], "'lm_hed' is no module of this model"),
+        (["--method", "freeze", "--trainable", "layers.99"], "'layers.99' is no tensor of this model"),
+        (["--lora_r", "8"], "lora_r is for method lora and qlora, but method is full"),
         (["--columns", "prompt"], "pairs like prompt=question"),
         (["--init", "random"], "leave out model"),
         (["--config", "c.json"], "config is for init random"),
@@ -471,8 +473,6 @@ def test_an_export_that_computes_something_else_is_not_published(
     ("flags", "words"),
     [
         ([], "the following arguments are required: --output"),
-        (["--output", "TMP/x", "--to", "peft"], "--to peft is not in this version"),
-        (["--output", "TMP/x", "--to", "gguf"], "--to gguf is not in this version"),
         (["--output", "TMP/x", "--to", "pef"], "(did you mean 'peft'?)"),
         (["--output", "TMP/x", "--dtype", "int8"], "expected auto, float32"),
         (["--output", "TMP/rows.jsonl"], "already exists"),

@@ -148,15 +148,14 @@ def test_values_take_the_settings_type(name: str, value: Any, expected: Any) -> 
         ("on_long", "cut", "drop, truncate, error"),
         ("report_to", "wandb", "none, tensorboard"),
         ("device", "gpu", "auto, cpu, cuda or cuda:N"),
-        ("method", "lora", "not in this version"),
-        ("method", "qlora", "not in this version"),
-        ("method", "freeze", "not in this version"),
+        ("method", "lra", "did you mean 'lora'"),
         ("data", "", "text"),
         ("data", 3, "text"),
         ("columns", "prompt", "pairs like"),
         ("columns", "prompt=a,prompt=b", "pairs like"),
         ("columns", {"prompt": 3}, "pairs like"),
-        ("lora_r", 8, "not in this version"),
+        ("lora_r", 8, "lora_r is for method lora and qlora, but method is full: leave it out, or use method lora"),
+        ("trainable", "lm_head", "trainable is for method freeze"),
         ("learning_rte", 1e-4, "did you mean 'learning_rate'"),
         ("resume_from_checkpoint", True, "--resume"),
     ],
@@ -265,3 +264,30 @@ def test_every_setting_is_documented() -> None:
             assert default in f.metadata["choices"], name
         if f.metadata["limit"] and default is not None:
             assert f.metadata["limit"][1](default), name
+
+
+def test_each_method_has_its_defaults_and_writes_them_into_the_recipe(tmp_path: Path) -> None:
+    full, lora = made(), made(method="lora")
+    assert (full.learning_rate, full.weight_decay, full.lora_r) == (5e-5, 0.01, None)
+    assert (lora.learning_rate, lora.weight_decay, lora.lora_r, lora.lora_alpha) == (2e-4, 0.0, 16, 32.0)
+    assert lora.lora_target_modules == ("all-linear",)
+    assert made(method="qlora", lora_rank=4).lora_alpha == 8.0
+    assert made(method="lora", lora_r=16, use_rslora=True).lora_alpha == 8.0
+    assert made(method="freeze", lr=1e-3).learning_rate == 1e-3
+    again = TrainConfig.resolve(recipe(tmp_path, lora.to_yaml()))
+    assert again == lora
+    assert "lora_alpha: 32.0" in lora.to_yaml()
+
+
+def test_lists_of_modules_may_be_one_text(tmp_path: Path) -> None:
+    config = made(method="lora", lora_target="q_proj, v_proj", modules_to_save=["embed_tokens", "lm_head"])
+    assert config.lora_target_modules == ("q_proj", "v_proj")
+    assert config.modules_to_save == ("embed_tokens", "lm_head")
+    assert made(method="freeze", trainable="layers.1,lm_head").trainable == ("layers.1", "lm_head")
+
+
+def test_adapters_need_pretrained_weights() -> None:
+    with pytest.raises(ConfigError, match="method lora needs pretrained weights"):
+        TrainConfig.resolve(
+            None, {**BASE, "model": None, "method": "lora", "init": "random", "config": "c", "tokenizer": "t"}
+        )
