@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from afina.loaders.tokenizer import Tokenizer
 
 ALL_LINEAR = "all-linear"
+HEAD = "lm_head.weight"
 LISTED = 5  # names in one message
 
 
@@ -77,8 +78,9 @@ def choose_targets(model: GPT, names: Sequence[str]) -> list[Target]:
     for name in names:
         if not any(_is_end(name, module) for module in known):
             leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in known))
-            head = load_family(model.hf_config).head.removesuffix(".weight")
-            mend = "embeddings and head go into modules_to_save" if _is_end(name, head) or "embed" in name else ""
+            head, others = _head(model)
+            whole = "embed" in name or any(_is_end(name, t.removesuffix(".weight")) for t in (head, *others))
+            mend = "embeddings and head go into modules_to_save" if whole else ""
             raise ConfigError(
                 f"lora_target_modules: {name!r} is no linear layer of this model{nearest(name, [*leaves, *known])}; "
                 f"it has {', '.join(leaves)}, or {ALL_LINEAR}{'; ' * bool(mend)}{mend}"
@@ -92,12 +94,12 @@ def choose_whole(model: GPT, names: Sequence[str]) -> tuple[str, ...]:
     Raises ConfigError for a name that stands for none, or for part of a matrix that we hold as one.
     """
     table = _table(model)
-    family = load_family(model.hf_config)
+    head, others = _head(model)
     modules = {t.name.rpartition(".")[0] for t in table}
     chosen: set[str] = set()
     for name in names:
-        if model.config.tie_embeddings and _is_end(name, family.head.removesuffix(".weight")):
-            chosen.add(next(t.name for t in table if t.ours == "embed.weight"))  # the same matrix
+        if any(_is_end(name, other.removesuffix(".weight")) for other in others):
+            chosen.add(head)
             continue
         hits = {t.name for t in table if _is_end(name, t.name.rpartition(".")[0])}
         if not hits:
@@ -254,13 +256,13 @@ def adapter_tensors(model: GPT) -> dict[str, Tensor]:
         found[f"{target.name}.lora_B.weight"] = _theirs(lora.B.detach()[b, :rank], target)
         if lora.magnitude is not None:
             found[f"{target.name}.lora_magnitude_vector"] = _theirs(lora.magnitude.detach()[b], target)
-    head = load_family(model.hf_config).head
+    head, others = _head(model)
     for tensor in _table(model):
         if tensor.ours in adapter.saved:
             rows = model.get_parameter(tensor.ours).detach()[tensor.start : tensor.stop]
             found[tensor.name] = rows.t() if tensor.transpose else rows
-            if tensor.ours == "embed.weight" and model.config.tie_embeddings:
-                found[head] = rows  # PEFT trains a copy of one and would leave the other as it was
+            if tensor.name == head:
+                found |= dict.fromkeys(others, rows)
     return found
 
 
@@ -327,6 +329,18 @@ def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[Target]) -> dic
     """What the adapter trained whole, by our names, on the model's device and in its dtype."""
     table = _table(model)
     names, base = dict(file.saved), show(file.config.base)
+    head, others = _head(model)
+    given = [name for name in (head, *others) if name in names]
+    if given:
+        first, *copies = (names.pop(name) for name in given)
+        same = all(file.shape(copy) == file.shape(first) for copy in copies)
+        same = same and all(torch.equal(file.read(first), file.read(copy)) for copy in copies)
+        if not same or (model.config.tie_embeddings and (given[0] != head or len(given) == 1)):
+            raise WeightsError(
+                f"{file.folder}: it trains {head} and {others[0]} apart, but they are one matrix in the base: train "
+                "both alike, or neither"
+            )
+        names[head] = first
     for wanted in file.config.modules_to_save:
         left = [t.name for t in table if _is_end(wanted, t.name.rpartition(".")[0]) and t.name not in names]
         if left:
@@ -334,16 +348,6 @@ def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[Target]) -> dic
                 f"{file.folder}: modules_to_save names {show(wanted)}, but {left[0]} is not in the file: save the "
                 "adapter again"
             )
-    head, tied = load_family(model.hf_config).head, model.config.tie_embeddings
-    embedding = next(t.name for t in table if t.ours == "embed.weight")
-    if tied and (head in names or embedding in names):
-        same = head in names and embedding in names and file.shape(names[head]) == file.shape(names[embedding])
-        if not same or not torch.equal(file.read(names[head]), file.read(names[embedding])):
-            raise WeightsError(
-                f"{file.folder}: it trains {embedding} and {head} apart, but the base ties them: train both alike, or "
-                "neither"
-            )
-        del names[head]
     known = {t.name: t for t in table}
     for name in names:
         if name not in known:
@@ -387,9 +391,21 @@ def _module_names(model: GPT, saved: Iterable[str]) -> set[str]:
     """The names of modules_to_save for our parameters, so that PEFT finds these and no others."""
     wanted, table = set(saved), _table(model)
     names = {t.name.rpartition(".")[0] for t in table if t.ours in wanted}
-    if model.config.tie_embeddings and "embed.weight" in wanted:
-        names.add(load_family(model.hf_config).head.removesuffix(".weight"))
+    head, others = _head(model)
+    if head.removesuffix(".weight") in names:
+        names |= {other.removesuffix(".weight") for other in others}
     return names
+
+
+def _head(model: GPT) -> tuple[str, list[str]]:
+    """The checkpoint's name of the output matrix, and the others that it goes by in PEFT.
+
+    Where it is the embedding, both of its uses have a name: PEFT trains and loads a copy of one, and would leave the
+    other as it was. And transformers calls every model's head lm_head, whatever its file does.
+    """
+    ours = "embed.weight" if model.config.tie_embeddings else "head.weight"
+    head = next(tensor.name for tensor in _table(model) if tensor.ours == ours)
+    return head, [name for name in dict.fromkeys((load_family(model.hf_config).head, HEAD)) if name != head]
 
 
 def _ours(rows: Tensor, target: Target) -> Tensor:
