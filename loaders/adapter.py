@@ -210,7 +210,8 @@ def _config(path: Path) -> AdapterConfig:
     hf = read_json(path)
 
     def fail(key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{path}: {key} = {show(hf.get(key))}: {expected}")
+        name = key if key.isidentifier() and len(key) < 100 else show(key)  # a key of the file's own may be anything
+        return ConfigError(f"{path}: {name} = {show(hf.get(key))}: {expected}")
 
     def names(key: str) -> tuple[str, ...]:
         value = hf.get(key) or ()
