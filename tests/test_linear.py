@@ -104,7 +104,7 @@ def agree(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)], ids=["2d", "3d"])
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH), (3, 8, WIDTH)], ids=["2d", "3d", "many"])
 def test_values_and_gradients_are_those_of_the_formula(
     parts: list[Part], bias: bool, dora: bool, dropout: float, shape: tuple[int, ...]
 ) -> None:
@@ -128,7 +128,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize("shape", [(3, WIDTH), (2, 2, WIDTH)], ids=["2d", "3d"])
+@pytest.mark.parametrize("shape", [(3, WIDTH), (2, 2, WIDTH), (2, 7, WIDTH)], ids=["2d", "3d", "many"])
 def test_gradients_are_those_of_finite_differences(parts: list[Part], shape: tuple[int, ...]) -> None:
     layer = frozen(draw(ROWS, WIDTH, seed=1), bias=True)
     lora = trained(layer, parts)
