@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -246,7 +247,7 @@ def test_parameter_count_from_the_sizes(name: str) -> None:
 
 def test_embedding_scale_is_rounded_to_the_dtype() -> None:
     """Gemma was trained with sqrt(hidden size) in bf16."""
-    hf = saved("gemma2").model.base_model.embed_tokens.to(torch.bfloat16)
+    hf = copy.deepcopy(saved("gemma2").model.base_model.embed_tokens).to(torch.bfloat16)
     model = load_model(saved("gemma2").folder, dtype="bfloat16")
     ids = torch.arange(61)[None]
     seen: list[Tensor] = []
