@@ -3,12 +3,17 @@
     python benchmarks/bench_train.py dense               # 8 x 256 tokens of running text a step
     python benchmarks/bench_train.py short               # prompt/completion rows (text -> intent), 32 a step
     python benchmarks/bench_train.py dense --model random-50k --steps 10       # 18 M weights, GPT-2's vocabulary
+    python benchmarks/bench_train.py dense --method lora                       # beside PEFT
+    python benchmarks/bench_train.py dense --method qlora --steps 10           # beside PEFT on bitsandbytes' NF4
+    python benchmarks/bench_train.py dense --method lora --model random-100m --steps 6 --warmup 1 --repeats 2
 
 Ours is `afina.finetune` itself; theirs is Trainer on the rows that ours takes, padded to the longest row of each batch.
-Each engine runs in a process of its own, in turn (A B A B ...). Timed are the training steps after the first
-``--warmup``, from a batch's tokens to the moved weights, not evaluation or saving. Memory is the peak of the resident
-set while training above its size with the model loaded. One JSON line a run goes to standard output, and a last line
-with the ratios (ours / theirs).
+With ``--method lora`` or ``qlora`` both have adapters of rank 16, alpha 32, on all linear layers of the body, without
+dropout, and PEFT begins with the adapter that ours begins with: losses must agree. Each engine runs in a process of its
+own, in turn (A B A B ...). Timed are the training steps after the first ``--warmup``, from a batch's tokens to the
+moved weights, not evaluation or saving. ``memory_mb`` is the peak of the resident set while training above its size
+with the model loaded, ``process_mb`` the peak of the whole process from its start on, with weights and libraries. One
+JSON line a run goes to standard output, and a last line with the ratios (ours / theirs).
 """
 
 from __future__ import annotations
@@ -23,32 +28,53 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"
-RANDOM_50K = {
+LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
     "hidden_act": "silu",
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
-    "vocab_size": 50257,
+}
+# Random weights with a vocabulary of the usual size: the head weighs what it does elsewhere. 18 M and 100 M weights.
+RANDOM: dict[str, dict[str, Any]] = {
+    "random-50k": LLAMA
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 50257,
+    },
+    "random-100m": LLAMA
+    | {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
 }
 CASES = {"dense": {"batch_size": 8, "max_length": 256}, "short": {"batch_size": 32, "max_length": 256}}
+ADAPTER = {"lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0}  # on all-linear, the default
+METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": ADAPTER, "qlora": ADAPTER}
+PEERS = {"full": [], "lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}  # packages beside transformers
 
 
-def settings(case: str, model: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
+def settings(
+    case: str, method: str, model: str, folder: Path, *, steps: int, threads: int, checkpointing: bool = False
+) -> dict[str, Any]:
     """The settings of the run, with its data written to ``folder``."""
-    size = CASES[case]
+    size = CASES[case] | METHODS[method]
     if case == "dense":
         data = folder / "data.txt"
         data.write_text((DATA / "text" / "tinyshakespeare.txt").read_text())
@@ -59,6 +85,8 @@ def settings(case: str, model: str, folder: Path, steps: int, threads: int) -> d
                 out.write(json.dumps({"text": row["text"], "label": row["category"]}) + "\n")
     return size | {
         "model": model,
+        "method": method,
+        "gradient_checkpointing": checkpointing,
         "data": str(data),
         "output_dir": str(folder / "run"),
         "val_size": 0.01,
@@ -75,25 +103,45 @@ def settings(case: str, model: str, folder: Path, steps: int, threads: int) -> d
     }
 
 
-def make_random_50k(folder: Path) -> str:
-    """A small Llama of random weights with a vocabulary of the usual size: the head weighs what it does elsewhere."""
+def make_random(name: str, folder: Path) -> str:
+    """Write a Llama of random weights, with GPT-2's tokenizer or, for a smaller vocabulary, afina-tiny's."""
     import afina
     from afina.engine.weights import new_model
+    from afina.loaders.hub import resolve
 
+    config = RANDOM[name]
     tokenizer = afina.load_tokenizer(DATA / "tokenizers" / "gpt2")
-    afina.save_model(new_model(RANDOM_50K, vocab_size=tokenizer.vocab_size, seed=0), tokenizer, folder)
+    if tokenizer.vocab_size > config["vocab_size"]:
+        tokenizer = afina.load_tokenizer(resolve("afina-tiny"))
+    afina.save_model(new_model(config, seed=0), tokenizer, folder)
+    return str(folder)
+
+
+def first_adapter(config: dict[str, Any], folder: Path) -> str:
+    """Write the adapter that a run of these settings begins with, for PEFT to begin with it too."""
+    from afina.engine.adapters import save_adapter
+    from afina.engine.train import choose_trained
+    from afina.engine.train_config import TrainConfig
+    from afina.engine.weights import load_model
+
+    model = load_model(config["model"], dtype=config["dtype"], device=config["device"])
+    choose_trained(TrainConfig.resolve(overrides=config), model)
+    save_adapter(model, None, folder)
     return str(folder)
 
 
 class Memory:
-    """Peak resident set since ``start``, above what was resident then, in MB (Linux)."""
+    """Peak resident set, in MB (Linux)."""
 
     def start(self) -> None:
+        self.before = self._read("VmHWM")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         self.base = self._read("VmRSS")
 
-    def peak_above(self) -> float:
-        return (self._read("VmHWM") - self.base) / 1e3
+    def peaks(self) -> dict[str, float]:
+        """Since ``start``, above what was resident then; and of the process since it began."""
+        peak = self._read("VmHWM")
+        return {"memory_mb": (peak - self.base) * 1.024e-3, "process_mb": max(peak, self.before) * 1.024e-3}
 
     @staticmethod
     def _read(key: str) -> int:
@@ -101,7 +149,8 @@ class Memory:
         return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
 
 
-def train_afina(config: dict[str, Any]) -> dict[str, Any]:
+def train_afina(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
+    """``afina.finetune``, which makes the same ``adapter`` itself."""
     import afina
     from afina.engine.train import Run
 
@@ -119,19 +168,47 @@ def train_afina(config: dict[str, Any]) -> dict[str, Any]:
         "losses": [line["loss"] for line in steps],
         "seconds": [line["seconds"] for line in steps],
         "tokens": [line["tokens"] for line in steps],
-        "memory_mb": memory.peak_above(),
+        "trained_tokens": [line["trained_tokens"] for line in steps],
+        **memory.peaks(),
     }
 
 
-def train_peer(config: dict[str, Any]) -> dict[str, Any]:
+def peer_model(config: dict[str, Any], adapter: str | None) -> Any:
+    """transformers' model; with PEFT's adapter, on matrices that bitsandbytes quantised as it loaded them for qlora."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from afina.loaders.hub import resolve
+
+    options: dict[str, Any] = {}
+    if config["method"] == "qlora":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    model = AutoModelForCausalLM.from_pretrained(resolve(config["model"]), dtype=torch.float32, **options)
+    model.config.use_cache = False
+    if adapter is None:
+        return model
+    from peft import PeftModel, prepare_model_for_kbit_training
+
+    if config["method"] == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns that on
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     """transformers' Trainer with its default optimizer (fused AdamW) on the micro-batches that ours would take."""
     import torch
     from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from afina.loaders.batches import Batches
     from afina.loaders.dataset import prepare
-    from afina.loaders.hub import resolve
     from afina.loaders.tokenizer import load_tokenizer
 
     torch.set_num_threads(config["threads"])
@@ -147,8 +224,7 @@ def train_peer(config: dict[str, Any]) -> dict[str, Any]:
         for ids, labels, row in zip(mb.input_ids.tolist(), mb.labels.tolist(), mb.rows):
             length = int(train.lengths[row])
             rows.append({"input_ids": ids[:length], "labels": labels[:length]})
-    model = AutoModelForCausalLM.from_pretrained(resolve(config["model"]), dtype=torch.float32)
-    model.config.use_cache = False
+    model = peer_model(config, adapter)
     losses: list[float] = []
     seconds: list[float] = []
     memory = Memory()
@@ -179,6 +255,9 @@ def train_peer(config: dict[str, Any]) -> dict[str, Any]:
             losses.append(loss.item())
             return loss
 
+    checkpointing: dict[str, Any] = {}
+    if config["gradient_checkpointing"]:  # not reentrant: with adapters the embeddings have no gradient
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             output_dir=out,
@@ -188,6 +267,7 @@ def train_peer(config: dict[str, Any]) -> dict[str, Any]:
             lr_scheduler_type=config["lr_scheduler_type"],
             weight_decay=config["weight_decay"],
             max_grad_norm=config["max_grad_norm"],
+            **checkpointing,
             use_cpu=True,
             save_strategy="no",
             logging_strategy="no",
@@ -198,61 +278,98 @@ def train_peer(config: dict[str, Any]) -> dict[str, Any]:
         trainer = Ordered(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
         memory.start()
         trainer.train()
-    return {"losses": losses, "seconds": seconds, "memory_mb": memory.peak_above()}
+    return {"losses": losses, "seconds": seconds, **memory.peaks()}
+
+
+WORKERS = {"afina": train_afina, "peer": train_peer}
+
+
+def missing(method: str) -> list[str]:
+    return [name for name in ("transformers", "accelerate", *PEERS[method]) if find_spec(name) is None]
+
+
+def ratios(ours: list[float], theirs: list[float], name: str) -> dict[str, Any]:
+    """Of each pair of runs, and their median."""
+    pairs = [a / b for a, b in zip(ours, theirs)]
+    return {
+        f"{name}_ratio_median": round(statistics.median(pairs), 3),
+        f"{name}_ratio_pairs": [round(p, 3) for p in pairs],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--model", default="afina-tiny", help="folder, hub id, afina-tiny or random-50k")
+    parser.add_argument("--method", choices=METHODS, default="full")
+    parser.add_argument("--model", default="afina-tiny", help=f"folder, hub id, afina-tiny, {' or '.join(RANDOM)}")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in both")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--worker", choices=("afina", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps((train_afina if args.worker == "afina" else train_peer)(args.settings)))
+        print(json.dumps(WORKERS[args.worker](*args.settings)))
         return
     if not DATA.is_dir():
         sys.exit(f"no real data at {DATA}")
-    runs: dict[str, list[dict[str, Any]]] = {"afina": [], "peer": []}
-    models = tempfile.TemporaryDirectory()
-    model = make_random_50k(Path(models.name)) if args.model == "random-50k" else args.model
-    for _ in range(args.repeats):
-        for name, results in runs.items():
-            with tempfile.TemporaryDirectory() as folder:
-                config = settings(args.case, model, Path(folder), args.steps, args.threads)
-                command = [sys.executable, __file__, args.case, "--worker", name, "--settings", json.dumps(config)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            run = json.loads(done.stdout.splitlines()[-1])
-            run["tokens"] = run.get("tokens") or runs["afina"][0]["tokens"]
-            seconds = sum(run["seconds"][args.warmup :])
-            run["tokens_per_second"] = sum(run["tokens"][args.warmup :]) / seconds
-            run["rows_per_second"] = (args.steps - args.warmup) * CASES[args.case]["batch_size"] / seconds
-            results.append(run)
-            shown = {k: round(run[k], 1) for k in ("tokens_per_second", "rows_per_second", "memory_mb")}
-            print(json.dumps({"engine": name, "case": args.case, **shown}), flush=True)
-    pairs = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["afina"], runs["peer"])]
-    memory = [statistics.median(run["memory_mb"] for run in results) for results in runs.values()]
-    first = [run["losses"][:20] for run in (runs["afina"][0], runs["peer"][0])]
-    print(
-        json.dumps(
-            {
-                "command": " ".join(["python", "benchmarks/bench_train.py", *sys.argv[1:]]),
-                "case": args.case,
-                "model": args.model,
-                "speed_ratio_median": round(statistics.median(pairs), 3),
-                "speed_ratio_pairs": [round(p, 3) for p in pairs],
-                "memory_ratio": round(memory[0] / memory[1], 3),
-                "largest_loss_difference_first_20": max(abs(a - b) for a, b in zip(*first)),
-                "threads": args.threads,
-                "machine": platform.processor() or platform.machine(),
-                "versions": {p: version(p) for p in ("afina", "torch", "transformers", "accelerate")},
-            }
+    engines = list(WORKERS)
+    if lacking := missing(args.method):
+        engines = ["afina"]
+        print(json.dumps({"engine": "peer", "skipped": f"not installed: {', '.join(lacking)}"}), flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+    with tempfile.TemporaryDirectory() as models:
+        model = make_random(args.model, Path(models, "model")) if args.model in RANDOM else args.model
+        for _ in range(args.repeats):
+            for name, results in runs.items():
+                results.append(run(args, name, model, runs["afina"][0] if runs["afina"] else None))
+    facts: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/bench_train.py", *sys.argv[1:]]),
+        "case": args.case,
+        "method": args.method,
+        "model": args.model,
+    }
+    if "peer" in runs:
+        for key, name in (("tokens_per_second", "speed"), ("memory_mb", "memory"), ("process_mb", "process_memory")):
+            facts |= ratios(*([one[key] for one in runs[engine]] for engine in engines), name)
+        first = [runs[engine][0]["losses"][:20] for engine in engines]
+        facts["largest_loss_difference_first_20"] = max(abs(a - b) for a, b in zip(*first))
+    packages = [name for name in ("transformers", "accelerate", *PEERS[args.method]) if find_spec(name)]
+    facts |= {
+        "threads": args.threads,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("afina", "torch", *packages)},
+    }
+    print(json.dumps(facts))
+
+
+def run(args: argparse.Namespace, engine: str, model: str, first: dict[str, Any] | None) -> dict[str, Any]:
+    """One engine in a process of its own. ``first``: ours, which counts the tokens for both."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = settings(
+            args.case,
+            args.method,
+            model,
+            folder,
+            steps=args.steps,
+            threads=args.threads,
+            checkpointing=args.gradient_checkpointing,
         )
-    )
+        adapter = first_adapter(config, folder / "adapter") if engine == "peer" and METHODS[args.method] else None
+        command = [sys.executable, __file__, args.case, "--worker", engine, "--settings", json.dumps([config, adapter])]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    counted, seconds = first or result, sum(result["seconds"][args.warmup :])
+    for key in ("tokens", "trained_tokens"):
+        result[f"{key}_per_second"] = sum(counted[key][args.warmup :]) / seconds
+    result["rows_per_second"] = (args.steps - args.warmup) * CASES[args.case]["batch_size"] / seconds
+    keys = ("tokens_per_second", "trained_tokens_per_second", "rows_per_second", "memory_mb", "process_mb")
+    shown = {key: round(result[key], 1) for key in keys}
+    print(json.dumps({"engine": engine, "case": args.case, "method": args.method, **shown}), flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 
     python benchmarks/bench_train_gpu.py                                    # Qwen2.5-0.5B and 1.5B shapes
     python benchmarks/bench_train_gpu.py --cases 0.5B --providers afina transformers-sdpa
+    python benchmarks/bench_train_gpu.py --methods lora qlora               # and Llama-3-8B, beside PEFT
+    python benchmarks/bench_train_gpu.py --methods lora qlora --cases 8B --providers afina
 
-A step is the engine's own: `accumulate` over one micro-batch of dense rows of 1,024 tokens, clipping, AdamW with fp32
-master weights; bf16. Providers: afina (Triton), afina-torch (AFINA_BACKEND=torch), and transformers' model of the
-same shapes under the same optimizer, with its scaled_dot_product_attention, with eager attention, and patched by
-Liger. Where a batch does not fit, half of it is tried, and the case says so. MFU: 6 operations a parameter and token
-and attention's products, over the measured rate of a bf16 matrix product (what `ceiling_tflops` names), not the data
-sheet's. On a CPU a tiny model, in fp32.
+A step is the engine's own: `accumulate` over one micro-batch, clipping, AdamW with fp32 master weights; bf16. Full
+training takes dense rows of 1,024 tokens; lora and qlora take packed documents of 2,048 tokens, two a step, with
+adapters of rank 16 on all linear layers, and Llama-3-8B's rows say what it has to reach on an H200 (`target`).
+Providers: afina (Triton), afina-torch (AFINA_BACKEND=torch), and transformers' model of the same shapes under the same
+optimizer, with its scaled_dot_product_attention, with eager attention, and patched by Liger; for adapters PEFT on that
+model, with Liger too, over bitsandbytes' NF4 for qlora. Peers' adapters are held as ours are, in bf16 beside the
+optimizer's fp32, which spares them PEFT's casts. Where a batch does not fit, half of it is tried, and the case says
+so. MFU: 6 operations a trained parameter and token, 4 a frozen one, and attention's products, none of it counted twice
+where it is recomputed, over the measured rate of a bf16 matrix product (what `ceiling_tflops` names), not the data
+sheet's. On a CPU tiny models, in fp32.
 """
 
 from __future__ import annotations
@@ -28,19 +34,28 @@ import torch
 from harness import DEVICE, GPU, Unavailable, ceilings, one_line, tail
 from torch import Tensor, nn
 
+from afina.engine.adapters import linears, new_adapter
 from afina.engine.config import ModelConfig
+from afina.engine.linear import Linear
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
+from afina.engine.quantised import NF4Weight
 from afina.engine.train import accumulate
+from afina.kernels.nf4 import quantize_nf4
+from afina.loaders.adapter import AdapterConfig
 from afina.loaders.batches import MicroBatch
 
-RATE = 1e-4
+RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}  # so that a few steps lower the loss by more than bf16's rounding
+RANK, ALPHA = 16, 32
 
 
 class Shape(NamedTuple):
     config: dict[str, Any]
     rows: int
     length: int
+    method: str = "full"
+    checkpointing: bool = False
+    target: dict[str, float] | None = None  # what ours has to reach
 
 
 def qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int = 151_936) -> dict[str, Any]:
@@ -60,12 +75,57 @@ def qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab:
     }
 
 
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": False,
+    "vocab_size": 128_256,
+}
+TARGETS = {
+    "lora": {"tokens_per_second": 13_000, "peak_mb": 30_000},
+    "lora+checkpointing": {"peak_mb": 19_000},
+    "qlora+checkpointing": {"peak_mb": 12_000, "speed_of_lora": 0.85},
+}
+
+
+def adapted(name: str, config: dict[str, Any], rows: int, length: int, targets: bool = False) -> dict[str, Shape]:
+    """A model's shapes with adapters: name -> shape."""
+    return {
+        f"{name} {policy}": Shape(
+            config,
+            rows,
+            length,
+            policy.partition("+")[0],
+            policy.endswith("+checkpointing"),
+            target if targets else None,
+        )
+        for policy, target in TARGETS.items()
+    }
+
+
+QWEN = {"Qwen2.5-0.5B": qwen(896, 4864, 24, 14, 2), "Qwen2.5-1.5B": qwen(1536, 8960, 28, 12, 2)}
+TINY = qwen(64, 160, 2, 4, 2, 512)
 SHAPES = {
     "gpu": {
-        "Qwen2.5-0.5B": Shape(qwen(896, 4864, 24, 14, 2), 16, 1024),
-        "Qwen2.5-1.5B": Shape(qwen(1536, 8960, 28, 12, 2), 8, 1024),
+        "Qwen2.5-0.5B": Shape(QWEN["Qwen2.5-0.5B"], 16, 1024),
+        "Qwen2.5-1.5B": Shape(QWEN["Qwen2.5-1.5B"], 8, 1024),
+        **adapted("Llama-3-8B", LLAMA_8B, 2, 2048, targets=True),
+        **adapted("Qwen2.5-1.5B", QWEN["Qwen2.5-1.5B"], 2, 2048),
+        **adapted("Qwen2.5-0.5B", QWEN["Qwen2.5-0.5B"], 2, 2048),
     },
-    "cpu": {"tiny": Shape(qwen(64, 160, 2, 4, 2, 512), 4, 64)},
+    "cpu": {
+        "tiny": Shape(TINY, 4, 64),
+        **adapted("tiny-llama", TINY | {"model_type": "llama", "tie_word_embeddings": False}, 2, 32),
+        **adapted("tiny", TINY, 2, 32),
+    },
 }
 
 
@@ -73,53 +133,114 @@ class Engine(NamedTuple):
     """A step on a batch of ids on the CPU -> the loss, a tensor; and how many parameters it trains."""
 
     step: Callable[[Tensor], Tensor]
-    parameters: int
+    trained: int
 
 
-def afina(config: dict[str, Any]) -> Engine:
-    model = GPT(ModelConfig.from_hf(config), device="meta", dtype=dtype()).to_empty(device=DEVICE)
+def afina(shape: Shape) -> Engine:
+    model = GPT(ModelConfig.from_hf(shape.config), device="meta", dtype=dtype())
+    model.hf_config = shape.config
+    if shape.method == "qlora":
+        quantise(model)
+    model.to_empty(device=DEVICE)
     initialise(model)
-    optimizer = AdamW(model.train(), decay=model.decay_parameters())
+    if shape.method != "full":
+        new_adapter(model, AdapterConfig(r=RANK, alpha=ALPHA), targets=["all-linear"], seed=0)
+    model.gradient_checkpointing = shape.checkpointing
+    optimizer = AdamW(model.train(), decay=model.decay_parameters() if shape.method == "full" else set())
 
     def step(ids: Tensor) -> Tensor:
-        batch = MicroBatch(ids, ids, None, list(range(len(ids))), ids[:, 1:].numel(), ids.numel())
-        return finished(optimizer, accumulate(model, [batch]))
+        rows, length = ids.shape
+        starts = None
+        if shape.method != "full":
+            ids, starts = ids.view(1, -1), torch.arange(rows + 1, dtype=torch.int32) * length
+        batch = MicroBatch(ids, ids, starts, list(range(rows)), rows * (length - 1), ids.numel())
+        return finished(optimizer, accumulate(model, [batch]), RATES[shape.method])
 
-    return Engine(step, model.num_parameters())
+    return Engine(step, trained(model))
 
 
-def peer(config: dict[str, Any], attention: str, liger: bool = False) -> Engine:
+@torch.no_grad()
+def quantise(model: GPT) -> None:
+    """Random NF4 weights where a model on meta has matrices in its layers: drawn and quantised one at a time, each of
+    the checkpoint's on its own as the loader does, so that no dense model is ever there."""
+    torch.manual_seed(0)
+    parts: dict[str, list[tuple[int, int, Tensor, Any]]] = {}
+    for target in linears(model).values():
+        rows, width = target.stop - target.start, model.get_submodule(target.ours).in_features
+        weight = torch.empty(rows, width, device=DEVICE, dtype=dtype()).normal_(0.0, 0.02)
+        parts.setdefault(target.ours, []).append((target.start, target.stop, *quantize_nf4(weight)))
+    for name, found in parts.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, Linear)
+        layer.weight, layer.quantised = None, NF4Weight(found)
+
+
+def peer(shape: Shape, attention: str = "sdpa", liger: bool = False) -> Engine:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+        from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2
 
-        apply_liger_kernel_to_qwen2()
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    hf = AutoConfig.for_model(config["model_type"], **fields)
+        {"llama": apply_liger_kernel_to_llama, "qwen2": apply_liger_kernel_to_qwen2}[shape.config["model_type"]]()
+    fields = {name: value for name, value in shape.config.items() if name != "model_type"}
+    hf = AutoConfig.for_model(shape.config["model_type"], **fields)
     with torch.device(DEVICE):
         model: Any = AutoModelForCausalLM.from_config(hf, dtype=dtype(), attn_implementation=attention)
     model.config.use_cache = False
     initialise(model)
     decay = {name for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
+    if shape.method != "full":
+        model, decay = with_peft(model, quantised=shape.method == "qlora"), set()
+    if shape.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = AdamW(model.train(), decay=decay)
 
     def step(ids: Tensor) -> Tensor:
         ids = ids.to(DEVICE, non_blocking=True)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        return finished(optimizer, loss.detach())
+        return finished(optimizer, loss.detach(), RATES[shape.method])
 
-    return Engine(step, sum(p.numel() for p in model.parameters()))
+    return Engine(step, trained(model))
 
 
-PROVIDERS: dict[str, Callable[[dict[str, Any]], Engine]] = {
+def with_peft(model: Any, quantised: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    if quantised:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        for name, old in list(model.named_modules()):
+            if not isinstance(old, nn.Linear) or name == "lm_head":
+                continue
+            size = (old.in_features, old.out_features)
+            new = Linear4bit(*size, bias=old.bias is not None, compute_dtype=dtype(), quant_type="nf4", device="meta")
+            new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
+            new.bias = old.bias
+            model.set_submodule(name, new.to(DEVICE))  # quantises
+        model.is_loaded_in_4bit = True  # what PEFT asks
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+PROVIDERS: dict[str, Callable[[Shape], Engine]] = {
     "afina": afina,
     "afina-torch": afina,
-    "transformers-sdpa": lambda config: peer(config, "sdpa"),
-    "transformers-eager": lambda config: peer(config, "eager"),
-    "transformers-liger": lambda config: peer(config, "sdpa", liger=True),  # last: it patches transformers for good
+    "transformers-sdpa": peer,
+    "transformers-eager": lambda shape: peer(shape, "eager"),
+    "peft": peer,
+    "transformers-liger": lambda shape: peer(shape, liger=True),  # last: it patches transformers for good
+    "peft-liger": lambda shape: peer(shape, liger=True),
 }
+ADAPTED = ("afina", "peft", "peft-liger")  # of them, for lora and qlora
+
+
+def takes(provider: str, method: str) -> bool:
+    return provider in ADAPTED if method != "full" else not provider.startswith("peft")
+
+
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def dtype() -> torch.dtype:
@@ -140,16 +261,16 @@ def initialise(model: nn.Module) -> None:
             parameter.zero_()
 
 
-def finished(optimizer: AdamW, loss: Tensor) -> Tensor:
+def finished(optimizer: AdamW, loss: Tensor, rate: float) -> Tensor:
     optimizer.clip_(1.0)
-    optimizer.step(RATE)
+    optimizer.step(rate)
     optimizer.zero_grad()
     return loss
 
 
 def measure(provider: str, shape: Shape, rows: int, warmup: int, seconds: float) -> dict[str, Any]:
     """Steps for about so many seconds. Each ends with its loss on the CPU, as the engine's own loop has it."""
-    engine = PROVIDERS[provider](shape.config)
+    engine = PROVIDERS[provider](shape)
     generator = torch.Generator().manual_seed(1)
     # The same rows each step, so that the loss must fall.
     ids = torch.randint(shape.config["vocab_size"], (rows, shape.length), generator=generator)
@@ -168,23 +289,37 @@ def measure(provider: str, shape: Shape, rows: int, warmup: int, seconds: float)
     tokens = steps * rows * shape.length / taken
     config = shape.config
     dim = config["hidden_size"] // config["num_attention_heads"]
+    parameters = ModelConfig.from_hf(config).num_parameters()
+    # An embedding that is no head as well is looked up, not multiplied.
+    looked_up = 0 if config["tie_word_embeddings"] else config["vocab_size"] * config["hidden_size"]
     flops = costs.training_flops(
-        engine.parameters, config["num_hidden_layers"], config["num_attention_heads"], dim, shape.length
+        engine.trained - (looked_up if shape.method == "full" else 0),
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        dim,
+        shape.length,
+        frozen=0 if shape.method == "full" else parameters - looked_up,
     )
     peak = ceilings()
     row: dict[str, Any] = {"ms": round(1e3 * taken / steps, 3), "steps": steps, "tokens_per_second": round(tokens, 1)}
-    row |= {"parameters": engine.parameters, "flops_per_token": round(flops), "tflops": round(tokens * flops / 1e12, 2)}
+    row |= {"parameters": parameters, "trained": engine.trained}
+    row |= {"flops_per_token": round(flops), "tflops": round(tokens * flops / 1e12, 2)}
     row["mfu"] = None if peak is None else round(tokens * flops / peak.tflops / 1e12, 4)
     row["ceiling_tflops"] = None if peak is None else round(peak.tflops, 1)
     row["peak"] = None if peak is None else "bf16 matrix product of 8192^3, measured"
-    row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 1e6) if GPU else None
+    row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 1e6) if GPU else None  # with the weights
     return row | {"loss_first": round(first, 4), "loss_last": round(last, 4)}
+
+
+def heading(name: str, shape: Shape, provider: str) -> dict[str, Any]:
+    return {"op": "train", "case": f"{name} {shape.rows}x{shape.length}", "pass": "step", "provider": provider}
 
 
 def run(name: str, shape: Shape, provider: str, warmup: int, seconds: float) -> dict[str, Any]:
     """Measure, with half the rows as long as they do not fit."""
-    row: dict[str, Any] = {"op": "train", "case": f"{name} {shape.rows}x{shape.length}", "pass": "step"}
-    row |= {"provider": provider, "dtype": str(dtype()).removeprefix("torch.")}
+    row = heading(name, shape, provider) | {"method": shape.method, "dtype": str(dtype()).removeprefix("torch.")}
+    if provider == "afina" and shape.target:
+        row["target"] = shape.target
     before = os.environ.get("AFINA_BACKEND")
     if provider == "afina-torch":
         os.environ["AFINA_BACKEND"] = "torch"
@@ -223,13 +358,16 @@ def main() -> int:
     parser.add_argument(
         "--cases", nargs="+", default=[], metavar="WORD", help="only models whose name holds one of these"
     )
+    parser.add_argument(
+        "--methods", nargs="+", default=["full"], choices=RATES, metavar="NAME", help="full, lora, qlora"
+    )
     parser.add_argument("--providers", nargs="+", default=[], choices=PROVIDERS, metavar="NAME", help="only these")
     parser.add_argument("--without", nargs="+", default=[], choices=PROVIDERS, metavar="NAME", help="all but these")
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
-    shapes = SHAPES["gpu" if GPU else "cpu"]
+    shapes = {name: shape for name, shape in SHAPES["gpu" if GPU else "cpu"].items() if shape.method in args.methods}
     chosen = {
         name: shape for name, shape in shapes.items() if not args.cases or any(word in name for word in args.cases)
     }
@@ -238,12 +376,19 @@ def main() -> int:
     for provider in PROVIDERS:
         if provider in args.without or (args.providers and provider not in args.providers):
             continue
+        speeds: dict[str, float] = {}
         for name, shape in chosen.items():
-            if time.monotonic() > deadline:
-                row = {"op": "train", "case": f"{name} {shape.rows}x{shape.length}", "pass": "step"}
-                print(dumps(row | {"provider": provider, "skipped": "time limit"} | tail()), flush=True)
+            if not takes(provider, shape.method):
                 continue
-            print(dumps(run(name, shape, provider, 2, 1.0 if args.quick or not GPU else 3.0)), flush=True)
+            if time.monotonic() > deadline:
+                print(dumps(heading(name, shape, provider) | {"skipped": "time limit"} | tail()), flush=True)
+                continue
+            row = run(name, shape, provider, 2, 1.0 if args.quick or not GPU else 3.0)
+            speeds[name] = row.get("tokens_per_second", math.nan)
+            same = name.replace("qlora", "lora")  # under the same policy
+            if shape.method == "qlora" and math.isfinite(ratio := speeds[name] / speeds.get(same, math.nan)):
+                row["speed_of_lora"] = round(ratio, 3)
+            print(dumps(row), flush=True)
     return 0
 
 

@@ -107,7 +107,8 @@ def decode(lengths: Sequence[int], heads: int, kv_heads: int, dim: int, itemsize
     return {"forward": Cost(4 * keys * heads * dim, 2 * itemsize * keys * kv_heads * dim + 2 * q)}
 
 
-def training_flops(parameters: int, layers: int, heads: int, dim: int, length: int) -> float:
+def training_flops(parameters: int, layers: int, heads: int, dim: int, length: int, frozen: int = 0) -> float:
     """Of a token in a causal row of `length`, forward and backward: 6 a parameter that multiplies (tied embeddings do),
-    and three times attention's forward products; what is computed again does not count."""
-    return 6 * parameters + 3 * layers * attention([length], heads, heads, dim)["forward"].flops / length
+    4 a frozen one, which has no gradient of its own, and three times attention's forward products; what is computed
+    again does not count."""
+    return 6 * parameters + 4 * frozen + 3 * layers * attention([length], heads, heads, dim)["forward"].flops / length

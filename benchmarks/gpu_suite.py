@@ -1,6 +1,8 @@
-"""All that a GPU is needed for, in one command: the kernels' tests, all op benchmarks, a short training benchmark.
+"""All that a GPU is needed for, in two commands of under nine minutes: the kernels' tests and all op benchmarks; then
+training, full and with adapters.
 
     python benchmarks/gpu_suite.py                                   # into benchmarks/results/gpu_<device>/
+    python benchmarks/gpu_suite.py --part training                   # into benchmarks/results/gpu_<device>_training/
     python benchmarks/gpu_suite.py --output results --minutes 9
     python benchmarks/gpu_suite.py --only attention train
 
@@ -43,7 +45,7 @@ class Stage(NamedTuple):
     weight: float  # its share of the time left is its weight over the weights left
 
 
-STAGES = (
+KERNELS = (
     Stage("tests", 180),
     Stage("attention", 75),
     Stage("cross_entropy", 45),
@@ -53,8 +55,12 @@ STAGES = (
     Stage("adamw", 20),
     Stage("decode", 25),
     Stage("nf4", 10),
-    Stage("train", 80),
 )
+TRAINING = (Stage("train", 80), Stage("lora", 350))
+PARTS = {"kernels": KERNELS, "training": TRAINING}
+STAGES = (*KERNELS, *TRAINING)
+# Stages that bench_train_gpu.py does, and how it is asked.
+METHODS = {"train": ["--methods", "full"], "lora": ["--methods", "lora", "qlora"]}
 PLOT_SECONDS = 20.0
 
 
@@ -165,16 +171,17 @@ class Suite:
 
     def benchmark(self, name: str, limit: float) -> None:
         """One script's rows; again without a provider that broke the GPU's context."""
-        script = HERE / ("bench_train_gpu.py" if name == "train" else f"bench_{name}.py")
+        script = HERE / ("bench_train_gpu.py" if name in METHODS else f"bench_{name}.py")
         ends = time.monotonic() + limit
         without: list[str] = []
         while True:
             left = ends - time.monotonic()
             command = [sys.executable, str(script), "--seconds", f"{max(1.0, left - START):.0f}"]
+            command += METHODS.get(name, [])
             command += [] if self.gpu else ["--quick"]
             command += ["--without", *without] if without else []
             temporary = self.folder / "rows.tmp"
-            extra = {} if self.gpu or name == "train" else {"TRITON_INTERPRET": "1"}
+            extra = {} if self.gpu or name in METHODS else {"TRITON_INTERPRET": "1"}
             with temporary.open("w") as file:
                 status, seconds = self.run(command, left + GRACE - LAST_WORDS, file, self.log, **extra)
             lost = self.take(temporary)
@@ -234,17 +241,25 @@ def device() -> tuple[bool, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="folder for the files (default: benchmarks/results/gpu_<device>)")
+    parser.add_argument(
+        "--part", choices=PARTS, default="kernels", help="tests and op benchmarks, or training (default kernels)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for the files (default: benchmarks/results/gpu_<device>, or ..._training)"
+    )
     parser.add_argument("--minutes", type=float, default=8.7, help="deadline for all of it (default 8.7)")
     names = [stage.name for stage in STAGES]
     parser.add_argument(
-        "--only", nargs="+", default=names, choices=names, metavar="STAGE", help=f"of {', '.join(names)}"
+        "--only", nargs="+", choices=names, metavar="STAGE", help=f"instead of a part: some of {', '.join(names)}"
     )
     args = parser.parse_args()
     gpu, name = device()
+    name += "" if args.part == "kernels" else f"_{args.part}"
     suite = Suite(args.output or HERE / "results" / f"gpu_{name}", args.minutes, gpu)
     suite.environment()
-    stages = tuple(stage for stage in STAGES if stage.name in args.only)
+    stages = PARTS[args.part]
+    if args.only:
+        stages = tuple(stage for stage in STAGES if stage.name in args.only)
     for i, stage in enumerate(stages):
         left = suite.deadline - time.monotonic() - PLOT_SECONDS - GRACE
         limit = allowance(left, i, stages)

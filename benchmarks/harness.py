@@ -43,7 +43,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 # ||result - reference|| / ||reference||: an order above what rounding gives, well under what a wrong formula does.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-PEERS = ("transformers", "liger_kernel", "fla", "flash_attn", "cut_cross_entropy", "bitsandbytes")
+PEERS = ("transformers", "liger_kernel", "fla", "flash_attn", "cut_cross_entropy", "bitsandbytes", "peft")
 SLOW = ("compile", "flex")  # compile for many seconds; come last, and on a CPU only when named
 CPU_NOTE = "CPU reference/interpreter path: not a performance statement"
 DEVICE_LOST = 3  # exit status: after an illegal access no call of this process can work

@@ -43,6 +43,8 @@ COLOURS = {
     "transformers-sdpa": "#00798c",
     "transformers-eager": "#8d99ae",
     "transformers-liger": "#8e5aa8",
+    "peft": "#00798c",
+    "peft-liger": "#8e5aa8",
 }
 MARKERS = {"attention": "o", "linear_cross_entropy": "s", "decode": "^"}
 LEAST, WIDEST = 0.25, 16.0  # bars begin and end here; the label of a longer one says how far it would go

@@ -25,6 +25,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 import bench_activation
 import bench_attention
+import bench_train
 import bench_train_gpu
 import costs
 import gpu_suite
@@ -83,6 +84,7 @@ def test_costs_by_hand() -> None:
     assert costs.nf4(130)["forward"].bytes == 65 + 3 + 4 + 260
     assert costs.decode([3, 5], 4, 2, 8) == {"forward": Cost(4 * 8 * 4 * 8, 4 * 8 * 2 * 8 + 4 * 2 * 4 * 8)}
     assert costs.training_flops(100, 2, 3, 8, 4) == 600 + 2 * 3 * 4 * 3 * 8 * 10 / 4
+    assert costs.training_flops(100, 2, 3, 8, 4, frozen=10) == costs.training_flops(100, 2, 3, 8, 4) + 40
 
 
 def test_share_is_the_floor_over_the_time() -> None:
@@ -284,6 +286,83 @@ def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train_gpu, "measure", full)
     assert bench_train_gpu.run("tiny", shape, "afina", 1, 0.1)["skipped"] == "OutOfMemoryError: out of memory"
     assert asked == [4, 2, 1]
+
+
+ADAPTED = [
+    (name, provider) for name in ("tiny-llama lora", "tiny qlora+checkpointing") for provider in ("afina", "peft")
+]
+
+
+@pytest.mark.parametrize(("name", "provider"), ADAPTED)
+def test_training_adapters(name: str, provider: str) -> None:
+    """Ours and PEFT's train as many parameters, lower the same first loss, and count the same work."""
+    for package in ("peft",) * (provider == "peft") + ("bitsandbytes",) * (provider == "peft" and "qlora" in name):
+        pytest.importorskip(package)
+    shape = bench_train_gpu.SHAPES["cpu"][name]
+    row = bench_train_gpu.run(name, shape, provider, 1, 0.1)
+    assert "skipped" not in row
+    assert row["loss_last"] < row["loss_first"]
+    c = shape.config
+    hidden, inner, kv = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // 2
+    sides = 4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner)
+    assert row["trained"] == bench_train_gpu.RANK * c["num_hidden_layers"] * sides
+    embedding = 0 if c["tie_word_embeddings"] else c["vocab_size"] * hidden
+    attention = 3 * 2 * 4 * 64 * (shape.length + 1) / 2
+    assert row["flops_per_token"] == 6 * row["trained"] + 4 * (row["parameters"] - embedding) + attention
+
+
+def test_adapters_are_measured_on_what_was_asked(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Llama-3-8B first, with its targets; qlora beside lora under the same policy; peers only where they belong."""
+    shapes = bench_train_gpu.SHAPES["gpu"]
+    assert {shape.rows * shape.length for shape in shapes.values() if shape.method != "full"} == {4096}
+    assert bench_train_gpu.ModelConfig.from_hf(bench_train_gpu.LLAMA_8B).num_parameters() == 8_030_261_248
+    monkeypatch.setattr(bench_train_gpu, "SHAPES", {"cpu": shapes, "gpu": shapes})
+    monkeypatch.setattr(bench_train_gpu, "measure", lambda provider, shape, *rest: {
+        "tokens_per_second": 100.0 - 20 * shape.checkpointing - 8 * (shape.method == "qlora"),
+    })  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bench_train_gpu.py", "--methods", "lora", "qlora"])
+    assert bench_train_gpu.main() == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["provider"] for row in rows] == ["afina"] * 9 + ["peft"] * 9 + ["peft-liger"] * 9
+    assert [row["case"] for row in rows[:3]] == [
+        f"Llama-3-8B {policy} 2x2048" for policy in ("lora", "lora+checkpointing", "qlora+checkpointing")
+    ]
+    assert rows[0]["target"] == {"tokens_per_second": 13_000, "peak_mb": 30_000}
+    assert {row.get("speed_of_lora") for row in rows} == {None, 0.9}
+    assert rows[2]["speed_of_lora"] == 0.9
+    assert sum("target" in row for row in rows) == 3
+
+
+@pytest.mark.skipif(not bench_train.DATA.is_dir(), reason="the data is not here")
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_both_engines_train_the_same_adapter(method: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """From the same adapter, on the same rows: the same losses."""
+    for package in ("accelerate", *bench_train.PEERS[method]):
+        pytest.importorskip(package)
+    small = bench_train.RANDOM["random-100m"] | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+    monkeypatch.setitem(bench_train.RANDOM, "small", small)
+    monkeypatch.setitem(bench_train.CASES, "short", {"batch_size": 4, "max_length": 64})
+    threads = torch.get_num_threads()
+    config = bench_train.settings(
+        "short", method, bench_train.make_random("small", tmp_path / "model"), tmp_path, steps=3, threads=threads
+    )
+    adapter = bench_train.first_adapter(config, tmp_path / "adapter")
+    ours, theirs = bench_train.train_afina(config, adapter), bench_train.train_peer(config, adapter)
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5 if method == "lora" else 1e-3)
+    assert len(set(ours["losses"])) == len(theirs["seconds"]) == 3
+    for run in (ours, theirs):
+        assert 0 <= run["memory_mb"] < run["process_mb"]
+
+
+def test_ratios_and_what_is_not_installed(monkeypatch: Any) -> None:
+    assert bench_train.ratios([2.0, 4.0, 9.0], [1.0, 4.0, 3.0], "speed") == {
+        "speed_ratio_median": 2.0,
+        "speed_ratio_pairs": [2.0, 1.0, 3.0],
+    }
+    monkeypatch.setattr(bench_train, "find_spec", lambda name: None if name == "peft" else "here")
+    assert [bench_train.missing(method) for method in ("full", "lora", "qlora")] == [[], ["peft"], ["peft"]]
 
 
 class FakeEvent:
@@ -556,7 +635,8 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_time_is_shared_out() -> None:
     stages = gpu_suite.STAGES
-    assert {stage.name for stage in stages} == {*SCRIPTS, "tests", "train"}
+    assert {stage.name for stage in stages} == {*SCRIPTS, "tests", "train", "lora"}
+    assert [stage.name for part in gpu_suite.PARTS.values() for stage in part] == [stage.name for stage in stages]
     left, whole = 500.0, 0.0
     for i in range(len(stages)):
         share = gpu_suite.allowance(left - whole, i)
@@ -602,6 +682,7 @@ def test_an_op_goes_on_without_what_broke_the_gpu(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(suite, "run", run)
     suite.benchmark("activation", 60.0)
     suite.log.close()
+    assert "--methods" not in commands[0]
     assert "--quick" not in commands[0]
     assert commands[1][-2:] == ["--without", "afina"]
     kept = [json.loads(line) for line in (tmp_path / "benchmarks.jsonl").read_text().splitlines()]
@@ -610,6 +691,23 @@ def test_an_op_goes_on_without_what_broke_the_gpu(tmp_path: Path, monkeypatch: p
     assert first["lost"]["provider"] == "afina"
     assert second["skipped"] == "time limit: rows after the last one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.jsonl", "environment.jsonl", "suite.log"]
+
+
+@pytest.mark.parametrize(("name", "methods"), [("train", ["full"]), ("lora", ["lora", "qlora"])])
+def test_training_has_two_stages(name: str, methods: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    suite = gpu_suite.Suite(tmp_path, 9, gpu=True)
+    commands: list[list[str]] = []
+
+    def run(command: list[str], limit: float, out: Any, err: Any, **env: str) -> tuple[int | None, float]:
+        commands.append(command)
+        return 0, 1.0
+
+    monkeypatch.setattr(suite, "run", run)
+    suite.benchmark(name, 60.0)
+    suite.log.close()
+    ((_, script, *rest),) = commands
+    assert Path(script).name == "bench_train_gpu.py"
+    assert rest == ["--seconds", "55", "--methods", *methods]
 
 
 def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
