@@ -245,7 +245,12 @@ def _adds_space(tokenizer: Tokenizer) -> bool:
 
 
 class Vocabulary:
-    """A tokenizer rebuilt from the key-values of a GGUF file alone, as llama.cpp rebuilds it."""
+    """A tokenizer rebuilt from the key-values of a GGUF file alone, as llama.cpp rebuilds it.
+
+    But for one thing: llama.cpp takes some spellings, "</s>" and "<|im_end|>" among them, for control tokens in every
+    vocabulary that has them, so where they are ordinary tokens (Qwen 3 has such a "</s>") it gives a text that spells
+    them out other ids.
+    """
 
     def __init__(self, path: Path) -> None:
         fields = gguf_package().GGUFReader(path).fields

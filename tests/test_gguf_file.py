@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import weakref
@@ -13,29 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_files import BASE, TEXTS, byte_level_bpe, gguf, read_config, write
 from torch import Tensor
 
 import afina
 from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, load_model, new_model
-from afina.errors import AfinaError, ConfigError, TokenizerError, WeightsError
-from afina.loaders.gguf_file import compare_vocabulary, read_vocabulary, write_gguf
-from afina.loaders.gguf_vocab import SPACE, SPLITTINGS
-from afina.loaders.tokenizer import SPLIT, Tokenizer, load_tokenizer, train_bpe
+from afina.errors import ConfigError, TokenizerError, WeightsError
+from afina.loaders.gguf_file import read_vocabulary, write_gguf
+from afina.loaders.tokenizer import Tokenizer, load_tokenizer
 
-gguf = pytest.importorskip("gguf")
-
-TEXTS = [
-    "Hello world", "", " ", "  two  spaces\n\n\n\tTabs\r\n", "I'm HE'LL they're 'S x's", "    \n   x", "trailing ",
-    "12345 1,234.56 ½ ٣٤ Ⅷ 7", "def f(x):\n    return x**2  # ok\n\n", "日本語のテキスト、中文字符 한국어",
-    "naïve café Ünïcödé ẞ ǅ", "😀👩‍👩‍👧‍👦🏳️‍🌈 🇩🇪", "a" * 100, "مرحبا بالعالم שלום עולם नमस्ते ไทย",
-    "https://x.y/z?a=b&c=d#e", "x\u00a0y\u3000z\u200bq", "\x00\x01\x7f", "!!!???...---===", "tel. +1 (555) 123-4567",
-    "<|endoftext|>a<|user|>b <|end|>\n<s>x</s><unk>", "<0x0A> <0xFF>",
-]  # fmt: skip
-BASE = {
-    "vocab_size": 328, "hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GPT2 = {"model_type": "gpt2", "vocab_size": 328, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 GEMMA = BASE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
@@ -71,6 +57,11 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return byte_level_bpe()
+
+
 def random_model(config: dict[str, Any]) -> GPT:
     """Norms and biases random too, and matrices so large that attention is far from uniform and softcaps bend."""
     model = new_model(config, dtype="float32", device="cpu").eval()
@@ -86,98 +77,12 @@ def random_model(config: dict[str, Any]) -> GPT:
     return model
 
 
-def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float32") -> Path:
-    write_gguf(path, model.hf_config, lambda: hf_tensors(model), tokenizer, dtype=dtype)
-    return path
-
-
 def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray[Any, Any]]]:
     """name -> (type, values in float32)"""
     return {
         tensor.name: (tensor.tensor_type.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         for tensor in gguf.GGUFReader(path).tensors
     }
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    special = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-    return train_bpe(["the cat sat on the mat, in 2024 it didn't 123456"] * 9, 300, special_tokens=special)
-
-
-def sentencepiece(*, prefix: bool, **changes: Any) -> Tokenizer:
-    """A tokenizer.json like those of Llama 2 (``prefix``) and Gemma, with every way to part a piece as a merge."""
-    pieces = [
-        SPACE,
-        *"abcdeghinorst.",
-        "th",
-        "he",
-        "in",
-        "an",
-        f"{SPACE}t",
-        "the",
-        f"{SPACE}the",
-        f"{SPACE}a",
-        "tt",
-        "ttt",
-    ]
-    pieces += [f"{SPACE}an", SPACE * 2, SPACE * 4, "ing", "ed"]
-    vocab = {
-        token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces])
-    }
-    merges = [
-        [piece[:cut], piece[cut:]]
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    first = {"type": "Prepend", "prepend": SPACE}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    data = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            *({"id": i, "content": c, "special": True, **flags} for i, c in enumerate(("<unk>", "<s>", "</s>"))),
-            {"id": len(vocab), "content": "<tool>", "special": False, **flags},
-            {"id": vocab[SPACE * 4], "content": SPACE * 4, "special": False, **flags},
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [first, space]} if prefix else space,
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
-                                                     {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": None,
-        "model": {
-            "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
-            "merges": merges,
-        },
-    }  # fmt: skip
-    data |= {key: value for key, value in changes.items() if key != "model"}
-    data["model"] |= changes.get("model", {})
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return Tokenizer(
-        {"tokenizer.json": json.dumps(data).encode(), "tokenizer_config.json": json.dumps(config).encode()}, "here"
-    )
-
-
-def bytelevel(bpe: Tokenizer, **changes: Any) -> Tokenizer:
-    """``bpe`` with other parts in its tokenizer.json."""
-    data = json.loads(bpe.files()["tokenizer.json"])
-    data |= {key: value for key, value in changes.items() if key != "model"}
-    data["model"] |= changes.get("model", {})
-    return Tokenizer({**bpe.files(), "tokenizer.json": json.dumps(data).encode()}, "here")
-
-
-def splitter(pattern: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [split, level]}
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
@@ -250,7 +155,7 @@ def test_tensors(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_dtypes(bpe: Tokenizer, tmp_path: Path) -> None:
-    model = random_model(CASES["qwen2"] | {"intermediate_size": 72})
+    model = random_model(CASES["qwen2"] | {"hidden_size": 96, "intermediate_size": 72})
     files = {dtype: read_tensors(write(tmp_path / dtype, model, bpe, dtype)) for dtype in ("f16", "bf16", "q8_0")}
     for key, tensor in hf_tensors(model):
         name = their_name("qwen2", key)
@@ -431,139 +336,6 @@ def test_without_the_package(bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest
     for call in (lambda: write(tmp_path / "m", model, bpe), lambda: read_vocabulary(tmp_path / "m")):
         with pytest.raises(ConfigError, match=r"pip install 'afina\[gguf\]'$"):
             call()
-
-
-# --- Vocabulary -------------------------------------------------------------------------------------------------------
-
-
-def vocabulary(path: Path, tokenizer: Tokenizer) -> Path:
-    """A file whose vocabulary is ``tokenizer``'s, and whose model is as small as can be."""
-    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    rows = tokenizer.vocab_size + 3
-    config = CASES["llama"] | tiny | {"num_key_value_heads": 1, "vocab_size": rows, "tie_word_embeddings": True}
-    return write(path, new_model(config, dtype="float32", device="cpu"), tokenizer)
-
-
-def test_vocabulary_of_afina_tiny(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("afina-tiny")
-    path = vocabulary(tmp_path / "m", tokenizer)
-    assert compare_vocabulary(path, tokenizer, TEXTS) == len(TEXTS)
-    found = {key.removeprefix("tokenizer."): value for key, value in read_config(path).items()}
-    assert (found["ggml.model"], found["ggml.pre"]) == ("gpt2", "qwen2")
-    assert found["ggml.token_type"][:6] == [3, 3, 3, 3, 3, 1]
-    assert found["ggml.token_type"][-3:] == [5, 5, 5]  # rows of the embedding without a token
-    assert (found["ggml.eos_token_id"], found["ggml.eot_token_id"], found["ggml.bos_token_id"]) == (0, 4, 0)
-    assert (found["ggml.add_bos_token"], found["ggml.add_eos_token"]) == (False, False)
-    assert found["chat_template"] == tokenizer.chat_template
-
-
-def test_vocabulary_of_gpt2(shared_data: Path, tmp_path: Path) -> None:
-    folder = shared_data / "tokenizers" / "gpt2"
-    if not folder.is_dir():
-        pytest.skip(f"no tokenizer at {folder}")
-    tokenizer = load_tokenizer(folder)
-    path = vocabulary(tmp_path / "m", tokenizer)
-    assert read_config(path)["tokenizer.ggml.pre"] == "gpt-2"
-    prose = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:20000].split("\n\n")
-    assert compare_vocabulary(path, tokenizer, [*TEXTS, *prose]) == len(TEXTS) + len(prose)
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_vocabulary_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
-    tokenizer = sentencepiece(prefix=prefix)
-    path = vocabulary(tmp_path / "m", tokenizer)
-    texts = [*TEXTS, "the then ttttt anding</s>the<s> another  one<tool>the <tool> a", "a      b", "in the 中 end."]
-    assert compare_vocabulary(path, tokenizer, texts) == len(texts)
-    found = {key.removeprefix("tokenizer.ggml."): value for key, value in read_config(path).items()}
-    assert (found["model"], found["add_space_prefix"], found["add_bos_token"]) == ("llama", prefix, True)
-    kinds = dict(zip(found["tokens"], found["token_type"]))
-    assert [kinds[t] for t in ("<unk>", "<s>", "<0x0A>", "the", "<tool>", SPACE * 4)] == [2, 3, 6, 1, 4, 1]
-    assert (found["bos_token_id"], found["eos_token_id"], found["unknown_token_id"]) == (1, 2, 0)
-    scores = dict(zip(found["tokens"], found["scores"]))
-    assert scores["th"] > scores["he"] > scores["the"] > scores["ed"] > scores["a"]
-
-
-PATTERNS = {  # as tokenizer.json files write them
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "smaug-bpe": SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"),
-    "qwen2": SPLIT,
-}
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_splitting_is_found_by_what_it_computes(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
-    tokenizer = bytelevel(bpe, pre_tokenizer=splitter(PATTERNS[name]))
-    path = vocabulary(tmp_path / "m", tokenizer)
-    assert read_config(path)["tokenizer.ggml.pre"] == name
-    assert compare_vocabulary(path, tokenizer, TEXTS) == len(TEXTS)
-    if name == "smaug-bpe":  # Llama 3's own takes words that are tokens as they stand
-        whole = bytelevel(bpe, pre_tokenizer=splitter(PATTERNS[name]), model={"ignore_merges": True})
-        assert read_config(vocabulary(tmp_path / "n", whole))["tokenizer.ggml.pre"] == "llama-bpe"
-
-
-def test_digits_apart_then_gpt2(bpe: Tokenizer, tmp_path: Path) -> None:
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    tokenizer = bytelevel(bpe, pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, level]})
-    path = vocabulary(tmp_path / "m", tokenizer)
-    assert read_config(path)["tokenizer.ggml.pre"] == "smollm"
-    assert compare_vocabulary(path, tokenizer, TEXTS) == len(TEXTS)
-
-
-def test_a_difference_is_shown(bpe: Tokenizer, tmp_path: Path) -> None:
-    model = json.loads(bpe.files()["tokenizer.json"])["model"]
-    model = {"vocab": model["vocab"] | {"12": bpe.vocab_size}, "merges": [*model["merges"], ["1", "2"]]}
-    apart = bytelevel(bpe, model=model)
-    together = bytelevel(bpe, model=model, pre_tokenizer=splitter(PATTERNS["gpt-2"]))
-    path = vocabulary(tmp_path / "m", apart)
-    assert compare_vocabulary(path, together, ["the mat"]) == 1
-    with pytest.raises(ValueError, match=r"m: the ids of 'a 12' differ: from token 2 on, \[\d+\] by the tok") as found:
-        compare_vocabulary(path, together, ["the mat", "a 12"])
-    assert not isinstance(found.value, AfinaError)
-
-
-def test_every_splitting_has_another_answer() -> None:
-    assert len(set(SPLITTINGS.values())) == len(SPLITTINGS)
-
-
-def refused_tokenizers(bpe: Tokenizer) -> Iterator[tuple[Tokenizer, str]]:
-    strip = json.loads(bpe.files()["tokenizer.json"])["added_tokens"]
-    strip[1]["lstrip"] = True
-    yield bytelevel(bpe, added_tokens=strip), "the token '<|user|>' with lstrip"
-    yield bytelevel(bpe, normalizer={"type": "Lowercase"}), "Lowercase normalizer"
-    yield bytelevel(bpe, model={"dropout": 0.1}), "BPE model with dropout"
-    yield bytelevel(bpe, model={"end_of_word_suffix": "</w>"}), "end_of_word_suffix"
-    yield (
-        bytelevel(bpe, pre_tokenizer=splitter(SPLIT.replace(r"\p{N}|", r"\p{N}{1,2}|"))),
-        "splits words as none of gpt-2",
-    )
-    yield bytelevel(bpe, pre_tokenizer=splitter(SPLIT), model={"ignore_merges": True}), "splits words as none of gpt-2"
-    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    yield bytelevel(bpe, pre_tokenizer=level), "splits words as none of gpt-2"
-    yield bytelevel(bpe, pre_tokenizer=None), "no pre_tokenizer"
-    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-    yield sentencepiece(prefix=True, normalizer=None, pre_tokenizer=metaspace), "spaces treated in another way"
-    yield sentencepiece(prefix=True, normalizer={"type": "NFKC"}), "spaces treated in another way"
-    model = json.loads(sentencepiece(prefix=True).files()["tokenizer.json"])["model"]
-    merges = model["merges"]
-    again = [merge for merge in merges if merge != ["t", "he"]] + [["t", "he"]]
-    yield sentencepiece(prefix=True, model={"merges": again}), "merges that make 'the' at two places"
-    fewer = [merge for merge in merges if merge != ["t", "he"]]
-    yield sentencepiece(prefix=True, model={"merges": fewer}), "'the' is not merged from 't' and 'he'"
-    vocab = {token: i for token, i in model["vocab"].items() if token != "g"}
-    lone = [merge for merge in merges if "g" not in merge]
-    found = "'ing' is not merged from 'in' and 'g'"  # the letter alone would be bytes, but llama.cpp joins letters
-    yield sentencepiece(prefix=True, model={"vocab": vocab, "merges": lone}), found
-    vocab = {token: i for token, i in model["vocab"].items() if token != "<0x41>"}
-    yield sentencepiece(prefix=True, model={"vocab": vocab}), "without a token for byte 65"
-
-
-def test_tokenizers_that_llama_cpp_would_read_differently(bpe: Tokenizer, tmp_path: Path) -> None:
-    for number, (tokenizer, message) in enumerate(refused_tokenizers(bpe)):
-        with pytest.raises(TokenizerError, match=r"^here/tokenizer\.json: .*--to hf") as found:
-            vocabulary(tmp_path / str(number), tokenizer)
-        assert message in str(found.value)
-        assert "\n" not in str(found.value)
 
 
 def test_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
