@@ -1,0 +1,83 @@
+"""One model of a base and its adapter: the adapter's product added to the weights, in fp32, one matrix at a time.
+
+Merging is where models are corrupted quietly: into another base than the adapter was trained on, a second time, without
+its scale, in 16 bits. So the base is known by the SHA-256 of all its files, the sums are in fp32, and what comes out is
+compared with base and adapter (``engine/proof.py``) before anybody gets it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from afina.engine.linear import Linear
+from afina.engine.model import GPT
+from afina.errors import AfinaError, ConfigError, WeightsError
+from afina.loaders.adapter import BASE_HASH, CONFIG, AdapterFile
+from afina.loaders.checkpoint import Checkpoint
+from afina.loaders.hub import resolve
+
+
+class Base(NamedTuple):
+    """What an adapter is merged into: its name, its folder, and the SHA-256 of the weights that the adapter was trained
+    on, which is None where another program wrote it."""
+
+    name: str
+    folder: Path
+    recorded: str | None
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def find_base(folder: Path, base: str | None) -> Base:
+    """The base of an adapter folder: ``base``, or what the adapter names. Raises WeightsError where it is not there."""
+    adapter = AdapterFile(folder)
+    name = base or adapter.config.base
+    if not name:
+        raise ConfigError(f"{folder / CONFIG}: does not name its base: say what it is with --base MODEL")
+    try:
+        found = resolve(name)
+    except AfinaError as problem:
+        if base is not None:
+            raise
+        mend = "say where it is now with --base MODEL"
+        raise WeightsError(f"{folder}: its base cannot be found ({problem}); {mend}") from problem
+    if is_adapter(found):
+        raise WeightsError(f"{found}: is an adapter too, and no base: give a whole model with --base")
+    return Base(name, found, adapter.metadata.get(BASE_HASH))
+
+
+def check_base(folder: Path, base: Base) -> None:
+    """Read all the base's files. Raises WeightsError where they are not those that the adapter was trained on: another
+    model, a changed one, or one that has the adapter merged in already."""
+    if base.recorded is not None and base.recorded != (found := Checkpoint(base.folder).fingerprint()):
+        raise WeightsError(
+            f"{base.folder} is not the model that {folder} was trained on (SHA-256 of the weights {found[:12]}, "
+            f"recorded {base.recorded[:12]}): another one, a changed one, or one with the adapter merged in already; "
+            "give the right one with --base"
+        )
+
+
+@torch.no_grad()
+def merge(model: GPT) -> None:
+    """Make the active adapter, if any, part of the weights, and NF4 weights dense, in place.
+
+    ``model`` must be fp32. Each matrix is done before the next is begun: the peak is the model and two of them. What
+    the adapter trained whole is in the model already; the base's own copies are let go.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and (module.lora is not None or module.quantised is not None):
+            weight = module.dense(torch.float32)
+            if weight.dtype != torch.float32:
+                raise ValueError(f"{name}: is {weight.dtype}; expected a model in float32")
+            if module.lora is not None:
+                weight = module.lora.merge(weight)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.lora = module.quantised = None
+    model.adapter = None
+    model.hf_config.pop("quantization_config", None)
