@@ -354,7 +354,7 @@ def test_train_from_a_random_start(model: str, rows: str, tmp_path: Path, capsys
     assert (json.loads(out)["steps"], err) == (2, "")
 
 
-# ---------------------------------------------------------------- generate, chat, export
+# ---------------------------------------------------------------- generate, chat
 
 
 def test_generate_one(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,66 +423,6 @@ def test_chat_remembers_until_reset(model: str, monkeypatch: pytest.MonkeyPatch)
     contents = [[message["content"] for message in messages] for messages in asked]
     assert contents == [["S", "1"], ["S", "1", "AB", "2"], ["S", "3"]]
     assert [message["role"] for message in asked[1]] == ["system", "user", "assistant", "user"]
-
-
-def test_export_is_what_transformers_loads(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from afina.engine.weights import load_model
-
-    out = tmp_path / "deep" / "out"
-    assert run(["export", model, "--to", "hf", "--output", str(out), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["output"] == str(out)
-    assert result["check"]["logits_relative_error"] <= 1e-5
-    assert os.listdir(out.parent) == ["out"]
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(out)("how do I reset my password?")["input_ids"]])
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, load_model(model)(ids), atol=1e-4, rtol=1e-4)
-    half = tmp_path / "half"
-    assert run(["export", model, "--output", str(half), "--dtype", "bf16", "--json"]) == 0
-    check = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
-    assert check["dtype"] == "bfloat16"
-    assert 1e-5 < check["logits_relative_error"] <= check["limit"]
-    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
-    # A bf16 model stays bf16, and exactly what it was.
-    assert run(["export", str(half), "--output", str(tmp_path / "third"), "--json"]) == 0
-    check = json.loads(capsys.readouterr().out.splitlines()[-1])["check"]
-    assert (check["dtype"], check["logits_relative_error"]) == ("bfloat16", 0.0)
-
-
-def test_an_export_that_computes_something_else_is_not_published(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from afina.engine import export
-
-    def broken(gpt: Any, tokenizer: Any, folder: Path) -> None:
-        gpt.norm.weight.data[0] += 0.1
-        real(gpt, tokenizer, folder)
-
-    real = export.save_model
-    monkeypatch.setattr(export, "save_model", broken)
-    assert run(["export", model, "--output", str(tmp_path / "out")]) == 1
-    assert "logits differ by" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ([], "the following arguments are required: --output"),
-        (["--output", "TMP/x", "--to", "pef"], "(did you mean 'peft'?)"),
-        (["--output", "TMP/x", "--dtype", "int8"], "expected auto, float32"),
-        (["--output", "TMP/rows.jsonl"], "already exists"),
-        (["--output", "TMP"], "already exists"),
-    ],
-)
-def test_wrong_export_requests(
-    flags: list[str], words: str, model: str, rows: str, tmp_path: Path, refused: Refused
-) -> None:
-    assert words in refused("export", model, *(flag.replace("TMP", str(tmp_path)) for flag in flags))
 
 
 # ---------------------------------------------------------------- rows: generate --data, eval
