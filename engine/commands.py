@@ -440,7 +440,7 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
 def export_options(parser: Parser) -> None:
     parser.usage = "afina export MODEL --to hf|peft|gguf --output DIR [options]"
     parser.add_argument(
-        "model", metavar="MODEL", help="a run folder (its best model), a folder, a hub id or afina-tiny"
+        "model", metavar="MODEL", help="a run folder (its best model), a model's or adapter's folder, or a hub id"
     )
     parser.add_argument(
         "--to",

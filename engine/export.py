@@ -96,6 +96,9 @@ def export(
         raise ConfigError(f"--base_name is what --to peft names as the base, but --to is {to}: leave it out")
     place = Path(os.path.abspath(output))
     _refuse_existing(place)
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise RunError(f"{above} is no folder that can be written to: choose another --output")
     folder = resolve(source)
     if not is_adapter(folder):
         if to == "peft":

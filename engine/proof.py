@@ -24,7 +24,8 @@ from afina.loaders.render import render_example, render_prompt
 from afina.loaders.tokenizer import Tokenizer
 
 ROWS, TEXTS = 8, 64
-KEPT = 1 << 27  # logits that are held to be compared: 0.5 GB
+TOKENS = 2048  # of all rows: on a CPU a model of a billion weights reads them in a minute
+KEPT = 1 << 26  # logits that are held to be compared: 0.25 GB
 MAX_LENGTH = 1024  # of rows of a file: what training does when nothing is said
 # Where there are no rows: words, numbers, spaces, other scripts.
 SENTENCES = (
@@ -54,12 +55,14 @@ class Likeness:
 
 def held_out(folder: Path, tokenizer: Tokenizer, data: str | None, longest: int) -> Rows:
     """Up to ``ROWS`` rows of ``data`` or, where that is None, of the dev rows of the run that ``folder`` is the best
-    model of, each cut to ``longest`` tokens. Without either, or where the run's data is gone, 64 random tokens.
+    model of, cut to ``longest`` tokens each and ``TOKENS`` in all. Without either, or where the run's data is gone, 64
+    random tokens.
 
     Raises DataError for what is wrong with ``data``.
     """
     if data is not None:
-        rows = prepare(data, tokenizer, max_length=min(longest, MAX_LENGTH), val_size=0.0, progress=False).train
+        length = min(longest, MAX_LENGTH)
+        rows = prepare(data, tokenizer, max_length=length, on_long="truncate", val_size=0.0, progress=False).train
         return _rows(rows, tokenizer, f"rows of {data}", longest)
     run = folder.parent
     missing = "no run folder, so no dev rows"
@@ -87,6 +90,7 @@ def _rows(rows: TokenSet, tokenizer: Tokenizer, where: str, longest: int) -> Row
     texts = []
     for row in itertools.islice(rows.source_rows(), TEXTS):
         texts += [render_prompt(tokenizer, row.example), render_example(tokenizer, row.example).text]
+    longest = min(longest, TOKENS // count)
     return Rows([torch.from_numpy(rows.row(i)[0]).long()[:longest] for i in chosen], texts, where)
 
 

@@ -226,7 +226,9 @@ def test_an_adapter_without_tokenizer_files_has_its_bases(base: Path, tmp_path: 
 # --- The rows that it is compared on ----------------------------------------------------------------------------------
 
 
-def test_the_rows_are_the_runs_own_dev_rows(base: Path, rows: Path, lora_run: Path, tmp_path: Path) -> None:
+def test_the_rows_are_the_runs_own_dev_rows(
+    base: Path, rows: Path, lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check = export(lora_run, tmp_path / "out")["check"]
     assert check["compared_on"] == "the run's dev rows"
     assert check["rows"] == 8
@@ -239,13 +241,18 @@ def test_the_rows_are_the_runs_own_dev_rows(base: Path, rows: Path, lora_run: Pa
     assert check["tokens"] == sum(map(len, found.ids))
     assert len(found.texts) == 2 * len(dev)
     assert [len(ids) for ids in held_out(lora_run / "best", tokenizer, None, 3).ids] == [3] * 8
+    monkeypatch.setattr("afina.engine.proof.TOKENS", 33)
+    assert [len(ids) for ids in held_out(lora_run / "best", tokenizer, None, 96).ids] == [4] * 8
 
 
 def test_other_rows_and_rows_that_are_gone(
     base: Path, rows: Path, lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = tmp_path / "few.jsonl"
-    few.write_text('{"text": "one two three"}\n{"text": "the lazy dog"}\n')
+    few.write_text(
+        '{"prompt": "one two three", "completion": "four"}\n'
+        + json.dumps({"prompt": "the lazy dog " * 90, "completion": "x"})
+    )  # longer than the model reads
     check = export(lora_run, tmp_path / "out", data=str(few))["check"]
     assert (check["compared_on"], check["rows"]) == (f"rows of {few}", 2)
     assert run(["export", str(lora_run), "--output", str(tmp_path / "x"), "--data", str(tmp_path / "none.jsonl")]) == 2
@@ -447,6 +454,7 @@ def test_weights_too_large_for_float16_are_refused(base: Path, tmp_path: Path, f
         ("adapter", ["--output", "TMP/x", "--base", "TMP/none"], "no such model"),
         ("adapter", ["--output", "TMP/x", "--base", "ADAPTER"], "is an adapter too"),
         ("base", ["--output", "TMP/file"], "already exists"),
+        ("base", ["--output", "TMP/file/x/y"], "file is no folder that can be written to: choose another --output"),
         ("base", ["--output", "TMP/link"], "already exists"),
         ("base", ["--output", "TMP"], "already exists"),
     ],
@@ -643,6 +651,8 @@ def test_a_kill_leaves_nothing_under_the_name(to: str, name: str, cli: Cli, adap
 
 def test_ctrl_c_leaves_nothing(cli: Cli, adapter: Path) -> None:
     prelude = KILLED.replace("{name}", "save_model").replace("{signal}", "SIGINT")
+    # Where the tests run in the background of a shell, the signal is ignored.
+    prelude = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + prelude
     ended = cli.run("export", adapter, "--output", "stopped", prelude=prelude)
     assert ended.status == 130
     assert not list(cli.folder.glob("stopped*"))
