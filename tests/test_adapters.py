@@ -13,11 +13,13 @@ from typing import Any
 
 import hf_models
 import pytest
+import tiny_model
 import torch
 from hf_models import parametrize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from afina.engine import train
 from afina.engine.adapters import (
     Adapter,
     choose_patterns,
@@ -163,9 +165,7 @@ def test_targets_are_the_linear_layers_of_the_checkpoint_and_the_seed_decides_a(
 def test_targets_by_name_end_of_name_or_all() -> None:
     model = load("llama")
     chosen = choose_targets(model, ["layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"])
-    assert [t.name for t in chosen] == ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"] or [
-        t.name for t in chosen
-    ] == ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    assert {t.name for t in chosen} == {"model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
     assert len(choose_targets(model, ["q_proj", "v_proj"])) == 6
     adapter = fresh(model, ["layers.1.self_attn.q_proj"])
     assert adapter.config.target_modules == ("model.layers.1.self_attn.q_proj",)  # q_proj would be in every layer
@@ -484,6 +484,31 @@ def test_loraplus_moves_b_so_much_faster() -> None:
     for name, parameter in optimizer.params.items():
         moved = (parameter - before[name]).abs().max().item()
         assert moved == pytest.approx(16e-5 if name.endswith("B") else 1e-5, rel=0.02), name
+
+
+def test_a_run_trains_what_its_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"prompt": "{i} one", "completion": " two {i}"}}\n' for i in range(8))
+    )
+    made: list[AdamW] = []
+    monkeypatch.setattr(train, "AdamW", lambda *args, **options: made.append(AdamW(*args, **options)) or made[-1])
+    source = tiny_model.saved(tmp_path / "model")
+    result = train.finetune(
+        quiet=True, model=str(source), data=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run"), max_steps=1,
+        max_length=64, threads=1, method="lora", lora_r=3, lora_alpha=5, lora_target_modules="q_proj,v_proj",
+        use_rslora=True, loraplus_lr_ratio=16.0, modules_to_save="norm",
+    )  # fmt: skip
+    factors = {name: factor for names, _, factor in made[0].groups for name in names}
+    adapted = {f"layers.{i}.attn.qkv.lora.{m}": 16.0 if m == "B" else 1.0 for i in range(2) for m in "AB"}
+    assert factors == adapted | {"norm.weight": 1.0}
+    config = json.loads((result.best / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (3, 5, True, False)
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert config["modules_to_save"] == ["model.norm"]
+    assert config["base_model_name_or_path"] == str(source.resolve())
+    model = load_model(source)
+    set_adapter(model, load_adapter(model, result.best))
 
 
 # Dropout
