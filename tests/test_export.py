@@ -369,7 +369,7 @@ def not_a_number(lora: Lora, weight: Tensor) -> Tensor:
     return weight * torch.nan
 
 
-@pytest.mark.parametrize("strength", [0.3, 1e-3])
+@pytest.mark.parametrize("strength", [0.3, 1e-4])
 @pytest.mark.parametrize(
     ("wrong", "options"),
     [
@@ -384,7 +384,7 @@ def test_a_wrong_merge_shows_also_where_the_adapter_is_small(
     wrong: Callable[..., Tensor], options: dict[str, Any], strength: float, base: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, failure: Failure,
 ) -> None:  # fmt: skip
-    """The smaller one moves the logits by less than rounding to bfloat16 does."""
+    """The smaller one moves them by 0.1%, a tenth of what rounding to bfloat16 does here."""
     make_adapter(base, tmp_path / "adapter", strength=strength, **options)
     monkeypatch.setattr(Lora, "merge", wrong)
     told = failure(1, "export", tmp_path / "adapter", "--output", tmp_path / "out", "--dtype", "bf16")
@@ -415,6 +415,15 @@ def test_merging_twice_or_into_another_base_is_refused(
             told = failure(2, "export", adapter, "--to", to, "--output", tmp_path / "out", "--base", wrong)
             assert f"{wrong} is not the model that {adapter} was trained on" in told
             assert "--base" in told
+
+
+def test_an_adapter_that_does_not_know_its_base_is_merged_and_that_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    write_safetensors(adapter / WEIGHTS, read_safetensors(adapter / WEIGHTS), {"format": "pt"})  # as PEFT does
+    assert run(["export", str(adapter), "--output", str(tmp_path / "out")]) == 0
+    assert "the adapter does not say which weights it was trained on" in capsys.readouterr().out
 
 
 def test_adapters_that_are_not_finite_are_refused(base: Path, tmp_path: Path, failure: Failure) -> None:

@@ -126,6 +126,7 @@ def test_nf4_weights_come_out_dense_with_or_without_an_adapter(tmp_path: Path) -
         merge(model)
         assert away(model(IDS), expected) < TOLERANCE
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert not any(layer.quantised for layer in model.modules() if isinstance(layer, Linear))
         for name, tensor in hf_tensors(model):
             if "k_proj" not in name and targets != ("all-linear",):
                 assert torch.equal(tensor, dequantised[name])
