@@ -20,7 +20,7 @@ bf16) and statistics of w (4); q = Hq D, kv = Hkv D, I the MLP's width, r the ro
     GLU                            gate_up                                            s 2 I
     GELU                           up                                                 s I
     down, dense                    its input; LoRA computes it again                  s I
-    any LoRA                       h = x A^T                                          s r
+    any LoRA                       h = x A^T, unless W and B A are summed             s r
         with dropout               the mask of its input                              1 C, 1 q or 1 I
         with DoRA                  its output before the gain, so twice that output   s O
 
@@ -34,10 +34,10 @@ not. From the last layer's o on only the trained tokens count (all, where nearly
 The gradient of the head's weight, made with the loss, is a gradient, not an activation. Beside all this stands what the
 head works in, a chunk of logits, or the largest NF4 matrix, dequantised; they are never there together.
 
-With gradient checkpointing a layer keeps its two inputs, 2 s C (the first: s C), until its turn in the backward pass
-comes: then it keeps what the table says, while the layers below it still wait. Not counted: what operations hold while
-they run, the batch itself, and what allocators keep for later (on a CPU, in a heap that gives no pages back, that may
-be as much as the activations).
+With gradient checkpointing a layer keeps its input, s C, until its turn in the backward pass comes: then it keeps what
+the table says, while the layers below it still wait. Not counted: what operations hold while they run, the batch
+itself, and what allocators keep for later (on a CPU, in a heap that gives no pages back, that may be as much as the
+activations).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from afina.engine.linear import Linear
+from afina.engine.linear import Linear, sums
 from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
 from afina.kernels import cross_entropy
@@ -143,6 +143,8 @@ class _Walk:
         ropes, given = set(), set[_Value]()
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Layer)
+            if self.recompute and delta is not None:
+                x, delta = _sum(x, delta), None
             new = ({x} if delta is None else {x, delta}) - given
             self.held = set()
             x, delta = self._layer(layer, x, delta, self.picked and index == config.num_layers - 1)
@@ -260,8 +262,11 @@ class _Walk:
             if _trained(linear.weight):
                 self._keep(x)
             return out
-        self._keep(x if again is None else again, self._new(x.rows, lora.A.shape[0]))
-        if lora.dropout and self.model.training:
+        self._keep(x if again is None else again)
+        dropped = lora.dropout > 0 and self.model.training
+        if dropped or not sums(linear, x.rows, self.model.embed.weight.dtype):
+            self._keep(self._new(x.rows, lora.A.shape[0]))
+        if dropped:
             self._keep(self._new(x.rows, linear.in_features, itemsize=1))
         if lora.magnitude is None:
             return out

@@ -135,7 +135,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
         """x (..., C) -> (..., C); ``again`` computes x a second time."""
         wide = (self.gate_up if self.gated else self.up)(x, again)
-        return self.down(self.act(wide), lambda: self.act(wide))
+        return self.down(self.act(wide), Again(self.act, wide))
 
 
 class Layer(nn.Module):
@@ -178,7 +178,7 @@ def _add(norm: Norm | None, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Te
 
 def _again(norm: Norm | None, total: Tensor) -> Again | None:
     """Computes the output of ``_add`` a second time, from the sum that the norm keeps anyway."""
-    return None if norm is None else lambda: norm(total)
+    return None if norm is None else Again(norm, total)
 
 
 class GPT(nn.Module):
@@ -304,7 +304,8 @@ class GPT(nn.Module):
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
             if recompute:
-                x, delta = checkpoint(layer, x, delta, step, wanted, use_reentrant=False, preserve_rng_state=dropout)
+                x = x if delta is None else x + delta  # one tensor to keep, not two
+                x, delta = checkpoint(layer, x, None, step, wanted, use_reentrant=False, preserve_rng_state=dropout)
             else:
                 x, delta = layer(x, delta, step, wanted)
         return self.norm.add(x, delta)[0]

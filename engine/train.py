@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from afina.engine.adapters import choose_patterns, default_trainable, freeze, new_adapter, save_adapter
 from afina.engine.evaluate import evaluate_loss
+from afina.engine.memory import MemoryPlan, plan
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
@@ -250,10 +251,19 @@ class Run:
             f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}{some}; {self.total:,} steps "
             f"of {c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
         )
+        self.say(self.memory().line())
         for reason in self.folder.skipped:
             self.say(f"damaged checkpoint skipped: {reason}")
         if self.folder.checkpoint:
             self._take_back(self.folder.checkpoint)
+
+    def memory(self) -> MemoryPlan:
+        """What a step will take if its longest rows come together."""
+        rows, count, packing = self.data.train, self.config.batch_size, self.config.packing
+        longest = sorted(rows.lengths.tolist(), reverse=True)[:count]
+        tokens = sum(longest) if packing else longest[0] * len(longest)
+        learnt = sum(sorted(rows.trained_counts.tolist(), reverse=True)[:count])
+        return plan(self.model, self.optimizer, tokens=tokens, rows_trained=min(tokens, learnt))
 
     def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
         """Measure, save and step until the last step; on a signal save what there is and raise Interrupted."""
@@ -425,6 +435,7 @@ class Run:
             "trained_tokens_per_second": round(at.trained_tokens / at.seconds, 1) if at.seconds else 0.0,
             "train_seconds": round(at.seconds, 2),
             "peak_memory_gb": round(peak_memory_gb(self.device), 3),
+            "predicted_memory": self.memory().to_dict(),
         }
         if self.board:
             self.board.close()

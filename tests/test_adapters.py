@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -400,7 +402,9 @@ def test_nothing_below_the_lowest_adapter_has_a_backward_pass(checkpointing: boo
     move(model).train()
     model.gradient_checkpointing = checkpointing
     entered: list[bool] = []
-    model.layers[2].register_forward_pre_hook(lambda _, args: entered.extend(x.requires_grad for x in args[:2]))
+    model.layers[2].register_forward_pre_hook(
+        lambda _, args: entered.extend(x is not None and x.requires_grad for x in args[:2])
+    )
     attended: list[bool] = []
     model.layers[2].attn.register_forward_hook(lambda *args: attended.append(args[2].requires_grad))
     model.loss(tokens(), tokens()).backward()
@@ -532,6 +536,25 @@ def test_dropout_gives_the_same_gradients_with_and_without_checkpointing(name: s
     for key, grad in plain.items():
         assert torch.equal(grad, recomputed[key]), key
         assert not torch.equal(grad, other[key]), key
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointing_keeps_no_activation_of_a_layer(name: str) -> None:
+    model = load(name)
+    fresh(model, dora=True)
+    move(model).train()
+    model.gradient_checkpointing = True
+    inside: list[weakref.ref[Tensor]] = []
+    for module_name, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_hook(lambda _, args, out: inside.append(weakref.ref(args[0])))
+            if not module_name.endswith("down"):  # what it gives is the next layer's input, which is kept
+                module.register_forward_hook(lambda _, args, out: inside.append(weakref.ref(out)))
+    loss = model.loss(tokens(), tokens())
+    gc.collect()
+    assert len(inside) == 7 * model.config.num_layers
+    assert not any(ref() is not None for ref in inside)
+    loss.backward()
 
 
 def test_evaluation_has_no_dropout() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afina.engine.linear import Linear, Lora, Part
+from afina.engine.linear import Again, Linear, Lora, Part
 from afina.engine.quantised import NF4Weight
 
 WIDTH, ROWS = 7, 12
@@ -135,6 +135,8 @@ def test_gradients_are_those_of_finite_differences(parts: list[Part], shape: tup
     x = draw(*shape, seed=3).requires_grad_()
     # gradcheck moves the parameters themselves, where the layer reads them.
     assert torch.autograd.gradcheck(lambda x, a, b: layer(x), (x, lora.A, lora.B))
+    again = Again(lambda x: x * 2, x)
+    assert torch.autograd.gradcheck(lambda x, a, b: layer(x * 2, again), (x, lora.A, lora.B))
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -151,7 +153,7 @@ def test_computing_x_again_gives_the_same_bits_and_does_not_keep_x(
     def once(total: Tensor, *, again: bool) -> Tensor:
         torch.manual_seed(5)
         x = total * 3
-        y = layer(x, (lambda: total * 3) if again else None)
+        y = layer(x, Again(lambda total: total * 3, total) if again else None)
         alive = weakref.ref(x)
         del x
         gc.collect()
@@ -172,7 +174,7 @@ def test_a_second_backward_is_an_error(again: bool) -> None:
     layer = frozen(draw(ROWS, WIDTH, seed=1), bias=False)
     trained(layer, PARTS["all"])
     x = draw(4, WIDTH, seed=3)
-    loss = layer(x, (lambda: x) if again else None).sum()
+    loss = layer(x, Again(lambda x: x, x) if again else None).sum()
     loss.backward()
     with pytest.raises(RuntimeError):
         loss.backward()
@@ -199,7 +201,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     trained(layer, PARTS["three"], dora=True)
     x = draw(4, WIDTH, seed=3, dtype=torch.float32)
     with torch.no_grad():
-        y = layer(x, lambda: pytest.fail("computed again"))
+        y = layer(x, Again(lambda x: pytest.fail("computed again"), x))
     assert y.grad_fn is None
     torch.testing.assert_close(y, formula(layer, x).detach(), rtol=1e-5, atol=1e-5)
 

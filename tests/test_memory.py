@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import hf_models
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from afina.engine.optim import AdamW
 from afina.engine.weights import load_model
 from afina.errors import ConfigError
 from afina.loaders.adapter import AdapterConfig
-from tests import hf_models
 
 LENGTHS = (96, 60, 128, 100, 128)  # of a micro-batch's rows
 TOKENS = sum(LENGTHS)
@@ -121,7 +121,6 @@ def test_activations_with_gradient_checkpointing(name: str, method: str) -> None
     assert error(model, *batch(0.4)) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="what an adapter computes its input from outlives the checkpoint")
 @pytest.mark.parametrize("method", LORA)
 def test_activations_of_adapters_with_gradient_checkpointing(method: str) -> None:
     model = prepared("llama", method)
