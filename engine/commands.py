@@ -71,7 +71,7 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
     from afina.engine.run_folder import RunFolder
     from afina.engine.train import choose_trained, refuse_adapter
     from afina.engine.weights import choose_device, read_config
-    from afina.loaders.adapter import adapter_base
+    from afina.loaders.adapter import find_base, is_adapter
     from afina.loaders.checkpoint import Checkpoint
     from afina.loaders.hub import resolve
     from afina.loaders.jsonfile import read_json
@@ -92,8 +92,8 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
                 ModelConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
             else:
                 folder = resolve(str(config.model))
-                if (base := adapter_base(folder)) is not None:
-                    refuse_adapter(str(config.model), base)
+                if is_adapter(folder):
+                    refuse_adapter(str(config.model), find_base(folder)[0])
                 Checkpoint(folder, allow_nonfinite=config.allow_nonfinite)
                 fields, hf = read_config(folder)
                 check_vocab(tokenizer, fields.vocab_size)
@@ -151,7 +151,7 @@ def open_model(args: argparse.Namespace, source: str) -> tuple[GPT, Tokenizer]:
 def open_adapted(args: argparse.Namespace) -> tuple[GPT, Tokenizer, dict[str, Adapter | None]]:
     """MODEL with its adapters by name, the first of them active; one without name, {"": None}, where none is given."""
     from afina.engine.adapters import load_adapter, set_adapter
-    from afina.loaders.adapter import CONFIG, adapter_base
+    from afina.loaders.adapter import is_adapter
     from afina.loaders.hub import resolve
 
     folders: dict[str, Path] = {}
@@ -161,12 +161,12 @@ def open_adapted(args: argparse.Namespace) -> tuple[GPT, Tokenizer, dict[str, Ad
             name, source = "", text
         folder = resolve(source)
         name = name or (folder.parent.name if folder.name == "best" else folder.name)
-        if not (folder / CONFIG).is_file():
-            raise ConfigError(f"--adapter {text}: {folder} has no {CONFIG}: it is a whole model, give it as MODEL")
+        if not is_adapter(folder):
+            raise ConfigError(f"--adapter {text}: {folder} is a whole model, no adapter: give it as MODEL")
         if name in (*folders, "base"):
             raise ConfigError(f"--adapter {text}: {name!r} is taken: give each its own name, as in --adapter NAME=DIR")
         folders[name] = folder
-    if folders and adapter_base(resolve(args.model)) is not None:
+    if folders and is_adapter(resolve(args.model)):
         raise ConfigError(f"{args.model} is an adapter itself: give its base as MODEL and both with --adapter")
     model, tokenizer = open_model(args, args.model)
     adapters: dict[str, Adapter | None] = {name: load_adapter(model, folder) for name, folder in folders.items()}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.engine.merge import check_base, find_base, is_adapter, merge
+from afina.engine.merge import base_of, check_base, merge
 from afina.engine.model import GPT
 from afina.engine.proof import Rows, compare, held_out, logits, without_adapter
 from afina.engine.quantised import NF4Weight
@@ -32,7 +32,7 @@ from afina.engine.settings import SYNONYMS
 from afina.engine.state import fsync_path
 from afina.engine.weights import DTYPES, hf_tensors, load_model, read_config, save_model
 from afina.errors import ConfigError, RunError, WeightsError, nearest
-from afina.loaders.adapter import CONFIG, WEIGHTS, AdapterFile
+from afina.loaders.adapter import CONFIG, WEIGHTS, AdapterFile, is_adapter
 from afina.loaders.checkpoint import Checkpoint, atomic_write, write_safetensors
 from afina.loaders.gguf_check import check_architecture, differences
 from afina.loaders.gguf_file import compare_vocabulary, write_gguf
@@ -150,7 +150,7 @@ def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str 
     """The adapter as it is, with another name of its base at most."""
     holder = folder
     if base is not None:
-        into = find_base(folder, base)
+        into = base_of(folder, base)
         check_base(folder, into)
         holder = into.folder
     tokenizer = load_tokenizer(folder if _has_tokenizer(folder) else holder)
@@ -177,7 +177,7 @@ def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str 
 
 def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | None, data: str | None) -> dict[str, Any]:
     """One model, an adapter merged into its base."""
-    into = find_base(folder, base) if is_adapter(folder) else None
+    into = base_of(folder, base) if is_adapter(folder) else None
     holder = into.folder if into else folder
     config, hf = read_config(holder)
     if to == "gguf":

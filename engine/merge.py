@@ -15,10 +15,9 @@ from torch import nn
 
 from afina.engine.linear import Linear
 from afina.engine.model import GPT
-from afina.errors import AfinaError, ConfigError, WeightsError
-from afina.loaders.adapter import BASE_HASH, CONFIG, AdapterFile
+from afina.errors import WeightsError
+from afina.loaders.adapter import BASE_HASH, AdapterFile, find_base
 from afina.loaders.checkpoint import Checkpoint
-from afina.loaders.hub import resolve
 
 
 class Base(NamedTuple):
@@ -30,26 +29,10 @@ class Base(NamedTuple):
     recorded: str | None
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def find_base(folder: Path, base: str | None) -> Base:
-    """The base of an adapter folder: ``base``, or what the adapter names. Raises WeightsError where it is not there."""
-    adapter = AdapterFile(folder)
-    name = base or adapter.config.base
-    if not name:
-        raise ConfigError(f"{folder / CONFIG}: does not name its base: say what it is with --base MODEL")
-    try:
-        found = resolve(name)
-    except AfinaError as problem:
-        if base is not None:
-            raise
-        mend = "say where it is now with --base MODEL"
-        raise WeightsError(f"{folder}: its base cannot be found ({problem}); {mend}") from problem
-    if is_adapter(found):
-        raise WeightsError(f"{found}: is an adapter too, and no base: give a whole model with --base")
-    return Base(name, found, adapter.metadata.get(BASE_HASH))
+def base_of(folder: Path, base: str | None) -> Base:
+    """The base of an adapter folder: ``base``, or what the adapter names. Raises as ``loaders.adapter.find_base``."""
+    name, found = find_base(folder, base)
+    return Base(name, found, AdapterFile(folder).metadata.get(BASE_HASH))
 
 
 def check_base(folder: Path, base: Base) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from afina.engine.adapters import set_adapter
 from afina.engine.model import GPT
 from afina.engine.run_folder import RECIPE, RUN
+from afina.engine.train import read_data
 from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError
 from afina.loaders.dataset import TokenSet, prepare
@@ -68,12 +69,7 @@ def held_out(folder: Path, tokenizer: Tokenizer, data: str | None, longest: int)
     missing = "no run folder, so no dev rows"
     if folder.name == "best" and (run / RUN).is_file():
         try:
-            c = TrainConfig.resolve(run / RECIPE)
-            dev = prepare(
-                str(c.data), tokenizer, max_length=c.max_length, on_long=c.on_long, train_on_prompt=c.train_on_prompt,
-                val_file=c.val_file, val_size=c.val_size, seed=c.seed, columns=c.columns,
-                skip_bad_lines=c.skip_bad_lines, progress=False,
-            ).dev  # fmt: skip
+            dev = read_data(TrainConfig.resolve(run / RECIPE), tokenizer, progress=False).dev
         except AfinaError as problem:
             missing = f"the run's dev rows cannot be read ({problem}); --data FILE names others"
         else:
@@ -96,7 +92,7 @@ def _rows(rows: TokenSet, tokenizer: Tokenizer, where: str, longest: int) -> Row
 
 @torch.no_grad()
 def logits(model: GPT, rows: Rows) -> Tensor:
-    """Logits (n, V) fp32 at all tokens of all rows; of long rows and large vocabularies, at every so manieth token."""
+    """Logits (n, V) fp32 at all tokens of all rows; of long rows and large vocabularies, at evenly spread ones."""
     total = sum(map(len, rows.ids))
     step = -(-total * model.config.vocab_size // KEPT)
     found, offset = [], 0

@@ -102,19 +102,7 @@ def finetune(
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:
         tokenizer = load_tokenizer(str(config.tokenizer or config.model))
-        data = prepare(
-            str(config.data),
-            tokenizer,
-            max_length=config.max_length,
-            on_long=config.on_long,
-            train_on_prompt=config.train_on_prompt,
-            val_file=config.val_file,
-            val_size=config.val_size,
-            seed=config.seed,
-            columns=config.columns,
-            skip_bad_lines=config.skip_bad_lines,
-            progress=not quiet,
-        )
+        data = read_data(config, tokenizer, progress=not quiet)
         say(data.summary())
         model = _load(config, tokenizer)
         config = choose_trained(config, model)
@@ -123,6 +111,23 @@ def finetune(
             run.begin()
             run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
         return run.finish()
+
+
+def read_data(config: TrainConfig, tokenizer: Tokenizer, *, progress: bool) -> Data:
+    """The run's training and dev rows: the same for the same config and files."""
+    return prepare(
+        str(config.data),
+        tokenizer,
+        max_length=config.max_length,
+        on_long=config.on_long,
+        train_on_prompt=config.train_on_prompt,
+        val_file=config.val_file,
+        val_size=config.val_size,
+        seed=config.seed,
+        columns=config.columns,
+        skip_bad_lines=config.skip_bad_lines,
+        progress=progress,
+    )
 
 
 def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:

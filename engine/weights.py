@@ -21,7 +21,7 @@ from afina.engine.quantised import BITS, NF4Weight, Part, by_heads
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
 from afina.kernels.nf4 import NF4State, quantize_nf4
-from afina.loaders.adapter import adapter_base, base_format
+from afina.loaders.adapter import base_format, find_base, is_adapter
 from afina.loaders.checkpoint import Checkpoint, Later, atomic_write, save_tensors
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
@@ -61,10 +61,11 @@ def load_model(
     if quantise not in (None, "nf4"):
         raise ConfigError(f"quantise = {quantise!r}: expected nf4, or none at all{nearest(str(quantise), ['nf4'])}")
     folder = resolve(source)
-    if (base := adapter_base(folder)) is not None:
+    if is_adapter(folder):
+        base, where_it_is = find_base(folder)
         if adapter is not None:
             raise ConfigError(f"{source} is an adapter itself: load its base ({base}) with one of the two")
-        adapter, folder = folder, _base_folder(folder, base)
+        adapter, folder = folder, where_it_is
     if adapter is not None:
         adapter = resolve(adapter)
         quantise = quantise or base_format(adapter)
@@ -100,19 +101,6 @@ def load_model(
     if adapter is not None:
         set_adapter(model, load_adapter(model, adapter))
     return model.eval()
-
-
-def _base_folder(folder: Path, base: str) -> Path:
-    try:
-        found = resolve(base)
-    except WeightsError as problem:
-        raise WeightsError(
-            f"{folder} is an adapter, and its base cannot be found: {problem}; if it has moved, name the base, and "
-            "give this folder with --adapter"
-        ) from problem
-    if adapter_base(found) is not None:
-        raise WeightsError(f"{folder} is an adapter of {base}, which is one too: merge that first, with afina export")
-    return found
 
 
 def new_model(

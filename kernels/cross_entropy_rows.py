@@ -21,8 +21,11 @@ class Options(NamedTuple):
     lean: bool
 
 
-def loss_rows(x: Tensor, targets: Tensor, options: Options) -> Tensor:
-    """Losses (n,) of the logits x (n, V); x is overwritten by their gradient. Targets here are never ignored ones."""
+def loss_rows(x: Tensor, targets: Tensor, options: Options, room: Tensor | None = None) -> Tensor:
+    """Losses (n,) of the logits x (n, V); x is overwritten by their gradient. Targets here are never ignored ones.
+
+    `room` (n, P): the contiguous memory that x is the first V columns of, where V is not a round number.
+    """
     softcap, smoothing, z_loss = options.softcap, options.label_smoothing, options.z_loss
     slope = None
     if softcap is not None:
@@ -35,7 +38,11 @@ def loss_rows(x: Tensor, targets: Tensor, options: Options) -> Tensor:
     mean = x.mean(1) if smoothing else None
     highest = x.amax(1)
     # In place: the CPU and CUDA kernels read a row's maximum and sum before they write it (a test watches this).
-    torch.softmax(x, dim=1, out=x)
+    if room is None:
+        torch.softmax(x, dim=1, out=x)
+    else:  # over whole rows: of x alone it would first make a copy
+        room[:, x.shape[1] :] = -torch.inf
+        torch.softmax(room, dim=1, out=room)
     lse = highest - x.amax(1).log_()
     loss = lse - at_target if mean is None else lse - (1 - smoothing) * at_target - smoothing * mean
     if z_loss:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from afina.errors import ConfigError, WeightsError
 from afina.loaders.checkpoint import SafetensorsFile, atomic_write, write_safetensors
+from afina.loaders.hub import resolve
 from afina.loaders.jsonfile import read_json, show
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -146,20 +147,31 @@ class AdapterFile:
         return out
 
 
-def adapter_base(folder: Path) -> str | None:
-    """The base model of an adapter folder, as it is recorded; None for a folder that holds a whole model.
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
-    Raises ConfigError where an adapter does not name its base.
+
+def find_base(folder: Path, name: str | None = None) -> tuple[str, Path]:
+    """The name and the folder of an adapter's base: ``name``, or what the adapter itself names.
+
+    Raises ConfigError where it names none, WeightsError where the base is not there or is no whole model.
     """
-    if (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
-        return None
-    base = _config(folder / CONFIG).base
-    if not base:
-        raise ConfigError(
-            f"{folder / CONFIG}: base_model_name_or_path is missing, so its base is not known: name the base itself, "
-            "and give the adapter with --adapter"
-        )
-    return base
+    named = name or _config(folder / CONFIG).base
+    mend = f"name the base: --base BASE for afina export, else BASE --adapter {folder}"
+    if not named:
+        raise ConfigError(f"{folder / CONFIG}: base_model_name_or_path is missing, so its base is not known: {mend}")
+    try:
+        found = resolve(named)
+    except WeightsError as problem:
+        if name is not None:
+            raise
+        raise WeightsError(
+            f"{folder} is an adapter, and its base cannot be found ({problem}); if it has moved, {mend}"
+        ) from problem
+    if is_adapter(found):
+        raise WeightsError(f"{found} is an adapter too, and no base for {folder}: merge it first, with afina export")
+    return named, found
 
 
 def base_format(folder: Path) -> str | None:

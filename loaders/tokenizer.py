@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from afina.errors import DataError, TokenizerError, nearest
-from afina.loaders.adapter import adapter_base
+from afina.loaders.adapter import find_base, is_adapter
 from afina.loaders.chat_template import ChatTemplate
 from afina.loaders.hub import resolve
 from afina.loaders.jsonfile import MAX_BYTES, parse_json
@@ -66,8 +66,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     folder = Path(source)
     if not folder.is_dir() or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         folder = resolve(source)
-        if (base := adapter_base(folder)) is not None and not (folder / "tokenizer.json").is_file():
-            return load_tokenizer(base)
+        if is_adapter(folder) and not (folder / "tokenizer.json").is_file():
+            folder = find_base(folder)[1]
     files: dict[str, bytes] = {}
     for name in (*FILES, "config.json"):
         path = folder / name

@@ -16,11 +16,11 @@ from tiny_model import saved
 
 from afina.engine.cli import run
 from afina.engine.evaluate import evaluate_loss
+from afina.engine.train import read_data
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
 from afina.loaders.adapter import CONFIG, WEIGHTS
 from afina.loaders.checkpoint import read_safetensors, write_safetensors
-from afina.loaders.dataset import prepare
 from afina.loaders.tokenizer import load_tokenizer
 
 
@@ -82,11 +82,7 @@ def test_the_best_adapter_gives_the_loss_that_was_measured(place: Path) -> None:
         record = json.loads((place / name / "run.json").read_text())
         assert record["facts"]["parameters"] == load_model(place / "model").num_parameters()
         config = TrainConfig.resolve(place / name / "recipe.yaml")
-        data = prepare(
-            str(config.data),
-            load_tokenizer(place / name),
-            **{key: getattr(config, key) for key in ("max_length", "on_long", "train_on_prompt", "val_size", "seed")},
-        )
+        data = read_data(config, load_tokenizer(place / name), progress=False)
         again = evaluate_loss(load_model(place / name), data.dev, batch_size=config.batch_size)
         assert again["loss"] == pytest.approx(best, rel=1e-6)
     quantised = load_model(place / "second")
@@ -173,7 +169,7 @@ def test_chat_changes_who_answers(
 def test_wrong_adapters_are_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, first = str(place / "model"), str(place / "first")
     ask = ("--prompt", "one")
-    assert "it is a whole model" in refused(capsys, "generate", model, "--adapter", model, *ask)
+    assert "is a whole model, no adapter" in refused(capsys, "generate", model, "--adapter", model, *ask)
     assert "'first' is taken" in refused(capsys, "generate", model, "--adapter", first, "--adapter", first, *ask)
     assert "is an adapter itself" in refused(capsys, "generate", first, "--adapter", first, *ask)
     assert "no such model" in refused(capsys, "generate", model, "--adapter", "nowhere", *ask)

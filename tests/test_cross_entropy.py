@@ -272,6 +272,16 @@ def test_the_logits_are_never_whole(reduction: str) -> None:
     assert largest.numel == 3 * 50
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 9.0}, {"label_smoothing": 0.1}, {"z_loss": 1e-3}], ids=str)
+def test_rows_of_logits_that_are_longer_than_the_vocabulary(options: dict[str, float]) -> None:
+    """Large vocabularies that are no round number: what fills the rows up must not count, in any chunk."""
+    vocab = file.CPU_PITCH + 27
+    h, w, targets = draw(20, 5), draw(vocab, 5, seed=1), labels(20, vocab, "some")
+    with chunks(3):
+        got = evaluate(lambda h, w: linear_cross_entropy(h, w, targets, **options), [h, w])
+    assert_near(got, evaluate(lambda h, w: cross_entropy_reference(h @ w.t(), targets, **options), [h, w]), 1e-5)
+
+
 def test_rows_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small vocabulary is held to the most rows of a chunk, a large one to its bytes."""
     monkeypatch.setattr(file, "CHUNK_ROWS", (2, 6))

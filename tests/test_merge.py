@@ -13,11 +13,11 @@ from torch import Tensor
 
 from afina.engine.adapters import new_adapter, save_adapter
 from afina.engine.linear import Linear
-from afina.engine.merge import Base, check_base, find_base, is_adapter, merge
+from afina.engine.merge import Base, base_of, check_base, merge
 from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, load_model, new_model
 from afina.errors import AfinaError, ConfigError
-from afina.loaders.adapter import BASE_HASH, AdapterConfig, write_adapter
+from afina.loaders.adapter import BASE_HASH, AdapterConfig, is_adapter, write_adapter
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -178,18 +178,18 @@ def refusal(work: Callable[[], object]) -> str:
 def test_the_base_is_found_where_it_was_or_is(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert is_adapter(adapter)
     assert not is_adapter(base)
-    found = find_base(adapter, None)
+    found = base_of(adapter, None)
     assert (found.name, found.folder) == (str(base), base)
     check_base(adapter, found)
     moved = base.rename(tmp_path / "moved")
-    told = refusal(lambda: find_base(adapter, None))
+    told = refusal(lambda: base_of(adapter, None))
     assert str(base) in told
-    assert told.endswith("say where it is now with --base MODEL")
-    found = find_base(adapter, str(moved))
+    assert "if it has moved, name the base: --base BASE for afina export" in told
+    found = base_of(adapter, str(moved))
     assert found.folder == moved
     check_base(adapter, found)
-    assert "no such model" in refusal(lambda: find_base(adapter, str(base)))
-    assert "is an adapter too" in refusal(lambda: find_base(adapter, str(adapter)))
+    assert "no such model" in refusal(lambda: base_of(adapter, str(base)))
+    assert "is an adapter too" in refusal(lambda: base_of(adapter, str(adapter)))
 
 
 def test_another_base_is_told_by_every_byte_of_it(base: Path, adapter: Path) -> None:
@@ -198,7 +198,7 @@ def test_another_base_is_told_by_every_byte_of_it(base: Path, adapter: Path) -> 
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    told = refusal(lambda: check_base(adapter, find_base(adapter, None)))
+    told = refusal(lambda: check_base(adapter, base_of(adapter, None)))
     assert f"{base} is not the model that {adapter} was trained on" in told
     assert "--base" in told
 
@@ -209,10 +209,12 @@ def test_an_adapter_of_another_program_says_less(base: Path, adapter: Path, tmp_
     name = "model.layers.0.self_attn.q_proj"
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
     write_adapter(foreign, config, tensors, {})
-    with pytest.raises(ConfigError, match=r"does not name its base: say what it is with --base MODEL$"):
-        find_base(foreign, None)
-    found = find_base(foreign, str(base))
+    with pytest.raises(
+        ConfigError, match="base_model_name_or_path is missing, so its base is not known: name the base: --base BASE"
+    ):
+        base_of(foreign, None)
+    found = base_of(foreign, str(base))
     assert found == Base(str(base), base, None)
     check_base(foreign, found)  # nothing to compare with
     write_adapter(foreign, config, tensors, {BASE_HASH: "0" * 64})
-    assert "recorded 000000000000" in refusal(lambda: check_base(foreign, find_base(foreign, str(base))))
+    assert "recorded 000000000000" in refusal(lambda: check_base(foreign, base_of(foreign, str(base))))
