@@ -236,8 +236,9 @@ def save_adapter(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) ->
     """
     assert model.adapter is not None
     metadata = {BASE_HASH: model.fingerprint, BASE_SAMPLE: model.sample}
-    if any(isinstance(module, Linear) and module.quantised is not None for module in model.modules()):
-        metadata[BASE_FORMAT] = "nf4"
+    parts = [p for m in model.modules() if isinstance(m, Linear) and m.quantised is not None for p in m.quantised.parts]
+    if codes := [part.state for part in parts if part.state is not None]:
+        metadata[BASE_FORMAT] = f"nf4-{str(codes[0].dtype).removeprefix('torch.')}"
     write_adapter(Path(folder), model.adapter.config, adapter_tensors(model), metadata)
     if tokenizer is not None:
         tokenizer.save(Path(folder))

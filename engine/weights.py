@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from afina.loaders.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISE = {"nf4": None, **{f"nf4-{name}": dtype for name, dtype in DTYPES.items()}}
 LISTED = 10  # problems named in one message
 CHUNK_ROWS = 4096
 
@@ -51,15 +52,18 @@ def load_model(
     ``source``: a folder, a run folder (its best model), "afina-tiny" or a hub id. ``dtype``: "float32", "bfloat16",
     "float16", or "auto": float32 on a CPU, bfloat16 on a GPU. ``device``: "cpu", "cuda", or "auto". ``allow_nonfinite``
     accepts NaN and Inf. ``quantise``: "nf4" holds the matrices of the layers as NF4 with double quantisation, made of
-    the weights in ``dtype`` (QLoRA's frozen base: they have no gradient); None as the files do, so NF4 where
-    bitsandbytes wrote them, whatever this says. Raises ``WeightsError`` and ``ConfigError``. Weights are streamed: the
-    peak is the model itself as it is held, and one buffer; quantising, also one tensor of the file and 50 MB.
+    the weights in ``dtype`` (QLoRA's frozen base: they have no gradient), "nf4-bfloat16" and so on of the weights in
+    that dtype; None as the files do, so NF4 where bitsandbytes wrote them, whatever this says. Raises ``WeightsError``
+    and ``ConfigError``. Weights are streamed: the peak is the model itself as it is held, and one buffer; quantising,
+    also one tensor of the file and 50 MB.
 
     ``adapter``: a folder, run folder or hub id of an adapter to put on the model. An adapter as ``source`` is put on
     the base that it names; that is loaded as it was in training, so as NF4 for one of QLoRA.
     """
-    if quantise not in (None, "nf4"):
-        raise ConfigError(f"quantise = {quantise!r}: expected nf4, or none at all{nearest(str(quantise), ['nf4'])}")
+    if quantise is not None and quantise not in QUANTISE:
+        raise ConfigError(
+            f"quantise = {quantise!r}{nearest(quantise, QUANTISE)}: expected {', '.join(QUANTISE)} or None"
+        )
     folder = resolve(source)
     if is_adapter(folder):
         base, where_it_is = find_base(folder)
@@ -89,11 +93,12 @@ def load_model(
         if tensor.ours in parameters:
             rows = parameters[tensor.ours][tensor.start : tensor.stop]
             checkpoint.read_into(name, _by_heads(rows, tensor), transpose=tensor.transpose)
+    values = kind if published else QUANTISE.get(quantise or "") or kind
     for ours, tensors in held.items():
         parts = [
             _stored_part(checkpoint, stored[name], tensor, where)
             if name in stored
-            else _quantised_part(checkpoint, name, tensor, kind, where, codes=not published)
+            else _quantised_part(checkpoint, name, tensor, values, where, codes=not published)
             for name, tensor in tensors.items()
         ]
         _owner(model, ours).quantised = NF4Weight(parts)

@@ -175,10 +175,13 @@ def find_base(folder: Path, name: str | None = None) -> tuple[str, Path]:
 
 
 def base_format(folder: Path) -> str | None:
-    """How the base was held in training: "nf4", or None where it was dense or nobody recorded it."""
+    """How the base was held in training, such as "nf4-bfloat16": as NF4 codes of its weights in bfloat16. None where it
+    was dense, or nobody recorded it."""
     found = AdapterFile(folder).metadata.get(BASE_FORMAT)
-    if found not in (None, "nf4"):
-        raise WeightsError(f"{folder / WEIGHTS}: {BASE_FORMAT} is {show(found)}, expected nf4: save the adapter again")
+    if found is not None and not re.fullmatch("nf4-(float32|bfloat16|float16)", found):
+        raise WeightsError(
+            f"{folder / WEIGHTS}: {BASE_FORMAT} is {show(found)}, expected nf4-bfloat16 or such: save the adapter again"
+        )
     return found
 
 

@@ -193,3 +193,14 @@ def test_wrong_adapters_are_refused(place: Path, tmp_path: Path, capsys: pytest.
     for flags in ([], ["--dry_run"]):
         assert "is an adapter of" in refused(capsys, *argv, *flags)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_quantised_base_is_quantised_from_the_values_it_was_in_training(place: Path, tmp_path: Path) -> None:
+    """In bf16 the codes are those of the rounded weights; on a machine that computes in fp32 they must be the same."""
+    assert train(place, tmp_path / "run", "--method", "qlora", "--dtype", "bfloat16") == 0
+    trained, plain = load_model(tmp_path / "run", dtype="float32"), load_model(place / "model", quantise="nf4")
+    rounded = load_model(place / "model", dtype="bfloat16", quantise="nf4")
+    (one, *_), (other, *_), (third, *_) = (m.layers[0].mlp.down.quantised.parts for m in (trained, rounded, plain))
+    assert torch.equal(one.packed, other.packed)
+    assert torch.equal(one.state.absmax, other.state.absmax)
+    assert not torch.equal(one.packed, third.packed)
