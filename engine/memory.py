@@ -188,7 +188,7 @@ class _Walk:
         compute = self.wide if weight.device.type == "cpu" and not triton else self.size
         if triton:
             few, many = cross_entropy.GPU_CHUNK_ROWS
-            most = many if many * vocab * compute <= cross_entropy.GPU_CHUNK_BYTES else few
+            most = many if weight.requires_grad and many * vocab * compute <= cross_entropy.GPU_CHUNK_BYTES else few
             copies = 1
         else:
             few, many = cross_entropy.CHUNK_ROWS

@@ -269,6 +269,7 @@ class _Head(NamedTuple):
     options: Options
     compute: torch.dtype
     scale: float
+    learns: bool  # whether the gradient of `weight` is wanted
 
     def at(self, rows: slice) -> slice | Tensor:
         return rows if self.where is None else self.where[rows]
@@ -350,7 +351,8 @@ def _run(
     # torch's low-precision matrix products are slow and round on a CPU; its path runs in fp32 there.
     compute = wide if device.type == "cpu" and options.backend == "torch" else hidden.dtype
     scale = 1.0 / max(1, count) if options.reduction == "mean" else 1.0
-    head = _Head(hidden, weight, bias, None if dense else _to(index, device), targets, rates, options, compute, scale)
+    where = None if dense else _to(index, device)
+    head = _Head(hidden, weight, bias, where, targets, rates, options, compute, scale, wanted[1])
     losses = torch.zeros(rows, dtype=wide, device=device)
     new = torch.empty if count else torch.zeros
     # A single chunk's product is the weight's gradient: nothing is added to it, so it may be rounded at once.
@@ -373,7 +375,8 @@ def _chunk_rows(head: _Head) -> int:
     if head.options.backend == "torch":
         return max(CHUNK_ROWS[0], min(CHUNK_ROWS[1], CHUNK_BYTES // (4 * max(1, vocab))))
     few, many = GPU_CHUNK_ROWS
-    most = many if many * vocab * head.compute.itemsize <= GPU_CHUNK_BYTES else few
+    # One chunk more only costs where its share must be added to the weight's gradient.
+    most = many if head.learns and many * vocab * head.compute.itemsize <= GPU_CHUNK_BYTES else few
     # Chunks of one size rather than a sliver at the end.
     return min(most, 128 * cdiv(cdiv(count, max(1, cdiv(count, most))), 128)) or most
 

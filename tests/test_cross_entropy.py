@@ -538,12 +538,13 @@ def test_wide_rows_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_a_chunk_on_a_gpu() -> None:
-    def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16, learns: bool = True) -> int:
         options = Options(-100, "mean", None, 0.0, 0.0, "triton", False)
         weight, targets = torch.empty(vocab, 1, device="meta"), torch.empty(count, device="meta")
-        return file._chunk_rows(file._Head(weight, weight, None, None, targets, None, options, dtype, 1.0))
+        return file._chunk_rows(file._Head(weight, weight, None, None, targets, None, options, dtype, 1.0, learns))
 
     assert rows(100_000, 128_256) == 4096
+    assert rows(100_000, 128_256, learns=False) == 2048  # nothing is added up, so half the room will do
     assert rows(100_000, 262_147) == rows(100_000, 128_256, torch.float32) == 2048
     assert rows(4097, 1000) == 2176  # two of nearly one size
     assert rows(8192, 1000) == 4096
