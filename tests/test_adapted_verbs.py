@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ from tiny_model import saved
 
 from afina.engine.cli import run
 from afina.engine.evaluate import evaluate_loss
+from afina.engine.model_options import open_adapted
 from afina.engine.train import read_data
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
@@ -128,6 +130,15 @@ def test_base_and_adapter_is_the_run(place: Path, capsys: pytest.CaptureFixture[
     alone = json_of(capsys, "generate", str(place / "first"), *argv)["text"]
     assert json_of(capsys, "generate", str(place / "model"), "--adapter", str(place / "first"), *argv)["text"] == alone
     assert json_of(capsys, "generate", str(place / "model"), *argv)["text"] != alone
+
+
+def test_an_adapter_is_called_by_its_folder_or_as_you_like(place: Path) -> None:
+    texts = [str(place / "first" / "best"), f"other={place / 'first'}"]
+    plain = {"dtype": None, "device": None, "threads": None, "allow_nonfinite": None}
+    args = argparse.Namespace(model=str(place / "model"), adapter=texts, **plain)
+    model, _, adapters = open_adapted(args)
+    assert list(adapters) == ["first", "other"]
+    assert model.adapter is adapters["first"]
 
 
 def test_several_adapters_by_name(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,7 @@ TESTED_WITH = {
     "cross_entropy_rows": "cross_entropy",
     "commands": "cli",
     "gguf_check": "export",
+    "model_options": "adapted_verbs",
     "positions": "config",
     "proof": "export",
     "sampling": "generate",
