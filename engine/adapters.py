@@ -52,9 +52,6 @@ class Adapter:
     saved: tuple[str, ...] = ()
     spare: dict[str, Tensor] = field(default_factory=dict)
 
-    def num_parameters(self) -> int:
-        return sum(p.numel() for lora in self.loras.values() for p in lora.parameters())
-
 
 def linears(model: GPT) -> dict[str, Target]:
     """Every linear layer that can have an adapter, by the checkpoint's name: all but the head."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.engine.settings import (
+    ALPHA,
     BETA,
     DEVICE,
     FRACTION,
@@ -71,7 +72,7 @@ class TrainConfig(Settings):
     lora_alpha: float | None = setting(
         None,
         "scales the adapters, by alpha / r, with rsLoRA by alpha / sqrt(r) (default: a scale of 2)",
-        limit=POSITIVE,
+        limit=ALPHA,
     )
     lora_dropout: float | None = setting(
         None, "share of the adapters' inputs that is dropped in training (default: 0)", limit=BETA

@@ -155,6 +155,7 @@ def test_values_take_the_settings_type(name: str, value: Any, expected: Any) -> 
         ("columns", "prompt=a,prompt=b", "pairs like"),
         ("columns", {"prompt": 3}, "pairs like"),
         ("lora_r", 8, "lora_r is for method lora and qlora, but method is full: leave it out, or use method lora"),
+        ("lora_alpha", 1e300, "above 0 and at most 1e6"),
         ("trainable", "lm_head", "trainable is for method freeze"),
         ("learning_rte", 1e-4, "did you mean 'learning_rate'"),
         ("resume_from_checkpoint", True, "--resume"),
