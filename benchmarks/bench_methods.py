@@ -32,12 +32,13 @@ HELD_OUT = {"banking77": 1000, "gsm8k": 500}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method": "lora"},
+    "lora+embeddings": {"method": "lora", "modules_to_save": ["embed_tokens"]},
     "dora": {"method": "lora", "use_dora": True},
     "qlora": {"method": "qlora"},
     "freeze": {"method": "freeze"},
 }
 # For a model as small as afina-tiny; large ones want the defaults.
-RATES = {"full": 1.5e-3, "lora": 6e-3, "dora": 6e-3, "qlora": 6e-3, "freeze": 1.5e-3}
+RATES = {"full": 1.5e-3, "lora": 6e-3, "lora+embeddings": 3e-3, "dora": 6e-3, "qlora": 6e-3, "freeze": 1.5e-3}
 
 
 def rows_of(task: str) -> list[dict[str, str]]:
