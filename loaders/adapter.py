@@ -143,7 +143,12 @@ class AdapterFile:
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the CPU. NaN and infinity are refused: they would spoil every answer."""
         out = torch.empty(self.shape(name), dtype=self._file.entries[name].dtype)
-        self._file.read_into(name, out)
+        self._file.read_into(name, out, finite=False)
+        if out.is_floating_point() and not out.isfinite().all():
+            raise WeightsError(
+                f"{self.folder / WEIGHTS}: tensor {show(name)} holds NaN or Inf: use an earlier adapter, or train it "
+                "again with a lower learning rate"
+            )
         return out
 
 

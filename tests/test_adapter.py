@@ -276,7 +276,7 @@ def test_nan_and_infinity_are_neither_read_nor_written(bad: float, tmp_path: Pat
     content = tensors()
     content[B][3, 1] = bad
     file = AdapterFile(write(tmp_path / "theirs", content))
-    refused(WeightsError, r"lora_B.weight' holds NaN or Inf \(first at element 7\)", lambda: file.read(PEFT + B))
+    refused(WeightsError, "lora_B.weight' holds NaN or Inf: use an earlier adapter", lambda: file.read(PEFT + B))
     config = AdapterConfig(r=2, alpha=4)
     refused(
         WeightsError, "lora_B.weight' holds NaN or infinity", lambda: write_adapter(tmp_path / "o", config, content, {})
