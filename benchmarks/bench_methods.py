@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "freeze": {"method": "freeze"},
 }
 # For a model as small as afina-tiny; large ones want the defaults.
-RATES = {"full": 1.5e-3, "lora": 6e-3, "lora+embeddings": 3e-3, "dora": 6e-3, "qlora": 6e-3, "freeze": 1.5e-3}
+RATES = {"full": 1.5e-3, "lora": 3e-3, "lora+embeddings": 3e-3, "dora": 3e-3, "qlora": 3e-3, "freeze": 1.5e-3}
 
 
 def rows_of(task: str) -> list[dict[str, str]]:
