@@ -26,11 +26,11 @@ from afina.engine.model import GPT
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import prepare_process
 from afina.engine.state import read_json
-from afina.engine.train import Run
+from afina.engine.train import Run, read_data
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
 from afina.errors import ConfigError, RunError, nearest
-from afina.loaders.dataset import Data, prepare
+from afina.loaders.dataset import Data
 from afina.loaders.render import Example, render_example
 from afina.loaders.tokenizer import Tokenizer, load_tokenizer
 
@@ -186,20 +186,7 @@ class _Demo:
         return generate_batch(model, tokenizer, prompts, batch_size=256, max_new_tokens=NEW_TOKENS)
 
     def _prepare(self, tokenizer: Tokenizer) -> Data:
-        c = self.config
-        data = prepare(
-            str(c.data),
-            tokenizer,
-            max_length=c.max_length,
-            on_long=c.on_long,
-            train_on_prompt=c.train_on_prompt,
-            val_file=c.val_file,
-            val_size=c.val_size,
-            seed=c.seed,
-            columns=c.columns,
-            skip_bad_lines=c.skip_bad_lines,
-            progress=False,
-        )
+        c, data = self.config, read_data(self.config, tokenizer, progress=False)
         report = data.report
         for name, file, read in (("train", c.data, report), ("dev", c.val_file, report["val"])):
             self.page.fact(f"{name} rows", _short(Path(str(file))))

@@ -196,7 +196,7 @@ class GPT(nn.Module):
         self.config = config
         self.hf_config: dict[str, Any] = {}
         self.hash_source: Callable[[], str] = str
-        self.sample = ""
+        self.sample_source: Callable[[], str] = str
         self.adapter: Adapter | None = None
         self.gradient_checkpointing = False
         device = torch.device("cpu" if device is None else device)
@@ -221,6 +221,11 @@ class GPT(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the weights' files, or of what the weights were drawn from; files are read when first asked."""
         return self.hash_source()
+
+    @cached_property
+    def sample(self) -> str:
+        """As ``fingerprint``, of the first bytes of each tensor: quick to know, when an adapter asks for its base."""
+        return self.sample_source()
 
     @property
     def head_weight(self) -> Tensor:

@@ -9,11 +9,13 @@ end; the weights with the best dev loss are kept in ``best/``. Everything needed
 
 from __future__ import annotations
 
+import heapq
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -256,18 +258,19 @@ class Run:
             f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}{some}; {self.total:,} steps "
             f"of {c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
         )
-        self.say(self.memory().line())
+        self.say(self.memory.line())
         for reason in self.folder.skipped:
             self.say(f"damaged checkpoint skipped: {reason}")
         if self.folder.checkpoint:
             self._take_back(self.folder.checkpoint)
 
+    @cached_property
     def memory(self) -> MemoryPlan:
         """What a step will take if its longest rows come together."""
         rows, count, packing = self.data.train, self.config.batch_size, self.config.packing
-        longest = sorted(rows.lengths.tolist(), reverse=True)[:count]
+        longest = heapq.nlargest(count, rows.lengths.tolist())
         tokens = sum(longest) if packing else longest[0] * len(longest)
-        learnt = sum(sorted(rows.trained_counts.tolist(), reverse=True)[:count])
+        learnt = sum(heapq.nlargest(count, rows.trained_counts.tolist()))
         return plan(self.model, self.optimizer, tokens=tokens, rows_trained=min(tokens, learnt))
 
     def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
@@ -440,7 +443,7 @@ class Run:
             "trained_tokens_per_second": round(at.trained_tokens / at.seconds, 1) if at.seconds else 0.0,
             "train_seconds": round(at.seconds, 2),
             "peak_memory_gb": round(peak_memory_gb(self.device), 3),
-            "predicted_memory": self.memory().to_dict(),
+            "predicted_memory": self.memory.to_dict(),
         }
         if self.board:
             self.board.close()

@@ -102,7 +102,7 @@ def load_model(
             for name, tensor in tensors.items()
         ]
         _owner(model, ours).quantised = NF4Weight(parts)
-    model.hash_source, model.sample = checkpoint.fingerprint, checkpoint.sample()
+    model.hash_source, model.sample_source = checkpoint.fingerprint, checkpoint.sample
     if adapter is not None:
         set_adapter(model, load_adapter(model, adapter))
     return model.eval()
@@ -132,7 +132,7 @@ def new_model(
     model.init_weights(seed)
     model.hf_config = hf
     model.hash_source = lambda: hashlib.sha256(json.dumps([hf, seed], sort_keys=True).encode()).hexdigest()
-    model.sample = model.hash_source()
+    model.sample_source = model.hash_source
     return model.train()
 
 

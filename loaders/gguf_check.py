@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afina.errors import WeightsError
 from afina.loaders.families.registry import load_family
-from afina.loaders.gguf_file import ARCHITECTURES, _architecture, _converted
+from afina.loaders.gguf_file import ARCHITECTURES, architecture_of, converted
 from afina.loaders.gguf_vocab import gguf_package
 
 ROWS = 64  # of a matrix
@@ -30,7 +30,7 @@ def check_architecture(hf_config: Mapping[str, Any]) -> None:
     """Raise ConfigError, before any long work, for a model that ``write_gguf`` would refuse by its config, and where
     the `gguf` package is not installed."""
     gguf_package()
-    _architecture(hf_config, load_family(hf_config).config_fields(hf_config))
+    architecture_of(hf_config, load_family(hf_config).config_fields(hf_config))
 
 
 def differences(
@@ -48,7 +48,7 @@ def differences(
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, tensor in tensors:
         found = stored.get(names.get_name(name, (".weight", ".bias")))
-        wanted = _converted(arch, fields, name, tensor)
+        wanted = converted(arch, fields, name, tensor)
         shape = () if found is None else tuple(reversed(found.shape.tolist()))
         if found is None or shape != tuple(wanted.shape):
             raise WeightsError(f"{path}: {name} has shape {shape}, expected {tuple(wanted.shape)}: write it again")

@@ -85,7 +85,7 @@ def write_gguf(
         raise ConfigError(f"dtype = {dtype!r}: expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     family = load_family(hf_config)
     fields = family.config_fields(hf_config)
-    arch = _architecture(hf_config, fields)
+    arch = architecture_of(hf_config, fields)
     check_vocab(tokenizer, fields["vocab_size"])
     expected = {tensor.name for tensor in family.tensors(fields)}
     names = gguf.get_tensor_name_map(
@@ -100,7 +100,7 @@ def write_gguf(
     write_vocabulary(gguf, writer, tokenizer, fields["vocab_size"])
 
     kinds: dict[str, str] = {}
-    shapes = {name: _converted(arch, fields, name, x.to("meta")).shape for name, x in tensors()}
+    shapes = {name: converted(arch, fields, name, x.to("meta")).shape for name, x in tensors()}
     if factors := _rope_factors(fields):
         writer.add_tensor_info("rope_freqs.weight", (len(factors),), np.dtype(np.float32), 4 * len(factors))
     if shapes.keys() != expected:
@@ -124,7 +124,7 @@ def write_gguf(
                 writer.write_tensor_data(np.array(factors, dtype=np.float32))
             for (name, tensor), expected_name in zip(tensors(), shapes, strict=True):
                 assert name == expected_name
-                array = _array(gguf, _converted(arch, fields, name, tensor.detach().cpu()), kinds[name], name)
+                array = _array(gguf, converted(arch, fields, name, tensor.detach().cpu()), kinds[name], name)
                 writer.write_tensor_data(array)
     except OSError as problem:
         path.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def write_gguf(
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
-def _converted(arch: str, fields: Fields, name: str, x: Tensor) -> Tensor:
+def converted(arch: str, fields: Fields, name: str, x: Tensor) -> Tensor:
     """A tensor of the file as llama.cpp wants it: another order of rows, the transpose, or norm weights plus one."""
     if arch == "gpt2" and ".c_" in name and name.endswith(".weight"):
         return x.t()  # HF's Conv1D stores (in, out)
@@ -185,7 +185,7 @@ def _rope_factors(fields: Fields) -> list[float]:
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
-def _architecture(hf: Mapping[str, Any], fields: Fields) -> str:
+def architecture_of(hf: Mapping[str, Any], fields: Fields) -> str:
     """llama.cpp's name of the architecture. Raises ConfigError for what its code does not compute."""
     model_type = hf["model_type"]
     if model_type not in ARCHITECTURES:

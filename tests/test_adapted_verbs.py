@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,7 @@ from afina.loaders.adapter import CONFIG, WEIGHTS
 from afina.loaders.checkpoint import read_safetensors, write_safetensors
 from afina.loaders.tokenizer import load_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AFINA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +117,17 @@ def test_freezing_changes_the_named_tensors_only(place: Path, tmp_path: Path) ->
         "model.layers.1",
         "model.norm.weight",
     ]
+
+
+def test_a_run_says_what_it_will_take(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--model", str(place / "model"), "--data", str(place / "rows.jsonl"), "--max_steps", "1"]
+    result = json_of(capsys, *argv, "--output_dir", str(tmp_path / "full"))["predicted_memory"]
+    assert (result["adapters"], result["gradients"]) == (0, result["weights"])
+    assert run([*argv, "--output_dir", str(tmp_path / "lora"), "--method", "lora", "--lora_r", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    adapted = json.loads(out.splitlines()[-1])["predicted_memory"]
+    assert 0 < adapted["adapters"] == adapted["gradients"] < result["gradients"]
+    assert "memory: weights " in err
 
 
 def test_base_and_adapter_is_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,6 @@ def test_vocabulary_of_afina_tiny(tmp_path: Path) -> None:
 
 def test_vocabulary_of_gpt2(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "tokenizers" / "gpt2"
-    if not folder.is_dir():
-        pytest.skip(f"no tokenizer at {folder}")
     tokenizer = load_tokenizer(folder)
     path = vocabulary(tmp_path / "m", tokenizer)
     assert read_config(path)["tokenizer.ggml.pre"] == "gpt-2"
