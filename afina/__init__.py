@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from afina.engine.config import ModelConfig as ModelConfig
     from afina.engine.generate import generate as generate
     from afina.engine.model import GPT as GPT
+    from afina.engine.model_config import ModelConfig as ModelConfig
     from afina.engine.train import RunResult as RunResult
     from afina.engine.train import finetune as finetune
     from afina.engine.train_config import TrainConfig as TrainConfig
     from afina.engine.weights import load_model as load_model
     from afina.engine.weights import save_model as save_model
     from afina.errors import AfinaError as AfinaError
-    from afina.loaders.tokenizer import Tokenizer as Tokenizer
-    from afina.loaders.tokenizer import load_tokenizer as load_tokenizer
+    from afina.loaders.text.tokenizer import Tokenizer as Tokenizer
+    from afina.loaders.text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
     "AfinaError": "afina.errors",
     "GPT": "afina.engine.model",
-    "ModelConfig": "afina.engine.config",
+    "ModelConfig": "afina.engine.model_config",
     "RunResult": "afina.engine.train",
-    "Tokenizer": "afina.loaders.tokenizer",
+    "Tokenizer": "afina.loaders.text.tokenizer",
     "TrainConfig": "afina.engine.train_config",
     "finetune": "afina.engine.train",
     "generate": "afina.engine.generate",
     "load_model": "afina.engine.weights",
-    "load_tokenizer": "afina.loaders.tokenizer",
+    "load_tokenizer": "afina.loaders.text.tokenizer",
     "save_model": "afina.engine.weights",
 }
 

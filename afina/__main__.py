@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    from afina.engine.cli import run
+    from afina.cli.main import run
 
     return run(sys.argv[1:])
 

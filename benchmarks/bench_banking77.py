@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 
 import afina
 from afina.engine.evaluate import evaluate_task
-from afina.loaders.render import Example
+from afina.loaders.text.render import Example
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "support" / "banking77.csv"
 

@@ -55,9 +55,9 @@ def generate(path: Path, rows: int, kind: str) -> None:
 
 def child(engine: str, path: Path, tokenizer_path: str, folder: Path) -> dict[str, Any]:
     """Run one engine in this process."""
-    from afina.loaders.dataset import prepare
-    from afina.loaders.rows import read_rows
-    from afina.loaders.tokenizer import load_tokenizer
+    from afina.loaders.data.dataset import prepare
+    from afina.loaders.data.rows import read_rows
+    from afina.loaders.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.encodings(["warm up"], offsets=True)

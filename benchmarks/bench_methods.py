@@ -25,7 +25,7 @@ import afina
 from afina.engine.evaluate import evaluate_task, exact_match
 from afina.engine.generate import complete, encode_prompt
 from afina.engine.sampling import Sampling
-from afina.loaders.render import Example
+from afina.loaders.text.render import Example
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 HELD_OUT = {"banking77": 1000, "gsm8k": 500}

@@ -107,7 +107,7 @@ def make_random(name: str, folder: Path) -> str:
     """Write a Llama of random weights, with GPT-2's tokenizer or, for a smaller vocabulary, afina-tiny's."""
     import afina
     from afina.engine.weights import new_model
-    from afina.loaders.hub import resolve
+    from afina.loaders.weights.hub import resolve
 
     config = RANDOM[name]
     tokenizer = afina.load_tokenizer(DATA / "tokenizers" / "gpt2")
@@ -119,7 +119,7 @@ def make_random(name: str, folder: Path) -> str:
 
 def first_adapter(config: dict[str, Any], folder: Path) -> str:
     """Write the adapter that a run of these settings begins with, for PEFT to begin with it too."""
-    from afina.engine.adapters import save_adapter
+    from afina.engine.lora import save_adapter
     from afina.engine.train import choose_trained
     from afina.engine.train_config import TrainConfig
     from afina.engine.weights import load_model
@@ -178,7 +178,7 @@ def peer_model(config: dict[str, Any], adapter: str | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from afina.loaders.hub import resolve
+    from afina.loaders.weights.hub import resolve
 
     options: dict[str, Any] = {}
     if config["method"] == "qlora":
@@ -207,9 +207,9 @@ def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from afina.loaders.batches import Batches
-    from afina.loaders.dataset import prepare
-    from afina.loaders.tokenizer import load_tokenizer
+    from afina.loaders.data.batches import Batches
+    from afina.loaders.data.dataset import prepare
+    from afina.loaders.text.tokenizer import load_tokenizer
 
     torch.set_num_threads(config["threads"])
     batch = config["batch_size"]

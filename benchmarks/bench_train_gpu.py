@@ -34,16 +34,16 @@ import torch
 from harness import DEVICE, GPU, Unavailable, ceilings, one_line, tail
 from torch import Tensor, nn
 
-from afina.engine.adapters import linears, new_adapter
-from afina.engine.config import ModelConfig
 from afina.engine.linear import Linear
+from afina.engine.lora import linears, new_adapter
 from afina.engine.model import GPT
+from afina.engine.model_config import ModelConfig
+from afina.engine.nf4_weight import NF4Weight
 from afina.engine.optim import AdamW
-from afina.engine.quantised import NF4Weight
 from afina.engine.train import accumulate
 from afina.kernels.nf4 import quantize_nf4
-from afina.loaders.adapter import AdapterConfig
-from afina.loaders.batches import MicroBatch
+from afina.loaders.data.batches import MicroBatch
+from afina.loaders.weights.peft import AdapterConfig
 
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}  # so that a few steps lower the loss by more than bf16's rounding
 RANK, ALPHA = 16, 32

@@ -72,7 +72,7 @@ def allowance(left: float, index: int, stages: tuple[Stage, ...] = STAGES) -> fl
 def test_files(importable: set[str]) -> tuple[list[str], list[str]]:
     """Tests of kernels or marked gpu whose imports are there; and those left out, with the reason."""
     run, out = [], []
-    for file in sorted((REPO / "tests").glob("test_*.py")):
+    for file in sorted((REPO / "tests").rglob("test_*.py")):
         text = file.read_text()
         if "kernel_checks" not in text and "mark.gpu" not in text:
             continue
@@ -80,7 +80,7 @@ def test_files(importable: set[str]) -> tuple[list[str], list[str]]:
         if missing := needed - importable:
             out.append(f"{file.name}: needs {', '.join(sorted(missing))}")
         else:
-            run.append(f"tests/{file.name}")
+            run.append(file.relative_to(REPO).as_posix())
     return run, out
 
 

@@ -12,13 +12,13 @@ import torch
 from afina.engine.generate import complete, encode_prompt
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
-from afina.loaders.batches import eval_batches
-from afina.loaders.render import Example
+from afina.loaders.data.batches import eval_batches
+from afina.loaders.text.render import Example
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
-    from afina.loaders.dataset import TokenSet
-    from afina.loaders.tokenizer import Tokenizer
+    from afina.loaders.data.dataset import TokenSet
+    from afina.loaders.text.tokenizer import Tokenizer
 
 TASKS = ("auto", "loss", "exact_match", "classification")
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from afina.engine.kv_cache import KVCache
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
-from afina.loaders.render import Example, render_prompt
+from afina.loaders.text.render import Example, render_prompt
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
-    from afina.loaders.tokenizer import Tokenizer
+    from afina.loaders.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Example  # continued as it is; chat messages to answer; a row of data
 REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are no character (yet)

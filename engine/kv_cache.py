@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.engine.config import ModelConfig
-from afina.engine.positions import packed_positions
+from afina.engine.model_config import ModelConfig
+from afina.engine.rope_tables import packed_positions
 from afina.kernels.attention import attention
 from afina.kernels.decode import decode_attention
 

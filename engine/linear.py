@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from afina.engine.quantised import NF4Weight
+    from afina.engine.nf4_weight import NF4Weight
 
 
 class Again(NamedTuple):

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from afina.engine.config import ModelConfig
 from afina.engine.kv_cache import KVCache, Slots
 from afina.engine.linear import Again, Linear
-from afina.engine.positions import RopeTables, packed_positions
+from afina.engine.model_config import ModelConfig
+from afina.engine.rope_tables import RopeTables, packed_positions
 from afina.errors import ConfigError
 from afina.kernels.activation import geglu, swiglu
 from afina.kernels.attention import attention
@@ -29,7 +29,7 @@ from afina.kernels.norm import layer_norm, rms_norm
 from afina.kernels.rope import rope
 
 if TYPE_CHECKING:
-    from afina.engine.adapters import Adapter
+    from afina.engine.lora import Adapter
 
 IGNORE = -100
 DENSE = 0.9  # share of trained tokens above which the last layer computes all of them

@@ -34,7 +34,7 @@ from typing import Any, Self
 
 import yaml
 
-from afina.engine.state import (
+from afina.engine.checkpoint import (
     CHECKPOINT_NAME,
     WORKING_NAME,
     Checkpoint,

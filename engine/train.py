@@ -23,22 +23,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from afina.engine.adapters import choose_patterns, default_trainable, freeze, new_adapter, save_adapter
+from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
 from afina.engine.evaluate import evaluate_loss
+from afina.engine.lora import choose_patterns, default_trainable, freeze, new_adapter, save_adapter
 from afina.engine.memory import MemoryPlan, plan
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
-from afina.engine.state import Checkpoint, publish_best, save_checkpoint
 from afina.engine.train_config import ADAPTED, TrainConfig
 from afina.engine.weights import load_model, new_model, save_model
 from afina.errors import ConfigError
-from afina.loaders.adapter import AdapterConfig
-from afina.loaders.batches import Batches, MicroBatch
-from afina.loaders.dataset import Data, prepare
-from afina.loaders.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from afina.loaders.data.batches import Batches, MicroBatch
+from afina.loaders.data.dataset import Data, prepare
+from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from afina.loaders.weights.peft import AdapterConfig
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 

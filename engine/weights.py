@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from afina.engine.adapters import load_adapter, set_adapter
-from afina.engine.config import ModelConfig
+from afina.engine.lora import load_adapter, set_adapter
 from afina.engine.model import GPT
-from afina.engine.quantised import BITS, NF4Weight, Part, by_heads
+from afina.engine.model_config import ModelConfig
+from afina.engine.nf4_weight import BITS, NF4Weight, Part, by_heads
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
 from afina.kernels.nf4 import NF4State, quantize_nf4
-from afina.loaders.adapter import base_format, find_base, is_adapter
-from afina.loaders.checkpoint import Checkpoint, Later, atomic_write, save_tensors
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
-from afina.loaders.hub import resolve
 from afina.loaders.jsonfile import read_json
-from afina.loaders.quantised import QuantisedTensor, quantised_tensors, read_quantised
+from afina.loaders.weights.bitsandbytes import QuantisedTensor, quantised_tensors, read_quantised
+from afina.loaders.weights.hub import resolve
+from afina.loaders.weights.peft import base_format, find_base, is_adapter
+from afina.loaders.weights.safetensors import Checkpoint, Later, atomic_write, save_tensors
 
 if TYPE_CHECKING:
-    from afina.loaders.tokenizer import Tokenizer
+    from afina.loaders.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISE = {"nf4": None, **{f"nf4-{name}": dtype for name, dtype in DTYPES.items()}}

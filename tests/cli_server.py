@@ -1,6 +1,6 @@
 """The real command line without paying for ``import torch`` at each run: a process that has it forks one child a run.
 
-The child is what ``python -m afina`` would be after its imports: ``afina.engine.cli.run`` on the arguments, in a
+The child is what ``python -m afina`` would be after its imports: ``afina.cli.main.run`` on the arguments, in a
 process of its own that can be killed, signalled and limited.
 """
 
@@ -20,8 +20,8 @@ SERVER = """
 import json, os, sys
 import afina.engine.train
 import torch.fx.experimental.symbolic_shapes  # torch imports it at the first run
-from afina.engine import commands
-from afina.engine.cli import run
+
+from afina.cli.main import run
 
 for line in sys.stdin:
     job = json.loads(line)

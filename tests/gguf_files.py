@@ -10,9 +10,9 @@ import pytest
 
 from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, new_model
-from afina.loaders.gguf_file import write_gguf
-from afina.loaders.gguf_vocab import SPACE
-from afina.loaders.tokenizer import SPLIT, Tokenizer, train_bpe
+from afina.loaders.text.gguf_vocab import SPACE
+from afina.loaders.text.tokenizer import SPLIT, Tokenizer, train_bpe
+from afina.loaders.weights.gguf import write_gguf
 
 gguf = pytest.importorskip("gguf")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from afina.engine.commands import VERBS
+from afina.cli.main import VERBS
 from afina.engine.train_config import TrainConfig
-from afina.loaders.rows import SCHEMAS
+from afina.loaders.data.rows import SCHEMAS
 
 REPO = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -63,7 +63,7 @@ def test_paths_and_links_lead_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", by_name(DOCUMENTS))
 def test_commands_use_verbs_and_flags_that_exist(name: str) -> None:
-    from afina.engine.cli import Parser
+    from afina.cli.options import Parser
 
     text = by_name(DOCUMENTS)[name].read_text(encoding="utf-8")
     # A command in a block may go on after a backslash.
@@ -73,7 +73,7 @@ def test_commands_use_verbs_and_flags_that_exist(name: str) -> None:
         for verb, rest in re.findall(r"(?:^|\s)afina (\w+)([^#|]*)", line):
             assert verb in VERBS, line
             parser = Parser(prog=f"afina {verb}")
-            VERBS[verb][1](parser)
+            VERBS[verb].add_options(parser)
             known = set(parser._option_string_actions) | {"--json", "--debug", "--help"}
             for flag in re.findall(r"(--[a-zA-Z][\w-]*)", rest):
                 assert flag.replace("--", "").replace("-", "_") in {k.lstrip("-") for k in known}, line

@@ -9,7 +9,7 @@ import pytest
 from tiny_model import tiny_tokenizer
 
 from afina.engine.train_config import TrainConfig
-from afina.loaders.dataset import prepare
+from afina.loaders.data.dataset import prepare
 
 REPO = Path(__file__).resolve().parent.parent
 USE_CASES = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from afina.errors import ConfigError, nearest
-from afina.loaders.quantised import unsupported
+from afina.loaders.weights.bitsandbytes import unsupported
 
 T = TypeVar("T")
 Fields = dict[str, Any]

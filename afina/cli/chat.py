@@ -1,0 +1,74 @@
+"""``afina chat``: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from afina.cli.options import Parser, Verb, model_options, open_adapted, sampling_of, sampling_options
+from afina.engine.sampling import Sampling
+from afina.errors import DataError
+
+
+def add_options(parser: Parser) -> None:
+    model_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    sampling_options(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Read messages from standard input until it ends; answers are printed as they are written."""
+    sampling = sampling_of(args)
+    Sampling(**sampling)
+    from afina.engine.generate import stream
+    from afina.engine.lora import set_adapter
+
+    model, tokenizer, adapters = open_adapted(args)
+    person = sys.stdin.isatty()
+    if person:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (line editing and history for input)
+        print("/reset forgets the conversation, /quit (or Ctrl-D) leaves.")
+        if args.adapter:
+            print(f"/adapter NAME changes who answers: {', '.join([*adapters, 'base'])}")
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages, turns = list(opening), 0
+    while True:
+        try:
+            line = input("> " if person else "").strip()
+        except EOFError:
+            break
+        if line == "/quit":
+            break
+        if line == "/reset":
+            messages = list(opening)
+        elif args.adapter and line.split()[0] == "/adapter":
+            name = line.removeprefix("/adapter").strip()
+            if name in (*adapters, "base"):
+                set_adapter(model, adapters.get(name))
+            else:
+                print(f"no adapter {name!r}: there are {', '.join([*adapters, 'base'])}", file=sys.stderr)
+        elif line.startswith("/"):
+            print(f"unknown command {line.split()[0]}; /reset and /quit are known", file=sys.stderr)
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            answer = ""
+            try:
+                for piece in stream(model, tokenizer, asked, **sampling):
+                    print(piece, end="", flush=True)
+                    answer += piece
+            except KeyboardInterrupt:  # cuts the answer short, not the conversation
+                if not person:
+                    raise
+            except DataError as error:
+                print(f"{error}; or /reset", file=sys.stderr)
+                continue
+            print(flush=True)
+            messages = [*asked, {"role": "assistant", "content": answer}]
+            turns += 1
+    return {"turns": turns}
+
+
+VERB = Verb("talk to a model in the terminal", add_options, run)

@@ -1,0 +1,105 @@
+"""``afina train``: fine-tune a model on the rows of a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from afina.cli.options import Parser, Verb
+from afina.engine.settings import fields
+from afina.engine.train_config import TrainConfig
+from afina.errors import ConfigError
+
+
+def add_options(parser: Parser) -> None:
+    parser.usage = "afina train [RECIPE.yaml] [--model M] --data FILE --output_dir DIR [options]"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file of settings; flags override it")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const="true", help=argparse.SUPPRESS)
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="check the request, print the resolved recipe and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    for name in fields(TrainConfig):
+        parser.add_setting(TrainConfig, name, action="append")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    names = [*fields(TrainConfig)]
+    names += [alias for f in fields(TrainConfig).values() for alias in f.metadata["aliases"]]
+    flags = [(name, value) for name in names for value in getattr(args, name) or ()]
+    config = TrainConfig.resolve(args.recipe, flags, prefix="--")
+    resume = args.resume or _resume_word(args.resume_from_checkpoint)
+    if resume and args.overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other: keep one of them")
+    if args.dry_run:
+        config = _check(config, resume=resume, overwrite=args.overwrite)
+        print(config.to_yaml(), end="")
+        return config.to_dict()
+    from afina.engine.train import finetune
+
+    result = finetune(config, resume=resume, overwrite=args.overwrite, quiet=args.quiet)
+    metrics = result.metrics
+    if not args.quiet:
+        print(f"best model: {metrics['best']} (dev loss {metrics['dev_loss_before']:.4f} -> {metrics['dev_loss']:.4f})")
+        print(f"try it: afina generate {metrics['output_dir']} --prompt TEXT, or afina chat {metrics['output_dir']}")
+    return dict(metrics)
+
+
+def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig:
+    """Everything that training would refuse before its first step and that shows without reading weights; returns the
+    config with what depended on the model."""
+    from afina.engine.model import GPT
+    from afina.engine.model_config import ModelConfig
+    from afina.engine.run_folder import RunFolder
+    from afina.engine.train import choose_trained, refuse_adapter
+    from afina.engine.weights import choose_device, read_config
+    from afina.loaders.data.rows import read_rows
+    from afina.loaders.jsonfile import read_json
+    from afina.loaders.text.tokenizer import check_vocab, load_tokenizer
+    from afina.loaders.weights.hub import resolve
+    from afina.loaders.weights.peft import find_base, is_adapter
+    from afina.loaders.weights.safetensors import Checkpoint
+
+    with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite):  # leaves the folder as it was
+        choose_device(config.device)
+        sources = {str(config.tokenizer or config.model), str(config.model or config.tokenizer)}
+        chat = False
+        if remote := [s for s in sources if s.count("/") == 1 and s[0] not in "./~" and not Path(s).exists()]:
+            print(f"{remote[0]} is on the hub: its files are checked when training fetches them", file=sys.stderr)
+        else:
+            tokenizer = load_tokenizer(str(config.tokenizer or config.model))
+            chat = tokenizer.chat_template is not None
+            if config.init == "random":
+                path = Path(str(config.config))
+                ModelConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
+            else:
+                folder = resolve(str(config.model))
+                if is_adapter(folder):
+                    refuse_adapter(str(config.model), find_base(folder)[0])
+                Checkpoint(folder, allow_nonfinite=config.allow_nonfinite)
+                fields, hf = read_config(folder)
+                check_vocab(tokenizer, fields.vocab_size)
+                model = GPT(fields, device="meta")
+                model.hf_config = hf
+                config = choose_trained(config, model)
+        for source in filter(None, (config.data, config.val_file)):
+            for _ in read_rows(source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, chat=chat):
+                pass
+    return config
+
+
+def _resume_word(value: str | None) -> bool:
+    """``--resume_from_checkpoint`` as other trainers take it: true, false, or a path, which Afina finds by itself."""
+    if value is None or value.lower() in ("false", "none", "null"):
+        return False
+    if value.lower() != "true":
+        raise ConfigError(
+            f"--resume_from_checkpoint is {value!r}: Afina continues from the newest valid checkpoint of --output_dir; "
+            "use --resume"
+        )
+    return True
+
+
+VERB = Verb("fine-tune a model on your examples", add_options, run)

@@ -1,0 +1,234 @@
+"""Durable checkpoints and the best model: a crash at any moment leaves the newest complete one whole.
+
+A checkpoint is a folder ``checkpoint-N`` (N: optimizer steps done): one safetensors file a group of tensors,
+``state.json`` for what is not a tensor, and ``manifest.json`` with the size and SHA-256 of each. It is written beside
+its place, its files and folder are fsynced, and only then renamed into place and its parent fsynced, so a folder of
+that name is complete (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). The manifest finds what
+changed afterwards. Older checkpoints go last. There is no pickle anywhere.
+
+Working names: ``X.tmp-PID`` is unfinished or being removed; ``X.old-PID`` is what a replacement moves aside, and goes
+back to its place when the crash fell between the two renames. ``recover`` sees to both; only the holder of the run
+folder's lock may call it or write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from afina.errors import AfinaError, RunError
+from afina.loaders.weights.safetensors import read_safetensors, write_safetensors
+
+FORMAT = "afina-checkpoint-1"
+MANIFEST, STATE = "manifest.json", "state.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+WORKING_NAME = re.compile(r"(.+)\.(tmp|old)-[0-9]+")
+MAX_JSON_BYTES = 64 << 20
+
+
+class SaveError(OSError):
+    """Something could not be written (disk full, I/O error). Nothing that was there before has changed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files all match its manifest. ``meta`` is what ``save_checkpoint`` was given."""
+
+    path: Path
+    step: int
+    groups: tuple[str, ...]
+    meta: dict[str, Any]
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Read one group's tensors (CPU, saved dtypes). One group at a time, so that memory holds no second copy."""
+        if group not in self.groups:
+            raise RunError(f"{self.path} has no tensors {group!r}, only {', '.join(self.groups) or 'none'}")
+        try:
+            return read_safetensors(self.path / f"{group}.safetensors")
+        except (AfinaError, OSError) as error:
+            raise RunError(f"{self.path}: {group}.safetensors cannot be read: {error}") from error
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    *,
+    keep: int | None = 2,
+) -> Path:
+    """Write ``checkpoint-{step}`` durably, then remove all but the newest ``keep`` (None: all stay). Return its path.
+
+    ``tensors``: group name -> tensor name -> tensor, any dtype safetensors knows; a group becomes one file.
+    ``meta``: JSON values. A checkpoint of the same step is replaced. Those of later steps are removed: the run went on
+    from an earlier one, because they were damaged.
+    Raises SaveError, with every earlier checkpoint as it was and no working file left.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1 or None, got {keep}")
+    final = run_dir / f"checkpoint-{step}"
+
+    def write(folder: Path) -> None:
+        for path in run_dir.iterdir():  # the logs first: a checkpoint must not outlive the lines of its steps
+            if path.is_file():
+                fsync_path(path)
+        for group, members in tensors.items():
+            write_safetensors(folder / f"{group}.safetensors", members)
+        state = {"format": FORMAT, "step": step, "groups": sorted(tensors), "meta": meta}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+
+    _publish(final, write)
+    others = [(n, path) for n, path in checkpoints(run_dir) if n != step]
+    earlier = [path for n, path in others if n < step]
+    surplus = [] if keep is None else earlier[keep - 1 :]
+    for path in [p for n, p in others if n > step] + surplus:
+        remove(path)
+    return final
+
+
+def publish_best(run_dir: Path, writer: Callable[[Path], None]) -> Path:
+    """Let ``writer`` fill an empty folder, then put it at ``best/`` in one piece, replacing the best before it.
+
+    Raises SaveError, with the earlier ``best/`` as it was.
+    """
+    return _publish(run_dir / "best", writer)
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every folder named as a checkpoint, newest first; they may be damaged."""
+    found = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run_dir.iterdir())
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that is whole (or None), and one line on each newer one that was skipped."""
+    skipped: list[str] = []
+    for _, path in checkpoints(run_dir):
+        try:
+            return load_checkpoint(path), skipped
+        except RunError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest and open it. Raises RunError naming what is wrong."""
+    manifest, state = path / MANIFEST, path / STATE
+    recorded = read_json(manifest).get("files")
+    if not isinstance(recorded, dict) or not all(isinstance(facts, dict) for facts in recorded.values()):
+        raise RunError(f'{manifest} is damaged: expected {{"files": {{name: {{"size", "sha256"}}}}}}')
+    present = {entry.name for entry in path.iterdir()} - {MANIFEST}
+    if different := sorted(present ^ set(recorded)):
+        raise RunError(f"{path} is damaged: its manifest and its files differ in {', '.join(different)[:200]!r}")
+    for name, facts in recorded.items():
+        file = path / name
+        try:
+            size = file.stat().st_size
+            if size != facts.get("size"):
+                raise RunError(f"{file} is damaged: {size} bytes, its manifest says {facts.get('size')!r:.80}")
+            if _sha256(file) != facts.get("sha256"):
+                raise RunError(f"{file} is damaged: its SHA-256 is not the one in its manifest")
+        except OSError as error:
+            raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    content = read_json(state)
+    step, groups, meta = content.get("step"), content.get("groups"), content.get("meta")
+    if content.get("format") != FORMAT:
+        raise RunError(f"{state}: format {content.get('format')!r:.80}, this version reads {FORMAT!r}")
+    if type(step) is not int or path.name != f"checkpoint-{step}":
+        raise RunError(f"{state}: step {step!r:.80} does not agree with the folder's name")
+    if not isinstance(groups, list) or sorted(f"{group}.safetensors" for group in groups) != sorted(present - {STATE}):
+        raise RunError(f"{state}: groups {groups!r:.80} do not agree with the files beside it")
+    if not isinstance(meta, dict):
+        raise RunError(f"{state}: meta must be an object, found {type(meta).__name__}")
+    return Checkpoint(path, step, tuple(groups), meta)
+
+
+def recover(run_dir: Path) -> None:
+    """Finish or undo what a crash left: put back what a replacement had moved aside, remove the unfinished."""
+    for path in sorted(run_dir.iterdir()):
+        if match := WORKING_NAME.fullmatch(path.name):
+            target = run_dir / match[1]
+            if match[2] == "old" and not target.exists():
+                path.rename(target)
+            else:
+                remove(path)
+    fsync_path(run_dir)
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _publish(final: Path, writer: Callable[[Path], None]) -> Path:
+    """Fill a working folder by ``writer``, make it durable, put it at ``final``; a failure leaves things as before."""
+    working = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    aside = final.with_name(f"{final.name}.old-{os.getpid()}")
+    try:
+        working.mkdir()
+        writer(working)
+        for path in (*working.iterdir(), working):
+            fsync_path(path)
+        if final.exists():
+            final.rename(aside)
+        working.rename(final)
+        fsync_path(final.parent)
+    except BaseException as error:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        shutil.rmtree(working, ignore_errors=True)
+        cause = error.__cause__ if isinstance(error, AfinaError) else error  # how writers below report a full disk
+        if isinstance(cause, OSError):
+            reason = cause.strerror or cause
+            failure = SaveError(f"{final} could not be written: {reason}; what was there before is unchanged")
+            failure.errno = cause.errno
+            raise failure from error
+        raise
+    if aside.exists():
+        shutil.rmtree(aside)
+    return final
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder so that a crash leaves no half of it under its own name."""
+    if path.is_dir() and not path.is_symlink():
+        if not WORKING_NAME.fullmatch(path.name):
+            path = path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}"))
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size. Raises RunError."""
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise RunError(f"{path} is damaged: {size} bytes, expected at most {MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    return value

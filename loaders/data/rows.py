@@ -1,0 +1,329 @@
+"""Rows to examples: the schemas in use, found without being told, and the cleaning of their texts.
+
+=======================  ==========================================================================================
+`text`                   a text to continue
+`prompt`, `completion`   two texts, or two lists of messages
+`instruction`, `output`  and perhaps `input` (alpaca): messages if the model has a chat template, else alpaca's prompt
+`messages`               a list of {role, content}
+`conversations`          a list of {from, value} (sharegpt), and perhaps `system`
+`text`, `label`          text and a line break, then the label
+=======================  ==========================================================================================
+
+``columns`` maps our key to the file's: ``{"prompt": "question", "completion": "answer"}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from afina.errors import DataError, nearest
+from afina.loaders.data.files import Reader, Record, Source, clean_text, data_files, source_name
+from afina.loaders.jsonfile import show
+from afina.loaders.text.render import Example, Rendered, render_example
+from afina.loaders.text.tokenizer import Tokenizer
+
+# In the order in which they are looked for: a row may have other keys besides.
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/output": ("instruction", "output"),
+    "text/label": ("text", "label"),
+    "text": ("text",),
+}
+_SUPPORTED = "one of " + ", ".join("{" + ", ".join(keys) + "}" for keys in SCHEMAS.values())
+KEYS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "label",
+    "system",
+)
+ROLES = ("system", "user", "assistant", "tool")
+_FROM = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+_TURN_KEYS = ("role", "from", "content", "value")
+MAX_LISTED = 20  # bad lines that one message lists
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+ALPACA = _ALPACA.format("") + "### Instruction:\n{}\n\n### Response:\n"
+ALPACA_INPUT = (
+    _ALPACA.format(", paired with an input that provides further context")
+    + "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
+)
+
+
+@dataclass(slots=True)
+class Row:
+    """A row: where it was read, its values as the file has them, and the example they make.
+
+    ``digest``: 16 bytes, equal for equal examples. ``size``: characters.
+    ``learn``: how many of the last assistant turns are learnt (0: all). ``more``: the text goes on in the next row.
+    """
+
+    path: Path
+    line: int
+    raw: dict[str, Any]
+    example: Example = field(init=False)
+    digest: bytes = b""
+    size: int = 0
+    learn: int = 0
+    more: bool = False
+
+    @property
+    def where(self) -> str:
+        return self.example.where
+
+    def rendered(self, tokenizer: Tokenizer) -> Rendered:
+        """The text the model is trained on, and the ranges that are learnt (the prompt is not)."""
+        result = render_example(tokenizer, self.example)
+        return Rendered(result.text, result.spans[-self.learn :]) if self.learn else result
+
+
+def read_rows(
+    source: Source,
+    *,
+    columns: Mapping[str, str] | None = None,
+    skip_bad_lines: bool = False,
+    chat: bool = False,
+    targets: bool = True,
+    counts: Counter[str] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of a file, of a folder of files, or of several, in order, whatever their schema.
+
+    ``columns`` maps keys of the schemas to the keys of the file. ``chat``: instructions become messages. ``targets``:
+    rows must hold what is to be learnt (else a missing completion is "" and a conversation may end with the user).
+    ``counts`` receives "rows", "bad_lines", "empty", the schema's name under "schema:" and unused keys under "unused:".
+    ``progress`` is called with the bytes read since its last call.
+
+    Raises DataError, one line naming the file and up to 20 bad lines; with ``skip_bad_lines`` these are only counted,
+    and the error is left for when no row can be used.
+    """
+    columns = dict(columns or {})
+    for key in columns:
+        if key not in KEYS:
+            raise DataError(f"columns: {key!r} is no key of a schema{nearest(key, KEYS)}: expected {', '.join(KEYS)}")
+    counts = Counter() if counts is None else counts
+    shape = _Shape(columns, chat, targets)
+    usable, first_problem = 0, ""
+    for path in data_files(source):
+        reader = Reader(path, {*KEYS, *columns.values()})
+        problems: list[str] = []
+        seen = 0
+        for record in reader:
+            counts["rows"] += not record.more
+            problem, row = record.problem, None
+            if not problem:
+                try:
+                    row = shape.row(path, record)
+                except _Unfit as unfit:
+                    problem = str(unfit)
+            if problem:
+                first_problem = first_problem or f"{path}: line {record.line}: {problem}"
+                counts["bad_lines"] += 1
+                if not skip_bad_lines:
+                    if not shape.name and not problems and not record.problem:
+                        raise DataError(first_problem)
+                    problems.append(f"line {record.line}: {problem}")
+                    if len(problems) > MAX_LISTED:
+                        break
+            elif row is None:
+                counts["empty"] += 1
+            elif not problems:
+                usable += 1
+                yield row
+            if progress and reader.done - seen >= 1 << 16:
+                progress(reader.done - seen)
+                seen = reader.done
+        if problems:
+            listed, more = problems[:MAX_LISTED], "; and more" if len(problems) > MAX_LISTED else ""
+            raise DataError(f"{path}: {'; '.join(listed)}{more}: mend the file, or leave them out with skip_bad_lines")
+        if progress:
+            progress(reader.done - seen)
+    counts.update({f"schema:{shape.name}": 1} if shape.name else {})
+    counts.update({f"unused:{key}": 1 for key in sorted(shape.unused)})
+    if not usable:
+        found = first_problem or ("every row is empty" if counts["empty"] else "the file is empty")
+        raise DataError(f"{source_name(source)}: no usable row ({found}): expected {_SUPPORTED}")
+
+
+class _Unfit(ValueError):
+    """A row that cannot be used, and why."""
+
+
+class _Shape:
+    """The schema of some files, taken from their first row, and how their rows become examples."""
+
+    def __init__(self, columns: Mapping[str, str], chat: bool, targets: bool) -> None:
+        self.columns, self.chat, self.targets = columns, chat, targets
+        self.renamed = set(columns.values())
+        self.required = {
+            name: set(keys) - (set() if targets else {"completion", "output"}) for name, keys in SCHEMAS.items()
+        }
+        self.name, self.first_row = "", ""
+        self.unused: set[str] = set()
+
+    def row(self, path: Path, record: Record) -> Row | None:
+        """Return the row, None when there is nothing in it to learn. Raises _Unfit."""
+        value = record.value
+        where = f"{path}: line {record.line}"
+        if self.columns:
+            value = {key: item for key, item in value.items() if key not in self.renamed}
+            value |= {ours: record.value[theirs] for ours, theirs in self.columns.items() if theirs in record.value}
+        if not self.name or not self.required[self.name] <= value.keys():
+            self._choose(value, record.value, where)
+        row = Row(path, record.line, record.value, more=record.more)
+        fields = self.make(value, row)
+        if fields is None:
+            return None
+        row.example = Example(**fields, where=where)
+        parts = list(fields.values())  # cleaned: no control character is left in them
+        if row.example.messages is not None:
+            parts = [part for turn in row.example.messages for part in (turn["role"], turn["content"])]
+            extras = [turn for turn in row.example.messages if len(turn) > 2]
+            parts.append(json.dumps([row.learn, extras], default=str))
+        content = "\0".join(parts).encode()
+        row.digest = blake2b(content, digest_size=16).digest()
+        row.size = len(content)
+        return row
+
+    def _choose(self, value: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> None:
+        name = next((name for name, keys in self.required.items() if keys <= value.keys()), "")
+        found = ", ".join(map(show, raw)) or "none"
+        if self.name:
+            if self.name == "text/label" and name == "text":
+                raise _Unfit("the label is missing")
+            kind = f" ({name})" if name else ""
+            raise _Unfit(f"has the keys {found}{kind}, but {self.first_row} is {self.name}: use one schema in a file")
+        if not name:
+            known = sorted(set().union(*SCHEMAS.values()))
+            absent = next((theirs for theirs in self.columns.values() if theirs not in raw), None)
+            if absent is not None:
+                hint = f", no column {absent!r}{nearest(absent, raw)}"
+            else:
+                hint = next((f", {key!r}{close}" for key in raw if (close := nearest(key, known))), "")
+            mend = f"rename them with columns, as in {{'prompt': {next(iter(raw), 'question')!r}}}"
+            raise _Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
+        self.name, self.first_row = name, where
+        self.make: Callable[[Mapping[str, Any], Row], dict[str, Any] | None] = {
+            "messages": self._messages,
+            "conversations": self._messages,
+            "prompt/completion": self._prompt_completion,
+            "instruction/output": self._instruction_output,
+            "text/label": self._text_label,
+            "text": self._text,
+        }[name]
+        also = {"instruction/output": {"input"}, "conversations": {"system"}}.get(name, set())
+        self.unused = set(raw) - self.renamed - set(SCHEMAS[name]) - also
+
+    def _answer(self, value: Mapping[str, Any], key: str) -> str:
+        if not self.targets and value.get(key) is None:
+            return ""
+        return clean_text(_string(value, key))
+
+    def _text(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        text = clean_text(_string(value, "text"), end=not row.more)
+        return {"text": text} if text.strip() else None
+
+    def _text_label(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        label = value["label"]
+        if label is None or label == "" or label != label:  # NaN is how tables often write what is missing
+            raise _Unfit("the label is missing")
+        if not isinstance(label, str | int | float):
+            raise _Unfit(f"label is {_kind(label)}: expected a text or a number")
+        text = clean_text(_string(value, "text"))
+        return {"prompt": text + "\n", "completion": clean_text(str(label)).strip()} if text.strip() else None
+
+    def _prompt_completion(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        prompt, answer = value["prompt"], value.get("completion")
+        if isinstance(prompt, list):
+            turns = [] if answer is None and not self.targets else answer
+            if not isinstance(turns, list):
+                raise _Unfit(f"prompt is a list of messages, but completion is {_kind(turns)}: expected a list too")
+            row.learn = sum(_role(turn) == "assistant" for turn in turns)
+            return self._turns([*prompt, *turns], row)
+        # The end of a prompt stays as it is: the completion follows it without a space of its own.
+        prompt, answer = clean_text(_string(value, "prompt"), end=False), self._answer(value, "completion")
+        return {"prompt": prompt, "completion": answer} if answer or not self.targets else None
+
+    def _instruction_output(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        task, answer = clean_text(_string(value, "instruction")), self._answer(value, "output")
+        given = clean_text(_string(value, "input")) if value.get("input") else ""
+        if self.targets and not answer:
+            return None
+        if self.chat:
+            user = {"role": "user", "content": f"{task}\n\n{given}" if given else task}
+            return {"messages": (user, {"role": "assistant", "content": answer}) if answer else (user,)}
+        prompt = ALPACA_INPUT.format(task, given) if given else ALPACA.format(task)
+        return {"prompt": prompt, "completion": answer}
+
+    def _messages(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
+        turns, system = value[self.name], value.get("system")
+        if system and isinstance(turns, list) and self.name == "conversations":
+            turns = [{"role": "system", "content": system}, *turns]
+        return self._turns(turns, row)
+
+    def _turns(self, turns: Any, row: Row) -> dict[str, Any] | None:
+        if not isinstance(turns, list) or not turns:
+            raise _Unfit(f"the conversation is {_kind(turns)}: expected a list of {{role, content}}")
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(turns, 1):
+            role = _role(turn)
+            if role not in ROLES:
+                close = nearest(role, (*ROLES, *_FROM)) if isinstance(role, str) else ""
+                raise _Unfit(f"message {number}: role {show(role)}{close}: expected {', '.join(ROLES)} (or human, gpt)")
+            content = turn.get("content", turn.get("value"))
+            if not isinstance(content, str):
+                raise _Unfit(f"message {number} ({role}): content is {_kind(content)}: expected a text")
+            message = {"role": role, "content": clean_text(content)}
+            if len(turn) > 2:  # what a template may read besides, tool calls say; Parquet has all keys in every turn
+                message |= {k: v for k, v in turn.items() if k not in _TURN_KEYS and v is not None}
+            messages.append(message)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if self.targets and not answers:
+            raise _Unfit("no assistant turn to learn from")
+        if row.learn == len(answers):
+            row.learn = 0
+        return {"messages": tuple(messages)} if any(answers) or not self.targets else None
+
+
+def _string(value: Mapping[str, Any], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str):
+        raise _Unfit(f"{key} is {_kind(text)}: expected a text")
+    return text
+
+
+def _role(turn: Any) -> Any:
+    if not isinstance(turn, dict):
+        return None
+    role = turn.get("role", turn.get("from"))
+    return _FROM.get(role, role) if isinstance(role, str) else role
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing or null"
+    if value == []:
+        return "empty"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)

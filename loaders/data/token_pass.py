@@ -1,0 +1,287 @@
+"""One streaming pass from files of rows to a token cache: read, clean, drop duplicates, render, tokenise, make fit.
+
+While `tokenizers` encodes a batch (in native threads, without Python's lock), a thread reads, cleans and renders the
+next. Ids and masks go straight to the memory-mapped cache: memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from afina.errors import DataError
+from afina.loaders.data.files import Source, cut_text, data_files, source_name, unreadable
+from afina.loaders.data.rows import Row, read_rows
+from afina.loaders.data.token_cache import TokenCache, Writer, open_cache
+from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
+from afina.loaders.text.tokenizer import Tokenizer
+
+VERSION = 1  # of what the cache holds: raise it when the same rows would give other tokens
+BATCH_ROWS, BATCH_BYTES = 2048, 1 << 19  # what is tokenised at once
+ON_LONG = ("drop", "truncate", "error")
+FATES = {  # what can become of rows besides being used, and how the summary says it
+    "bad_lines": "{:,} bad lines skipped",
+    "empty": "{:,} empty",
+    "duplicates": "{:,} exact duplicates removed",
+    "untrained": "{:,} without a token to learn dropped",
+    "dropped": "{:,} of more than {max_length:,} tokens dropped (the longest has {longest:,})",
+    "truncated": "{:,} cut at the start to {max_length:,} tokens",
+    "split": "{:,} split into pieces of {max_length:,} tokens",
+}
+_SLOT = "\ue000"  # a private-use character: stands for the text to see what is put around it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Files of rows and how they are read (keywords of `read_rows`)."""
+
+    source: Source
+    reading: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return source_name(self.source)
+
+    @property
+    def files(self) -> list[Path]:
+        return data_files(self.source)
+
+
+class Digests:
+    """A set of digests as a few sorted arrays, 16 bytes each: a tenth of what a Python set takes."""
+
+    def __init__(self) -> None:
+        self.runs: list[NDArray[np.bytes_]] = []
+
+    def add(self, digests: list[bytes]) -> list[bool]:
+        """Add digests and return which of them are new."""
+        unique, first = np.unique(np.array(digests, "S16"), return_index=True)
+        fresh = np.ones(len(unique), np.bool_)
+        for run in self.runs:
+            at = np.searchsorted(run, unique)
+            at[at == len(run)] = 0
+            fresh &= run[at] != unique
+        if fresh.any():
+            self.runs.append(unique[fresh])
+        while len(self.runs) > 1 and len(self.runs[-2]) < 4 * len(self.runs[-1]):
+            self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]
+        result = np.zeros(len(digests), np.bool_)
+        result[first[fresh]] = True
+        return result.tolist()
+
+
+@dataclass
+class Tokenise:
+    """How rows become a token cache."""
+
+    origin: Origin
+    tokenizer: Tokenizer
+    max_length: int
+    on_long: str
+    train_on_prompt: bool
+    progress: bool
+
+    def cache(self, parent: Path) -> TokenCache:
+        """Return the cache of these rows with these settings in a folder below ``parent``, from disk or built now."""
+        tokenizer = self.tokenizer
+        contents = {path: (path.suffix.lower(), file_digest(path)) for path in self.origin.files}
+        # Long texts are not compared row by row: a text file that is there twice is left out here.
+        first = {content: path for path, content in reversed(contents.items())}
+        self.files = [path for path, content in contents.items() if path.suffix != ".txt" or first[content] == path]
+        key = sha256(
+            VERSION,
+            list(contents.values()),
+            (tokenizer.fingerprint(), tokenizer.bos_token, tokenizer.eos_token, tokenizer.adds_bos),
+            (self.max_length, self.on_long, self.train_on_prompt),
+            self.origin.reading,
+        )
+        cache = open_cache(parent / key)
+        if cache is None:
+            return self._build(parent / key)
+        cache.report["cached"] = True
+        return cache
+
+    def _build(self, folder: Path) -> TokenCache:
+        self.read: Counter[str] = Counter()  # counted by the reading thread
+        self.fitted: Counter[str] = Counter()  # counted by this one
+        self.units = self.position = self.windows = self.longest = 0
+        self.carried = np.empty(0, np.int32)
+        size, shown = sum(path.stat().st_size for path in self.files), None if self.progress else True
+        with (
+            Writer(folder, self.tokenizer.vocab_size) as self.writer,
+            ThreadPoolExecutor(1) as ahead,
+            tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", delay=1, disable=shown) as bar,
+        ):
+            batches = self._batches(bar.update)
+            coming = ahead.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = ahead.submit(next, batches, None)
+                self._encode(batch)
+            counts = self.read + self.fitted
+            report: dict[str, Any] = {key: counts[key] for key in ("rows", "usable", *FATES)}
+            report |= {"longest": self.longest, "max_length": self.max_length, "cached": False}
+            report["schema"] = next(key[7:] for key in counts if key.startswith("schema:"))
+            report["unused"] = [key[7:] for key in counts if key.startswith("unused:")]
+            if not self.units:
+                mend = "raise max_length" if report["dropped"] else "add rows with an answer to learn"
+                raise DataError(f"{self.origin.name}: no row is left to learn from ({story(report)}): {mend}")
+            return self.writer.commit(report)
+
+    def _batches(self, progress: Callable[[int], object]) -> Iterator[list[tuple[Rendered, Row, bool]]]:
+        """Read, drop duplicates, render; in a thread of its own. True: the text goes on in the next item."""
+        self.digests, self.inside, self.so_far = Digests(), False, b""
+        self.head, _, self.tail = render_example(self.tokenizer, Example(text=_SLOT)).text.partition(_SLOT)
+        rows: list[Row] = []
+        size = 0
+        for row in read_rows(self.files, **self.origin.reading, counts=self.read, progress=progress):
+            rows.append(row)
+            size += row.size
+            if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
+                items = self._rendered(rows)
+                # One text can be many times a batch: its pieces are handled in several.
+                step = max(1, len(items) * 2 * BATCH_BYTES // max(size, BATCH_BYTES))
+                yield from (items[start : start + step] for start in range(0, len(items), step))
+                rows, size = [], 0
+        yield self._rendered(rows)
+
+    def _rendered(self, rows: list[Row]) -> list[tuple[Rendered, Row, bool]]:
+        items = []
+        for row, new in zip(rows, self.digests.add([row.digest for row in rows])):
+            first, self.inside = not self.inside, row.more
+            if not first:  # what is compared of a long document is all of it up to here, not a piece
+                row.digest = hashlib.blake2b(self.so_far + row.digest, digest_size=16).digest()
+            self.so_far = row.digest
+            if not new and first and not row.more:
+                self.read["duplicates"] += 1
+            elif (text := row.example.text) is None:
+                try:
+                    items.append((row.rendered(self.tokenizer), row, False))
+                except DataError:  # a chat template may refuse roles that do not alternate, say
+                    if not self.origin.reading["skip_bad_lines"]:
+                        raise
+                    self.read["bad_lines"] += 1
+            else:
+                pieces = cut_text(text)
+                for number, piece in enumerate(pieces, 1):
+                    last = number == len(pieces) and not row.more
+                    piece = self.head * (first and number == 1) + piece + self.tail * last
+                    items.append((Rendered(piece, ((0, len(piece)),)), row, not last))
+        return items
+
+    def _encode(self, batch: list[tuple[Rendered, Row, bool]]) -> None:
+        """Tokenise a batch, make its rows fit, write them."""
+        fitted: list[tuple[NDArray[np.int32], NDArray[np.bool_], Row, bool]] = []
+        encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
+        for (_, row, more), ids, trained in zip(batch, *encoded):
+            if row.example.text is not None and (more or len(self.carried) or len(ids) > self.max_length):
+                fitted += self._windows(row, more, ids)
+                continue
+            self.longest = max(self.longest, len(ids))
+            if len(ids) > self.max_length:
+                ids, trained = self._shorten(row, ids, trained)
+            if self.train_on_prompt:
+                trained[:] = True
+            if len(ids):
+                fitted.append((ids, trained, row, True))
+        if not fitted:
+            return
+        all_ids, masks, rows, first = zip(*fitted)
+        lengths = np.fromiter(map(len, all_ids), np.int32, len(fitted))
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        trained = np.concatenate(masks)
+        trained[starts] = False  # nothing predicts the first token of a row
+        learnt = np.add.reduceat(trained, starts, dtype=np.int32)
+        keep = learnt > 0
+        kept, lengths = np.repeat(keep, lengths), lengths[keep]
+        number = {path: i for i, path in enumerate(self.origin.files)}
+        # The rows that a plain text file is split into go to train or dev one by one, else a book would go as a whole.
+        apart = np.array([new or row.path.suffix == ".txt" for new, row in zip(first, rows)])[keep]
+        self.writer.append(
+            {
+                "ids": np.concatenate(all_ids)[kept],
+                "trained": trained[kept],
+                "start": self.position + np.cumsum(lengths, dtype=np.int64) - lengths,
+                "length": lengths,
+                "learnt": learnt[keep],
+                "file": np.array([number[row.path] for row in rows])[keep],
+                "line": np.array([row.line for row in rows])[keep],
+                "unit": self.units + np.cumsum(apart) - 1,
+                "digest": np.array([row.digest for row in rows], "S16")[keep],
+            }
+        )
+        self.position += int(lengths.sum())
+        self.units += int(apart.sum())
+        self.fitted["usable"] += int(np.array(first)[keep].sum())
+        self.fitted["untrained"] += int((~keep).sum())
+
+    def _shorten(self, row: Row, ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> tuple[Any, Any]:
+        """Apply the policy for rows that are too long; a dropped row comes back empty."""
+        cut = len(ids) - self.max_length
+        if self.on_long == "error":
+            raise DataError(
+                f"{row.where}: {len(ids):,} tokens, more than max_length {self.max_length:,}: raise max_length, or set "
+                "on_long to drop or truncate"
+            )
+        # Nothing that is learnt may go, nor become the first token, which is never predicted.
+        if self.on_long == "drop" or trained[: cut + 1].any():
+            self.fitted["dropped"] += 1
+            return ids[:0], trained[:0]
+        self.fitted["truncated"] += 1
+        keep = np.arange(len(ids)) >= cut
+        if ids[0] == self.tokenizer.bos_id:
+            keep[0], keep[cut] = True, False
+        return ids[keep], trained[keep]
+
+    def _windows(
+        self, row: Row, more: bool, ids: NDArray[np.int32]
+    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], Row, bool]]:
+        """Cut a text that comes in pieces into rows of max_length tokens; what is left waits for the next piece.
+
+        Each row starts with the last token of the one before, so that every token is predicted once.
+        """
+        ids = np.concatenate([self.carried, ids])
+        windows = []
+        while len(ids) > self.max_length:
+            windows.append(ids[: self.max_length])
+            ids = ids[self.max_length - 1 :]
+        if not more:
+            windows.append(ids)
+        self.carried = ids if more else ids[:0]
+        for window in windows:
+            yield window, np.ones(len(window), np.bool_), row, self.windows == 0
+            self.windows += 1
+        if not more:
+            self.fitted["split"] += self.windows > 1
+            self.windows = 0
+
+
+def story(report: Mapping[str, Any]) -> str:
+    """What became of the rows, in one line."""
+    parts = [f"{report['rows']:,} rows of {report['schema']}, {report['usable']:,} usable"]
+    parts += [text.format(report[key], **report) for key, text in FATES.items() if report[key]]
+    parts += [f"not used: {', '.join(report['unused'])}"] if report["unused"] else []
+    return "; ".join(parts + ["tokens taken from the cache"] * report["cached"])
+
+
+def sha256(*facts: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        raise unreadable(path, problem) from problem

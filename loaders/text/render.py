@@ -1,0 +1,264 @@
+"""THE renderer: examples to text with the ranges that are trained, and that text to ids with a mask.
+
+Training, evaluation, generation, chat and serving all take their text from here, so they cannot disagree. The text
+holds its special tokens (one BOS at most, the end of the text or of the turn), is tokenised once as a whole, and the
+mask comes from where each token starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afina.errors import DataError, TokenizerError
+from afina.loaders.text.chat_template import SLOT, numbered
+from afina.loaders.text.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+Spans = tuple[tuple[int, int], ...]
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+_MARK = "\ue000mark\ue000"  # private-use characters: no text has them, no template changes them
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: exactly one of ``text``, ``prompt`` with ``completion``, or ``messages``; ``where`` it was read."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        given = (self.text is not None, self.prompt is not None or self.completion is not None, bool(self.messages))
+        if sum(given) != 1 or (self.prompt is None) != (self.completion is None):
+            raise DataError(f"{self.where or 'row'}: expected one of text, prompt with completion, or messages")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text with its special tokens, and the ranges [start, end) of its characters that are trained."""
+
+    text: str
+    spans: Spans
+
+
+def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: bool = False) -> Rendered:
+    """Return the text of a row and its trained ranges.
+
+    text: everything, the end-of-text token included. prompt and completion: the completion and the end-of-text token.
+    messages: each assistant turn from where its generation prompt ends (so, what the model will have to write) up to
+    and with its end-of-turn tokens. ``train_on_prompt``: everything but BOS. A control token spelt in a message is data
+    (see `Tokenizer.render`); in a text, prompt or completion it is taken as meant. Raises DataError naming the row.
+    """
+    if example.messages is not None:
+        try:
+            text, spans = _conversation(tokenizer, example.messages, train_on_prompt)
+        except DataError as problem:
+            raise DataError(f"{example.where or 'row'}: {problem}") from problem
+    elif example.text is not None:
+        text, train_on_prompt = _ended(tokenizer, tokenizer.with_bos(example.text)), True
+    else:
+        both = (example.prompt or "") + (example.completion or "")
+        text = tokenizer.with_bos(both)
+        start = len(text) - len(both) + len((example.prompt or "").rstrip(" "))
+        text = _ended(tokenizer, text)
+        spans = ((start, len(text)),)
+    if train_on_prompt:
+        bos = tokenizer.bos_token or ""
+        has_bos = tokenizer.adds_bos or (example.messages is not None and bos != tokenizer.eos_token)
+        spans = ((len(bos) if has_bos and text.startswith(bos) else 0, len(text)),)
+    return Rendered(text, spans)
+
+
+def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str) -> str:
+    """Return what the model is given before it writes: the text of `render_example` up to the last trained range.
+
+    A plain text or prompt loses its trailing spaces: tokenizers join a space to the word after it, so training and
+    generation agree only when the answer brings its own space. Of messages, a final assistant turn is the answer.
+    """
+    if isinstance(prompt, Example):
+        if prompt.messages is None:
+            prompt = prompt.prompt if prompt.prompt is not None else prompt.text or ""
+        else:
+            try:
+                return render_prompt(tokenizer, prompt.messages)
+            except DataError as problem:
+                raise DataError(f"{prompt.where or 'row'}: {problem}") from problem
+    if isinstance(prompt, str):
+        return tokenizer.with_bos(prompt.rstrip(" "))
+    answered = bool(prompt) and prompt[-1].get("role") == "assistant"
+    return tokenizer.render(prompt[:-1] if answered else prompt, add_generation_prompt=True)
+
+
+def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> tuple[list[Ids], list[Mask]]:
+    """Return, for each row, its ids (T,) int32 and which of them are trained (T,) bool.
+
+    A token is trained if it starts inside a trained range. One that starts before a range and reaches into it belongs
+    to the prompt; one that starts inside and reaches past the end is trained.
+    """
+    # Places in the text are needed only where a part of it is trained.
+    offsets = any(row.spans != ((0, len(row.text)),) for row in rendered)
+    encodings = tokenizer.encodings([row.text for row in rendered], offsets=offsets)
+    ids, masks = [], []
+    for row, encoding in zip(rendered, encodings):
+        numbers = np.array(encoding.ids, dtype=np.int32)
+        mask = np.zeros(len(numbers), dtype=np.bool_)
+        for start, end in row.spans:
+            first = _first_from(encoding, start)
+            mask[first : len(numbers) if end >= len(row.text) else _first_from(encoding, end)] = True
+        ids.append(numbers)
+        masks.append(mask)
+    return ids, masks
+
+
+def _first_from(encoding: Any, position: int) -> int:
+    """The first token that starts at ``position`` or after it."""
+    if position == 0:
+        return 0
+    token = encoding.char_to_token(position)  # a scan in native code: far cheaper than a list of all offsets
+    if token is None:  # no token covers this character (a normalizer removed it)
+        return next((i for i, (start, end) in enumerate(encoding.offsets) if start >= position), len(encoding))
+    while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
+        token += 1
+    return int(token)
+
+
+def _ended(tokenizer: Tokenizer, text: str) -> str:
+    if tokenizer.eos_token is None:
+        raise TokenizerError(f"{tokenizer.where}: no end-of-text token: set eos_token in tokenizer_config.json")
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> tuple[str, Spans]:
+    clean = tokenizer.checked(messages)
+    roles = tuple([message["role"] for message in clean])
+    if "assistant" not in roles and not any_role:
+        raise DataError(f"no assistant turn to learn from (roles: {', '.join(roles)})")
+    if all(len(message) == 2 for message in clean):  # role and content, nothing else that a template could read
+        contents = [message["content"] for message in clean]
+        layout = _layout(tokenizer, roles)
+        if layout.fixed:
+            return layout.fill(contents)
+        text = tokenizer.render(clean)
+        for variant in (contents, [content.strip() for content in contents]):
+            filled = layout.fill(variant)
+            if filled[0] == text + layout.closing:
+                return filled
+    return _search(tokenizer, messages, tokenizer.render(messages))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a template writes for a sequence of roles: the text around the contents, which message is at each place,
+    whether it is stripped there, and the trained ranges as pairs (contents before, other characters before).
+
+    ``fixed``: proven for whatever contents; else a row must be rendered and compared. ``closing``: text added to what
+    the template writes.
+    """
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+    stripped: tuple[bool, ...]
+    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    fixed: bool
+    closing: str
+
+    def fill(self, contents: list[str]) -> tuple[str, Spans]:
+        parts, sizes, total = [self.literals[0]], [0], 0
+        for number, strip, literal in zip(self.order, self.stripped, self.literals[1:]):
+            content = contents[number].strip() if strip else contents[number]
+            parts += (content, literal)
+            total += len(content)
+            sizes.append(total)
+        return "".join(parts), tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
+
+
+@lru_cache(maxsize=4096)
+def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
+    traced, fixed = tokenizer.template.trace(roles)
+    traced = tokenizer.with_bos(traced, glue="")
+    plain = traced.replace("\ue003", "\ue002")
+    slots = list(SLOT.finditer(traced))
+    order = [int(slot[1]) for slot in slots]
+    for number, role in enumerate(roles):
+        if order.count(number) != 1:
+            how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
+            raise DataError(f"the chat template of {tokenizer.where} {how}")
+    text, found = _search(tokenizer, numbered(roles), plain)
+    for number in [number for number, role in enumerate(roles) if role == "assistant"]:
+        # The ranges come from these parts of the conversation, so they too must not depend on contents.
+        fixed = fixed and tokenizer.template.trace(roles[: number + 1])[1]
+        fixed = fixed and (not number or tokenizer.template.trace(roles[:number], add_generation_prompt=True)[1])
+
+    def mark(position: int) -> tuple[int, int]:
+        before = [len(slot[0]) for slot in slots if slot.end() <= position]
+        return len(before), position - sum(before)
+
+    return _Layout(
+        literals=tuple(SLOT.split(text)[::3]),
+        order=tuple(order),
+        stripped=tuple(slot[2] == "\ue003" for slot in slots),
+        spans=tuple((mark(start), mark(end)) for start, end in found),
+        fixed=fixed,
+        closing=text[len(plain) :],
+    )
+
+
+def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, Spans]:
+    """Find the trained ranges by rendering again with a mark at the end of each assistant turn's content."""
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        end, _ = _place(tokenizer, messages, number, text)
+        try:
+            prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
+        except DataError:  # a template may refuse a conversation that opens with the assistant
+            prompt = ""
+        start = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= end else -1
+        if start < (spans[-1][1] if spans else 0):
+            start, _ = _place(tokenizer, messages, number, text, end=False)
+        # The turn's own ending is what the template writes after it both here and when nothing follows.
+        _, alone = _place(tokenizer, messages[: number + 1], number, None)
+        rest = text[end:]
+        tail = _common(alone, rest)
+        tokens = list(tokenizer.special_pattern.finditer(tail))
+        after = tokenizer.special_pattern.match(rest, len(rest) - len(rest.lstrip()))
+        if tokens:
+            tail = tail[: tokens[-1].end()]
+        elif after and tokenizer.token_id(after[0]) in tokenizer.eos_ids:
+            tail = rest[: after.end()]  # some templates end every turn but the last
+        elif number == len(messages) - 1 and tokenizer.eos_token:
+            # A template that never ends its last turn would teach the model never to stop.
+            text += tokenizer.eos_token
+            tail = text[end:]
+        spans.append((start, end + len(tail)))
+    return text, tuple(spans)
+
+
+def _place(
+    tokenizer: Tokenizer, messages: Messages, number: int, text: str | None, *, end: bool = True
+) -> tuple[int, str]:
+    """Where the content of a message ends (or starts) in ``text``, and what is written after it."""
+    content: str = messages[number]["content"]
+    for variant in (content, content.rstrip() if end else content.lstrip()):
+        marked = list(messages)
+        marked[number] = {**messages[number], "content": variant + _MARK if end else _MARK + variant}
+        before, mark, after = tokenizer.render(marked).partition(_MARK)
+        if mark and (text is None or text.startswith(before)):
+            return len(before), after
+    raise DataError(f"message {number + 1}: the chat template does not write this assistant turn, or changes it")
+
+
+def _common(one: str, other: str) -> str:
+    """The longest text that both start with."""
+    size = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:size]

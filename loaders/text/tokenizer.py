@@ -1,0 +1,476 @@
+"""Text to token ids and back, the special tokens, the chat template, and training a new byte-level BPE.
+
+A :class:`Tokenizer` is made of the files it was loaded from (`tokenizer.json`, or GPT-2's `vocab.json` and
+`merges.txt`, with their configs) and saves the very same bytes, so other libraries read back the same tokenizer.
+The work itself is done by the `tokenizers` library. No file is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from afina.errors import DataError, TokenizerError, nearest
+from afina.loaders.jsonfile import MAX_BYTES, parse_json
+from afina.loaders.text.chat_template import ChatTemplate
+from afina.loaders.weights.hub import resolve
+from afina.loaders.weights.peft import find_base, is_adapter
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# For tokenizers that bring no template: a line with the role, the trimmed content, the end-of-text token. A newline
+# ends the header, so that the answer starts a token of its own in every tokenizer.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize + ':\\n' + message['content'] | trim + eos_token "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+# For tokenizers trained here with one token a role, as in <|user|>Hello<|end|>.
+ROLE_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the roles are system, user and assistant, not ' + message['role']) }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Words with their leading space, digits one by one, punctuation, line breaks: as Qwen2 and Llama 3 split.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Return the tokenizer of a model: a folder, a run folder, a hub id or "afina-tiny". Raises TokenizerError.
+
+    A folder that holds tokenizer files and no model (no config.json) is accepted too. An adapter without any has its
+    base's.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        folder = resolve(source)
+        if is_adapter(folder) and not (folder / "tokenizer.json").is_file():
+            folder = find_base(folder)[1]
+    files: dict[str, bytes] = {}
+    for name in (*FILES, "config.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                with path.open("rb") as file:
+                    files[name] = file.read(MAX_BYTES + 1)
+            except OSError as problem:
+                raise TokenizerError(f"{path}: cannot be read ({problem.strerror}): check its permissions") from problem
+            if len(files[name]) > MAX_BYTES:
+                raise TokenizerError(f"{path}: is larger than {MAX_BYTES:,} bytes, too large for a tokenizer file")
+    return Tokenizer(files, str(folder))
+
+
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template. ``files``: name -> content; ``where``: for messages.
+
+    Attributes: ``bos_id`` (int or None), ``eos_token`` (str or None), ``eos_ids`` (every id that ends a text or an
+    assistant turn), ``special_ids`` (control tokens), ``vocab_size`` (largest id + 1), ``adds_bos`` (whether a text
+    starts with BOS), ``chat_template`` (its own source, or None where the built-in default serves).
+    """
+
+    def __init__(self, files: Mapping[str, bytes], where: str) -> None:
+        self.where = where
+        self._files = {name: files[name] for name in FILES if name in files}
+        config = self._config = self._json("tokenizer_config.json")
+        names = self._json("special_tokens_map.json") | config
+        self._backend = self._build(config)
+        self._register(config, names)
+        self._model_config = [
+            parse_json(files[name], f"{where}/{name}", error=TokenizerError)
+            for name in ("generation_config.json", "config.json")
+            if name in files
+        ]
+        self.bos_token = self._boundary("bos_token", names)
+        self.eos_token = self._boundary("eos_token", names)
+        self.bos_id = self.token_id(self.bos_token)
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = {i for i, token in added.items() if token.special}
+        # Longest first, so that a token that starts another one is not cut out of it.
+        specials = sorted((added[i].content for i in self.special_ids), key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._prefix, self._suffix = self._surroundings(config)
+        self.adds_bos = self.bos_id is not None and self._prefix[:1] == [self.bos_id]
+        # Offsets are needed exactly as the text has them, and HF's post-processors trim spaces off them.
+        self._backend.post_processor = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._names = {key: text for key in _NAMED if (text := _content(names.get(key))) is not None}
+        self._names |= {"bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
+        self.chat_template = self._own_template(config)
+
+    # Building
+
+    def _json(self, name: str) -> dict[str, Any]:
+        data = self._files.get(name)
+        return parse_json(data, f"{self.where}/{name}", error=TokenizerError) if data is not None else {}
+
+    def _error(self, name: str, found: str) -> TokenizerError:
+        return TokenizerError(f"{self.where}/{name}: {found}")
+
+    def _try(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Call into `tokenizers`; what it raises about the file ``name`` becomes a TokenizerError."""
+        try:
+            return function(*arguments, **keywords)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as problem:  # it raises bare Exception, and pyo3's PanicException, no Exception at all
+            reason = " ".join(str(problem).split())[:200]
+            raise self._error(name, f"cannot be used as a tokenizer ({reason}): download it again") from problem
+
+    def _build(self, config: dict[str, Any]) -> tokenizers.Tokenizer:
+        if "tokenizer.json" in self._files:
+            data = self._files["tokenizer.json"]
+            return self._try("tokenizer.json", tokenizers.Tokenizer.from_buffer, data)
+        if not {"vocab.json", "merges.txt"} <= self._files.keys():
+            found = ", ".join(self._files) or "no tokenizer file"
+            raise TokenizerError(
+                f"{self.where}: found {found}, expected tokenizer.json, or vocab.json with merges.txt "
+                "(a tokenizer.model can be converted with transformers: AutoTokenizer...save_pretrained)"
+            )
+        kind = config.get("tokenizer_class")
+        if kind not in (None, *_GPT2_CLASSES):
+            raise TokenizerError(
+                f"{self.where}: vocab.json and merges.txt of a {kind}, whose way of splitting words is not known here: "
+                "add its tokenizer.json (transformers writes it with save_pretrained)"
+            )
+        merges = []
+        for number, line in enumerate(self._files["merges.txt"].decode("utf-8", "replace").split("\n"), 1):
+            if line.strip() and not line.startswith("#version"):
+                left, _, right = line.rstrip("\r").partition(" ")
+                if not left or not right or " " in right:
+                    raise self._error("merges.txt", f"line {number}: found {line[:80]!r}, expected two tokens")
+                merges.append((left, right))
+        model = self._try("vocab.json with merges.txt", models.BPE, vocab=self._json("vocab.json"), merges=merges)
+        backend = tokenizers.Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+        backend.decoder = decoders.ByteLevel()
+        return backend
+
+    def _register(self, config: dict[str, Any], names: dict[str, Any]) -> None:
+        """Tell the backend of the added and special tokens that only the config names."""
+        backend = self._backend
+        known = backend.get_added_tokens_decoder()
+        listed = config.get("added_tokens_decoder") or {}
+        if not isinstance(listed, dict):
+            raise self._error("tokenizer_config.json", "added_tokens_decoder is not an object")
+        for key in sorted(listed, key=lambda text: int(text) if text.isdecimal() else -1):
+            content = _content(listed[key]) if isinstance(listed[key], dict) else None
+            if content is None or not key.isdecimal() or len(key) > 9:
+                raise self._error(
+                    "tokenizer_config.json", f"added_tokens_decoder[{key!r}]: expected an id with a token"
+                )
+            flags = {f: bool(listed[key].get(f, False)) for f in ("lstrip", "rstrip", "single_word", "special")}
+            token = AddedToken(content, normalized=bool(listed[key].get("normalized", not flags["special"])), **flags)
+            old = known.get(int(key))
+            if old is None or repr(old) != repr(token):
+                (backend.add_special_tokens if flags["special"] else backend.add_tokens)([token])
+            if backend.token_to_id(content) != int(key):
+                found = f"gives {content!r} the id {key}, the vocabulary gives it {backend.token_to_id(content)}"
+                mend = "the files are of different tokenizers: download them again"
+                raise self._error("tokenizer_config.json", f"added_tokens_decoder {found}: {mend}")
+        if "tokenizer.json" not in self._files:
+            for content, value in sorted(self._json("added_tokens.json").items(), key=lambda item: str(item[1])):
+                if backend.token_to_id(content) is None:
+                    backend.add_tokens([content])
+                if backend.token_to_id(content) != value:
+                    raise self._error("added_tokens.json", f"{content!r} cannot have the id {value}")
+            names.setdefault("eos_token", "<|endoftext|>")
+            names.setdefault("bos_token", names["eos_token"])
+        lists = [list(value.values()) if isinstance(value, dict) else value for value in map(names.get, _LISTED)]
+        listing = [item for value in lists if isinstance(value, list) for item in value]
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        for item in [*(names.get(key) for key in _NAMED), *listing]:
+            content = _content(item)
+            if content and (number := backend.token_to_id(content)) is not None and number not in special:
+                backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
+
+    def _boundary(self, name: str, names: dict[str, Any]) -> str | None:
+        """The text of bos_token or eos_token: as named, else as the model's config gives its id."""
+        token = _content(names.get(name))
+        if token is not None:
+            if self._backend.token_to_id(token) is None:
+                hint = nearest(token, [t.content for t in self._backend.get_added_tokens_decoder().values()])
+                found = f"{name} {token!r} is not in the vocabulary{hint}"
+                raise self._error(
+                    "tokenizer_config.json", f"{found}: correct it, or use the model's own tokenizer files"
+                )
+            return token
+        for config in self._model_config:
+            for number in _ids(config.get(f"{name}_id")):
+                if (text := self._backend.id_to_token(number)) is not None:
+                    return str(text)
+        return None
+
+    def _surroundings(self, config: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """The ids that come before and after every text when special tokens are asked for."""
+        if "tokenizer.json" not in self._files:  # beside it, transformers leaves these two settings unread
+            before = [self.bos_id] if config.get("add_bos_token") and self.bos_id is not None else []
+            end = self.token_id(self.eos_token)
+            return before, [end] if config.get("add_eos_token") and end is not None else []
+        bare, full = (self._try("tokenizer.json", self._backend.encode, "a", None, False, x).ids for x in (False, True))
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        return full[:at], full[at + len(bare) :]
+
+    def _own_template(self, config: dict[str, Any]) -> str | None:
+        if "chat_template.jinja" in self._files:
+            try:
+                source: Any = self._files["chat_template.jinja"].decode("utf-8")
+            except UnicodeDecodeError as problem:
+                found = f"byte {problem.start} is not UTF-8: save the file as UTF-8"
+                raise self._error("chat_template.jinja", found) from problem
+        else:
+            source = config.get("chat_template")
+        if isinstance(source, list):
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            if "default" not in named:
+                found = ", ".join(map(str, named))
+                raise self._error("tokenizer_config.json", f"of the chat templates {found} none is named 'default'")
+            source = named["default"]
+        if source is not None and not isinstance(source, str):
+            raise self._error("tokenizer_config.json", "chat_template is not a text")
+        return source if source is not None and source != self._default_template() else None
+
+    def _default_template(self) -> str:
+        return "{{ bos_token }}" * self.adds_bos + DEFAULT_TEMPLATE
+
+    # Text to ids and back
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of a token, or None where the vocabulary has none."""
+        return None if token is None else self._backend.token_to_id(token)
+
+    def token(self, number: int) -> str | None:
+        """The token of an id as the vocabulary spells it, or None where there is none."""
+        return self._backend.id_to_token(number)
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Return the ids of ``text``; ``add_special`` puts what the tokenizer's files ask for around it (BOS, say)."""
+        return self.encode_batch([text], add_special=add_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
+        """Return the ids of many texts, encoded in parallel. DataError for half characters (lone surrogates)."""
+        rows = [encoding.ids for encoding in self.encodings(texts)]
+        return [[*self._prefix, *ids, *self._suffix] for ids in rows] if add_special else rows
+
+    def encodings(self, texts: Sequence[str], *, offsets: bool = False) -> list[tokenizers.Encoding]:
+        """Return the backend's encodings without added tokens; ``offsets``: with each token's place in its text."""
+        encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+        try:
+            "".join(texts).encode()  # native code would say less about what it cannot take
+        except UnicodeEncodeError as problem:
+            raise DataError("a text holds half a character (a lone surrogate): mend it in the data") from problem
+        return self._try("tokenizer.json", encode, texts, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Return the text of ``ids``, without the control tokens if ``skip_special``."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    # Chat
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The compiled chat template, the tokenizer's own or the default."""
+        if self.chat_template is None and self.eos_token is None:
+            raise TokenizerError(f"{self.where}: no chat template and no eos_token: set one in tokenizer_config.json")
+        source = self.chat_template if self.chat_template is not None else self._default_template()
+        return ChatTemplate(source, self.where, self._names)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation; ``add_generation_prompt`` opens the assistant's next turn.
+
+        The text holds its special tokens, exactly one BOS where the tokenizer uses one, so it is encoded with
+        ``add_special=False``. A control token spelt inside a message is broken with a space ("< |im_end|>"): messages
+        are data, and no content may end its own turn.
+        """
+        text = self.template.render(self.checked(messages), add_generation_prompt=add_generation_prompt)
+        return self.with_bos(text, glue="")
+
+    def checked(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return ``messages`` with the control tokens in their contents broken. DataError when they are no messages."""
+        clean = []
+        for number, message in enumerate(messages, 1):
+            content = message.get("content")
+            if not isinstance(message.get("role"), str) or not isinstance(content, str):
+                raise DataError(f"message {number}: role and content must be texts")
+            while (match := self.special_pattern.search(content)) and len(match[0]) > 1:
+                content = content[: match.start() + 1] + " " + content[match.start() + 1 :]
+                message = {**message, "content": content}
+            clean.append(message)
+        if not clean:
+            raise DataError("messages is empty: expected a list of {role, content}")
+        return clean
+
+    def with_bos(self, text: str, *, glue: str | None = None) -> str:
+        """Return ``text`` with exactly one BOS in front if the tokenizer's texts start with one."""
+        bos = self.bos_token
+        if not bos or not self.adds_bos:
+            return text
+        while text.startswith(bos):
+            text = text[len(bos) :]
+        return bos + (self._glue if glue is None and text[:1] != " " else "") + text
+
+    @cached_property
+    def _glue(self) -> str:
+        # Some (Metaspace) tokenizers mark a first word as if a space came before it, but not after a BOS that stands
+        # in the text; a space there gives the same ids.
+        ids = self.encode("a")[1:]
+        texts = [f"{self.bos_token}a", f"{self.bos_token} a"]
+        plain, spaced = self.encode_batch(texts, add_special=False)
+        return " " if plain[1:] != ids and spaced[1:] == ids else ""
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends a text or an assistant turn, sorted: of the tokenizer, the model, the chat template."""
+        ids = {self.token_id(self.eos_token)} - {None}
+        for config in self._model_config:
+            ids |= {number for number in _ids(config.get("eos_token_id")) if number < self.vocab_size}
+        if end := self.special_pattern.search(self.template.turn_end if self.chat_template is not None else ""):
+            ids.add(self.token_id(end[0]))
+        return sorted(i for i in ids if i is not None)
+
+    # Files
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the files that decide the ids and the text of a conversation."""
+        digest = hashlib.sha256()
+        for name, data in sorted(self._files.items()):
+            if name != "generation_config.json":
+                digest.update(f"{name} {len(data)}\n".encode() + data)
+        digest.update(repr((self.bos_token, self.eos_token, self.chat_template or self._default_template())).encode())
+        return digest.hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """What :meth:`save` writes: the files it was loaded from, byte for byte, the default chat template where they
+        have none, and in generation_config.json the ids that end generation."""
+        files = dict(self._files)
+        if self.chat_template is None and self.eos_token is not None:
+            files["chat_template.jinja"] = self._default_template().encode()
+        if "tokenizer_config.json" not in files and "tokenizer.json" not in files:
+            names = {"tokenizer_class": "GPT2Tokenizer", "bos_token": self.bos_token, "eos_token": self.eos_token}
+            files["tokenizer_config.json"] = _dump(names)
+        generation = self._json("generation_config.json")
+        if sorted(_ids(generation.get("eos_token_id"))) != self.eos_ids:
+            generation["eos_token_id"] = self.eos_ids if len(self.eos_ids) != 1 else self.eos_ids[0]
+            files["generation_config.json"] = _dump(generation)
+        return files
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer into ``folder``, for Afina and transformers alike."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.files().items():
+            (folder / name).write_bytes(data)
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as it is certain: never half a UTF-8 character.
+
+    ``push(id)`` returns the text that became certain (often one token's, sometimes ""), ``flush()`` the rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._ids: list[int] = []
+        self._fresh = self._sent = 0  # ids before `_fresh` are context; `_sent` characters are out already
+
+    def push(self, number: int) -> str:
+        self._ids.append(number)
+        text = self._tokenizer.decode(self._ids, skip_special=self._skip)
+        certain = len(text.rstrip("\ufffd"))
+        new = text[self._sent : certain]
+        self._sent = max(self._sent, certain)
+        if certain == len(text) and new:
+            # Keep only the last piece as context: decoders strip the space off a first word.
+            self._ids = self._ids[self._fresh :]
+            self._fresh = len(self._ids)
+            self._sent = len(self._tokenizer.decode(self._ids, skip_special=self._skip))
+        return new
+
+    def flush(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special=self._skip)[self._sent :]
+        self._sent += len(text)
+        return text
+
+
+def check_vocab(tokenizer: Tokenizer, embedding_rows: int) -> None:
+    """Raise TokenizerError when the tokenizer has ids that a model with ``embedding_rows`` embeddings lacks."""
+    if tokenizer.vocab_size > embedding_rows:
+        over = [i for i in range(embedding_rows, tokenizer.vocab_size) if tokenizer.token(i) is not None]
+        some = ", ".join(f"{tokenizer.token(i)!r} ({i})" for i in over[:5]) + (", ..." if len(over) > 5 else "")
+        raise TokenizerError(
+            f"{tokenizer.where}: {len(over)} tokens have no row among the model's {embedding_rows} embeddings: {some}: "
+            "use the tokenizer that came with the model"
+        )
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = ("<|endoftext|>",),
+    eos_token: str = "<|endoftext|>",
+    chat_template: str | None = None,
+) -> Tokenizer:
+    """Train a byte-level BPE of at most ``vocab_size`` tokens, the special ones (the first ids) among them.
+
+    Without ``chat_template``, tokens <|user|>, <|assistant|> and <|end|> among the special ones give turns of the form
+    <|user|>...<|end|>, else the default template serves. Sennrich et al. 2016, https://arxiv.org/abs/1508.07909.
+    """
+    if eos_token not in special_tokens:
+        raise TokenizerError(f"eos_token {eos_token!r} is not among the special tokens {', '.join(special_tokens)}")
+    if vocab_size < 256 + len(special_tokens):
+        raise TokenizerError(f"vocab_size {vocab_size}: at least 256 bytes and {len(special_tokens)} special tokens")
+    backend = tokenizers.Tokenizer(models.BPE())
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if chat_template is None and {"<|user|>", "<|assistant|>", "<|end|>"} <= set(special_tokens):
+        chat_template = ROLE_TEMPLATE
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    files = {"tokenizer.json": backend.to_str(pretty=True).encode(), "tokenizer_config.json": _dump(config)}
+    return Tokenizer(files, "the trained tokenizer")
+
+
+def _content(token: Any) -> str | None:
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) and value else None
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+
+
+def _dump(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

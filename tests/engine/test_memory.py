@@ -1,0 +1,254 @@
+"""The memory table: what it predicts against what torch holds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from afina.engine.lora import choose_targets, freeze, new_adapter
+from afina.engine.memory import MemoryPlan, kept, plan
+from afina.engine.model import GPT, IGNORE
+from afina.engine.optim import AdamW
+from afina.engine.weights import load_model
+from afina.errors import ConfigError
+from afina.loaders.weights.peft import AdapterConfig
+
+LENGTHS = (96, 60, 128, 100, 128)  # of a micro-batch's rows
+TOKENS = sum(LENGTHS)
+LORA = ["lora", "attention", "down", "dropout", "dora"]
+METHODS = ["full", "freeze", "embedding", *LORA]
+PARTS = {
+    "attention": ("q_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"),
+    "down": ("down_proj", "mlp.c_proj", "dense_4h_to_h"),
+}
+
+
+class Storages(TorchDispatchMode):
+    """Notes all memory that operations make, by autograd, closures or caches kept alive or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)):
+            if storage._cdata not in given:
+                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def alive(self) -> int:
+        """Bytes of what still exists."""
+        return sum(size for ref, size in self.seen.values() if not ref.expired())
+
+
+def prepared(name: str, method: str, dtype: str = "float32") -> GPT:
+    model = load_model(str(hf_models.saved(name).folder), device="cpu", dtype=dtype).train()
+    if method == "freeze":
+        top = (f"layers.{len(model.layers) - 1}.", "norm.")
+        freeze(model, [n for n, _ in model.named_parameters() if n.startswith(top)])
+    elif method == "embedding":
+        freeze(model, ["embed.weight"])
+    elif method in LORA:
+        config = AdapterConfig(
+            base=None, r=4, alpha=8, dropout=0.1 if method == "dropout" else 0.0, dora=method == "dora"
+        )
+        new_adapter(model, config, targets=chosen(model, method), seed=0)
+    return model
+
+
+def chosen(model: GPT, method: str) -> tuple[str, ...]:
+    found = []
+    for name in PARTS.get(method, ()):
+        try:
+            choose_targets(model, [name])
+        except ConfigError:
+            continue  # another family's name for it
+        found.append(name)
+    return tuple(found) or ("all-linear",)
+
+
+def batch(share: float, packed: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ids, labels and cu_seqlens; the last ``share`` of each row's tokens train."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(61, (length,), generator=generator) for length in LENGTHS]
+    labels = [row.clone() for row in rows]
+    for row in labels:
+        row[: max(1, round(len(row) * (1 - share)))] = IGNORE
+    if packed:
+        return torch.cat(rows)[None], torch.cat(labels)[None], torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE), None
+
+
+def error(model: GPT, ids: Tensor, labels: Tensor, cu: Tensor | None) -> float:
+    """By what share of what is kept for the backward pass the prediction is too high."""
+    model.loss(ids, labels, cu_seqlens=cu)  # makes what is made once and kept: masks, documents
+    with Storages() as storages:
+        loss = model.loss(ids, labels, cu_seqlens=cu)
+    found = storages.alive() - loss.nbytes
+    if model.head_weight.requires_grad:
+        found -= model.head_weight.nbytes  # its gradient
+    return kept(model, tokens=ids.numel(), rows_trained=int((labels != IGNORE).sum())) / found - 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@hf_models.parametrize()
+def test_activations_are_predicted_to_the_byte(name: str, method: str) -> None:
+    model = prepared(name, method)
+    assert error(model, *batch(1.0)) == 0  # all tokens but each row's first
+    assert error(model, *batch(0.4)) == 0
+    # RoPE's tables are counted for every token, and the rows of a padded batch share them: nothing beside real widths.
+    assert 0 <= error(model, *batch(1.0, packed=False)) < 0.05
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "embedding"])
+@hf_models.parametrize()
+def test_activations_with_gradient_checkpointing(name: str, method: str) -> None:
+    model = prepared(name, method)
+    model.gradient_checkpointing = True
+    assert error(model, *batch(0.4)) == 0
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_activations_of_adapters_with_gradient_checkpointing(method: str) -> None:
+    model = prepared("llama", method)
+    model.gradient_checkpointing = True
+    assert error(model, *batch(0.4)) == 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+def test_activations_in_bf16(method: str) -> None:
+    assert error(prepared("llama", method, "bfloat16"), *batch(0.4)) == 0
+
+
+def planned(model: GPT, optimizer: AdamW) -> MemoryPlan:
+    return plan(model, optimizer, tokens=TOKENS, rows_trained=TOKENS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "dora"])
+def test_the_rest_is_what_is_there_after_a_step(method: str, dtype: str) -> None:
+    model = prepared("llama-llama3", method, dtype)
+    with Storages() as storages:
+        optimizer = AdamW(model, decay=model.decay_parameters())
+    found = planned(model, optimizer)
+    ids, labels, cu = batch(1.0)
+    model.loss(ids, labels, cu_seqlens=cu).backward()
+    assert found.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    optimizer.step(1e-3)
+    assert found.optimizer == storages.alive()
+    assert found == planned(model, optimizer)
+    adapted = {"full": 0, "freeze": 0}.get(method, found.gradients)
+    assert found.adapters == adapted
+    assert found.weights + found.adapters == sum(p.nbytes for p in model.parameters())
+
+
+def test_what_an_adapter_trains_whole_is_held_twice() -> None:
+    model = load_model(str(hf_models.saved("llama").folder), device="cpu", dtype="float32").train()
+    config = AdapterConfig(base=None, r=4, alpha=8)
+    alone = sum(p.nbytes for p in model.parameters())
+    new_adapter(model, config, targets=["q_proj"], modules_to_save=["embed_tokens"], seed=0)
+    found = planned(model, AdamW(model, decay=set()))
+    assert model.adapter is not None
+    spare = sum(tensor.nbytes for tensor in model.adapter.spare.values())
+    assert found.weights == alone + spare
+    assert found.gradients == found.adapters + model.embed.weight.nbytes
+
+
+def test_the_base_in_nf4() -> None:
+    folder = str(hf_models.saved("llama").folder)
+    model = load_model(folder, device="cpu", dtype="float32", quantise="nf4").train()
+    new_adapter(model, AdapterConfig(base=None, r=4, alpha=8), targets=["q_proj"], seed=0)
+    found = planned(model, AdamW(model, decay=set()))
+    dense = sum(p.nbytes for n, p in model.named_parameters() if ".lora." not in n)
+    assert found.weights == dense + sum(m.nbytes for m in model.modules() if type(m).__name__ == "NF4Weight")
+    assert error(model, *batch(0.4)) == 0
+
+
+def test_the_head_s_room_and_a_layer_at_a_time() -> None:
+    model = prepared("llama", "full")
+    optimizer = AdamW(model, decay=set())
+    few = kept(model, tokens=TOKENS, rows_trained=TOKENS)
+    assert planned(model, optimizer).activations == few + min(TOKENS, 4096) * 61 * 4
+    model.gradient_checkpointing = True
+    layer = (few - kept(model, tokens=TOKENS, rows_trained=TOKENS)) / 3
+    assert planned(model, optimizer).activations > kept(model, tokens=TOKENS, rows_trained=TOKENS) + layer / 2
+    assert planned(model, optimizer).activations < few
+
+
+def test_the_line_for_people() -> None:
+    found = MemoryPlan(
+        weights=2_470_000_000, adapters=22_600_000, gradients=22_600_000, optimizer=135_000_000, activations=0
+    )
+    assert found.line() == (
+        "memory: weights 2.47, adapters 0.023, gradients 0.023, optimizer 0.135 = 2.65 GB predicted"
+    )
+    assert found.to_dict()["total"] == found.total == 2_650_200_000
+
+
+PEAK = """
+import sys
+import torch
+from afina.engine.lora import new_adapter
+from afina.engine.model_config import ModelConfig
+from afina.engine.memory import plan
+from afina.engine.model import GPT
+from afina.engine.optim import AdamW
+from afina.engine.train import accumulate
+from afina.loaders.weights.peft import AdapterConfig
+from afina.loaders.data.batches import MicroBatch
+
+torch.set_num_threads(1)
+SIZES = {"model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 2048, "vocab_size": 16000,
+         "tie_word_embeddings": True}
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+def step(hf, tokens):
+    model = GPT(ModelConfig.from_hf(hf)).train()
+    model.hf_config = hf
+    if sys.argv[1] == "lora":
+        new_adapter(model, AdapterConfig(base=None, r=16, alpha=32), targets=("all-linear",), seed=0)
+    optimizer = AdamW(model, decay=set())
+    ids = torch.randint(hf["vocab_size"], (1, tokens))
+    labels = ids.clone()
+    labels[:, : tokens // 2] = -100
+    cu_seqlens = torch.arange(0, tokens + 1, tokens // 8, dtype=torch.int32)
+    batch = MicroBatch(ids, labels, cu_seqlens, list(range(8)), tokens // 2, tokens)
+    found = plan(model, optimizer, tokens=tokens, rows_trained=tokens // 2).total
+    accumulate(model, [batch, batch])
+    optimizer.clip_(1.0)
+    optimizer.step(1e-4)
+    return found
+
+step(SIZES | {"hidden_size": 48, "vocab_size": 100, "num_hidden_layers": 1}, 64)  # loads what torch loads late
+before = peak()
+found = step(SIZES, 2048)
+print(found / (peak() - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_process_takes_what_was_predicted(method: str) -> None:
+    # Freed memory goes back at once, so that the process holds what torch holds.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, method], env=environment, capture_output=True, text=True, check=True, timeout=250
+    )
+    assert 0.8 < float(run.stdout) < 1.1  # measured 0.94 and 0.97: what operations hold while they run is not counted

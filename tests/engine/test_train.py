@@ -1,0 +1,238 @@
+"""engine/train.py: the loop's arithmetic, dev set, best model, early stopping, non-finite steps, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import CONFIG, saved, tiny_tokenizer
+
+import afina
+from afina.engine import train
+from afina.engine.checkpoint import load_checkpoint
+from afina.engine.optim import AdamW
+from afina.engine.train import NonFiniteError, RunResult, finetune
+from afina.errors import AfinaError
+from afina.loaders.data.batches import Batches
+from afina.loaders.data.dataset import prepare
+from afina.loaders.text.tokenizer import load_tokenizer
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "password", "settings", "page", "card", "one")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(saved(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 prompt/completion rows; completions of 1 to 12 words, so that rows weigh very differently."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as out:
+        for i in range(40):
+            prompt = f"{i} " + " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))
+            completion = " " + " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))
+            out.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    return str(path)
+
+
+def fit(model: str, rows: str, out: Path, **changes: Any) -> RunResult:
+    settings = {"max_length": 64, "max_steps": 8, "batch_size": 4, "learning_rate": 1e-3, "threads": 1} | changes
+    flags = {name: settings.pop(name) for name in ("resume", "overwrite") if name in settings}
+    return finetune(quiet=True, **flags, model=model, data=rows, output_dir=str(out), **settings)
+
+
+def lines(result: RunResult, key: str) -> list[Any]:
+    read = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in read if key in line]
+
+
+def gradient(model_dir: str, rows: str, batch_size: int, accumulation: int, clip: float) -> dict[str, torch.Tensor]:
+    """The gradient of the last, partial step of an epoch of 36 rows in steps of 8."""
+    tokenizer = load_tokenizer(model_dir)
+    data = prepare(rows, tokenizer, max_length=64, val_size=0.1, seed=42, progress=False)
+    model = afina.load_model(model_dir).train()
+    batches = Batches(data.train, batch_size=batch_size, accumulation=accumulation, seed=1)
+    micro_batches = batches.step(batches.steps_per_epoch - 1)
+    assert sum(len(mb.rows) for mb in micro_batches) == 4
+    optimizer = AdamW(model, decay=set())
+    train.accumulate(model, micro_batches)
+    optimizer.clip_(clip)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_accumulation_does_not_change_the_gradient(model: str, rows: str, clip: float) -> None:
+    whole = gradient(model, rows, 8, 1, clip)
+    assert len(whole) == len(dict(afina.load_model(model).named_parameters()))
+    for batch_size, accumulation in ((2, 4), (1, 8)):
+        parts = gradient(model, rows, batch_size, accumulation, clip)
+        for name, grad in whole.items():
+            assert (grad - parts[name]).norm() <= 1e-6 * grad.norm(), name
+
+
+def test_packing_changes_nothing_but_the_speed(model: str, rows: str, tmp_path: Path) -> None:
+    packed, padded = (fit(model, rows, tmp_path / str(p), packing=p) for p in (True, False))
+    assert lines(packed, "loss") == pytest.approx(lines(padded, "loss"), abs=1e-5)
+    assert lines(packed, "dev_loss") == pytest.approx(lines(padded, "dev_loss"), abs=1e-5)
+    assert packed.metrics["tokens"] == padded.metrics["tokens"] == packed.metrics["processed_tokens"]
+    assert padded.metrics["processed_tokens"] > padded.metrics["tokens"]
+
+
+def test_a_run_learns_and_says_so(model: str, rows: str, tmp_path: Path) -> None:
+    result = fit(model, rows, tmp_path / "run", max_steps=60, eval_steps=20)
+    metrics = result.metrics
+    assert metrics["dev_loss"] < metrics["dev_loss_before"] - 0.5
+    assert metrics["steps"] == 60 == len(lines(result, "loss"))
+    assert metrics["trained_tokens"] == sum(lines(result, "trained_tokens"))
+    assert metrics["train_loss"] == pytest.approx(sum(lines(result, "loss")) / 60)
+    assert lines(result, "dev_loss")[0] == metrics["dev_loss_before"]
+    assert metrics["dev_loss"] == min(lines(result, "dev_loss")[1:])
+    assert {p.name for p in result.output_dir.iterdir()} == {
+        "best", "checkpoint-40", "checkpoint-60", "metrics.jsonl", "recipe.yaml", "run.json"
+    }  # fmt: skip
+    # The model in best/ is the one with that dev loss.
+    again = fit(str(result.best), rows, tmp_path / "again", max_steps=1)
+    assert again.metrics["dev_loss_before"] == pytest.approx(metrics["dev_loss"], abs=1e-6)
+
+
+def test_best_is_the_lowest_dev_loss_and_patience_stops(model: str, rows: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"learning_rate": 0.03, "lr_scheduler_type": "constant", "eval_steps": 1}
+    result = fit(model, rows, tmp_path / "run", max_steps=200, early_stopping_patience=3, **options)
+    losses = lines(result, "dev_loss")[1:]
+    best = losses.index(min(losses))
+    assert result.metrics["stopped_early"]
+    assert len(losses) == best + 1 + 3 < 200
+    assert result.metrics["best_step"] == best + 1
+    again = fit(str(result.best), rows, tmp_path / "again", max_steps=1)
+    assert again.metrics["dev_loss_before"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_evaluation_does_not_disturb_training(model: str, rows: str, tmp_path: Path) -> None:
+    often, rarely = (fit(model, rows, tmp_path / str(n), eval_steps=n) for n in (1, 8))
+    assert lines(often, "loss") == lines(rarely, "loss")
+    assert len(lines(often, "dev_loss")) == 9
+    assert len(lines(rarely, "dev_loss")) == 2
+
+
+def test_every_weight_moves(model: str, rows: str, tmp_path: Path) -> None:
+    result = fit(model, rows, tmp_path / "run", max_steps=1, warmup_steps=0)
+    before, after = (dict(afina.load_model(m).named_parameters()) for m in (model, result.best))
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_checkpointed_layers_give_the_same_run(model: str, rows: str, tmp_path: Path) -> None:
+    plain, recomputed = (fit(model, rows, tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
+    assert lines(plain, "loss") == lines(recomputed, "loss")
+
+
+def test_from_scratch(rows: str, tmp_path: Path) -> None:
+    tiny_tokenizer().save(tmp_path / "tokenizer")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    result = finetune(
+        quiet=True, init="random", config=str(tmp_path / "config.json"), tokenizer=str(tmp_path / "tokenizer"),
+        data=rows, output_dir=str(tmp_path / "run"), max_length=64, max_steps=40, learning_rate=1e-2, threads=1,
+    )  # fmt: skip
+    assert result.metrics["dev_loss_before"] == pytest.approx(math.log(320), rel=0.02)  # knows nothing yet
+    assert result.metrics["dev_loss"] < 5.0
+
+
+class Stop:
+    """Asks to stop at the n-th poll."""
+
+    def __init__(self, polls: int) -> None:
+        self.left = polls
+
+    def __enter__(self) -> Stop:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("polls", [0, 1, 6, 9, 17])
+def test_stopped_anywhere_and_resumed_is_the_same_run_bit_for_bit(
+    model: str, rows: str, tmp_path: Path, polls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "eval_steps": 3, "save_steps": 3}
+    straight = fit(model, rows, tmp_path / "straight", **options)
+    monkeypatch.setattr(train, "StopRequest", lambda: Stop(polls))
+    with pytest.raises(train.Interrupted):
+        fit(model, rows, tmp_path / "run", **options)
+    monkeypatch.undo()
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    resumed = fit(model, rows, tmp_path / "run", resume=True, **options)
+    for key in ("loss", "grad_norm", "lr", "dev_loss"):
+        assert lines(resumed, key) == lines(straight, key)
+    ends = [load_checkpoint(r.output_dir / "checkpoint-8") for r in (resumed, straight)]
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        ours, theirs = (end.tensors(group) for end in ends)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ends[0].meta["rng"] == ends[1].meta["rng"]
+    same = ("dev_loss", "dev_loss_before", "best_step", "trained_tokens", "train_loss", "steps")
+    assert {k: resumed.metrics[k] for k in same} == {k: straight.metrics[k] for k in same}
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the losses of these (0-based) steps NaN."""
+    accumulate, step = train.accumulate, iter(range(1000))
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = accumulate(*args, **kwargs)
+        return loss * math.nan if next(step) in steps else loss
+
+    monkeypatch.setattr(train, "accumulate", poisoned)
+
+
+def test_a_non_finite_step_moves_nothing_and_names_its_rows(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2, 3, 5})
+    result = fit(model, rows, tmp_path / "run", save_steps=1, save_total_limit=9)
+    assert result.metrics["skipped_steps"] == 3
+    two, three, four, five = (load_checkpoint(result.output_dir / f"checkpoint-{n}") for n in (2, 3, 4, 5))
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        before, after = two.tensors(group), four.tensors(group)
+        assert all(torch.equal(before[n], after[n]) for n in before)
+        assert any(not torch.equal(before[n], t) for n, t in five.tensors(group).items())
+    assert (two.meta["updates"], three.meta["updates"], five.meta["updates"]) == (2, 2, 3)
+    (first, *_) = lines(result, "rows")
+    assert len(first) == 4
+    assert all(row.startswith(f"{rows}: line ") for row in first)
+
+
+def test_three_non_finite_steps_in_a_row_stop_the_run(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {1, 3, 4, 5})
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6 with .*rows\.jsonl: line \d+"):
+        fit(model, rows, tmp_path / "run", save_steps=1)
+    assert all(
+        torch.isfinite(t).all() for t in load_checkpoint(tmp_path / "run/checkpoint-5").tensors("weights").values()
+    )
+
+
+def test_finetune_takes_a_config_or_settings_but_not_both(model: str, rows: str, tmp_path: Path) -> None:
+    config = afina.TrainConfig(model=model, data=rows, output_dir=str(tmp_path / "run"))
+    with pytest.raises(TypeError, match="not both"):
+        finetune(config, max_steps=3)
+    with pytest.raises(AfinaError, match="batch_size"):
+        fit(model, rows, tmp_path / "run", batch_size=0)
+    assert not (tmp_path / "run").exists()

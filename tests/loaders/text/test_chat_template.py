@@ -1,0 +1,249 @@
+"""Chat templates: the same text as transformers, proven layouts, and templates that cannot run away."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+import pytest
+from chat_templates import MACROS, QWEN3, TEMPLATES
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from afina.errors import AfinaError, DataError, TokenizerError
+from afina.loaders.text import chat_template
+from afina.loaders.text.chat_template import SLOT, ChatTemplate
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+TALK = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}"
+ROLES = {"u": "user", "a": "assistant", "s": "system"}
+
+
+def talk(roles: str, *contents: str) -> list[dict[str, str]]:
+    return [{"role": ROLES[role], "content": content} for role, content in zip(roles, contents)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("roles", ["u", "ua", "uaua", "sua"])
+def test_writes_what_transformers_writes(name: str, roles: str) -> None:
+    messages = talk(roles, " one\n", "<think>\nhm\n</think>\n\ntwo ", "user", "déjà 中文")
+    for prompt in (True, False):
+        try:
+            expected: Any = render_jinja_template(
+                [messages], chat_template=TEMPLATES[name], add_generation_prompt=prompt, **NAMES
+            )[0][0]
+        except Exception as problem:
+            with pytest.raises(DataError, match=str(problem)[:20]):
+                ChatTemplate(TEMPLATES[name], "x", NAMES).render(messages, add_generation_prompt=prompt)
+            continue
+        found = ChatTemplate(TEMPLATES[name], "x", NAMES).render(messages, add_generation_prompt=prompt)
+        # The one without a generation prompt gets one, or the answer would have to open its own turn.
+        assert found == expected + ("### assistant:\n" if name == "plain" and prompt else "")
+
+
+def test_functions_that_templates_use() -> None:
+    source = (
+        "{{ {'b': '<é>', 'a': 1} | tojson }}{{ [1] | tojson(indent=2) }}{{ strftime_now('%Y') }}"
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
+        "{% if tools is none and documents is none %}{{ undefined_name }}!{% endif %}\n"
+        "  {% if true %}\n?\n  {% endif %}\n"
+    )
+    text = ChatTemplate(source, "x", NAMES).render(talk("ua", "q", "r"))
+    assert text == '{"b": "<é>", "a": 1}[\n  1\n]' + time.strftime("%Y") + "qr!?\n"
+
+
+# Tracing
+
+PROVEN = {"chatml", "qwen2.5", "smollm2", "llama3", "llama2", "mistral", "gemma", "zephyr", "phi3", "plain"}
+
+
+def fill(text: str, contents: list[str]) -> str:
+    return SLOT.sub(lambda m: contents[int(m[1])].strip() if m[2] == "\ue003" else contents[int(m[1])], text)
+
+
+@pytest.fixture(scope="module")
+def proven() -> list[ChatTemplate]:
+    return [ChatTemplate(TEMPLATES[name], name, NAMES) for name in sorted(PROVEN)]
+
+
+CONTENT = st.text(max_size=6) | st.sampled_from(["", " x ", "user", "</think>", "[/INST]", "\n", "\ue0011\ue002"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(CONTENT, CONTENT, CONTENT)
+def test_a_proven_layout_is_what_the_template_writes_for_any_contents(
+    proven: list[ChatTemplate], first: str, second: str, third: str
+) -> None:
+    contents = [first, second, third, first]
+    for template in proven:
+        text, fixed = template.trace(["user", "assistant", "user", "assistant"])
+        assert fixed, template.where
+        assert fill(text, contents) == template.render(talk("uaua", *contents))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        "{% if m.content %}!{% endif %}",
+        "{% if m.content == 'b' %}!{% endif %}",
+        "{% if 'b' == m.content %}!{% endif %}",
+        "{% if 'b' in m.content %}!{% endif %}",
+        "{% if m.content in 'abc' %}!{% endif %}",
+        "{% if m.content is in 'abc' %}!{% endif %}",
+        "{% if m.content in ['b'] %}!{% endif %}",
+        "{% if m.content | length > 3 %}!{% endif %}",
+        "{% if 'abc'.startswith(m.content) %}!{% endif %}",
+        "{% if m.content.startswith('b') %}!{% endif %}",
+        "{% if (m.content ~ 'x') | length > 3 %}!{% endif %}",
+        "{% if (m.content + 'x') == 'bx' %}!{% endif %}",
+        "{% if m | tojson | length > 40 %}!{% endif %}",
+        "{% if m | string | length > 40 %}!{% endif %}",
+        "{% if messages | map(attribute='content') | join | length > 5 %}!{% endif %}",
+        "{% if messages | selectattr('content', 'equalto', 'b') | list %}!{% endif %}",
+        "{% if '%s' % m.content == 'b' %}!{% endif %}",
+        "{% if '{}'.format(m.content) == 'b' %}!{% endif %}",
+        "{% if ''.join([m.content]) == 'b' %}!{% endif %}",
+        "{% if m.content[0] == 'b' %}!{% endif %}",
+        "{% if {'b': 1}[m.content] %}!{% endif %}",
+        "{% for c in m.content %}{% if loop.index == 4 %}!{% endif %}{% endfor %}",
+        "{{ m.content | upper }}",
+        "{{ (m.content + ' ') | trim }}",
+        "{{ m.content.strip('b') }}",
+        "{% set x %}{{ m.content }}{% endset %}{{ x | trim }}",
+        "{{ m.content[0:] }}",
+        "{{ m.content | replace('b', '') }}",
+    ],
+)
+def test_a_template_that_looks_at_a_content_is_not_proven(look: str) -> None:
+    looking = "{% for m in messages %}" + look + "{% endfor %}"
+    template = ChatTemplate(looking if look.startswith("{{") or "{% set" in look else TALK + looking, "x", NAMES)
+    assert template.trace(["user"])[1] is False
+
+
+def test_templates_that_look_still_give_a_layout() -> None:
+    for source in (QWEN3, MACROS):
+        text, proven = ChatTemplate(source, "x", NAMES).trace(["user", "assistant"])
+        assert not proven
+        assert [match[1] for match in SLOT.finditer(text)] == ["0", "1"]
+
+
+# Wrong templates
+
+RUNAWAY = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursive loop": "{% for x in [[1]] recursive %}{{ loop([[1], [1]]) }}{% endfor %}",
+    "long output": "{% for a in range(2000) %}{{ 'a' * 1000 }}{% endfor %}",
+    "times": "{{ ('a' * 10000000000) | length }}",
+    "list times": "{{ ([0] * 10000000000) | length }}",
+    "power": "{{ 9 ** 99999999 }}",
+    "doubling +": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling ~": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling set": "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
+    "doubling list": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "ljust": "{{ 'a'.ljust(10000000000) | length }}",
+    "format": "{{ '{:10000000000}'.format(1) | length }}",
+    "percent": "{{ ('%10000000000d' % 1) | length }}",
+    "replace": "{{ ('a' * 100000) | replace('a', 'b' * 100000) | length }}",
+    "join": "{{ range(99999) | join('b' * 100000) | length }}",
+    "method join": "{{ ('b' * 100000).join(['a', 'b'] * 10000) | length }}",
+    "indent": "{{ 'a\nb' | indent(10000000000) }}",
+    "steps by depth": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", RUNAWAY)
+@pytest.mark.parametrize("inside", ["main thread", "another thread"])
+def test_a_template_that_runs_away_is_stopped(name: str, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 20_000)
+    caught: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            ChatTemplate(TALK + RUNAWAY[name], "folder", NAMES)
+        except TokenizerError as problem:
+            caught.append(problem)
+
+    start = time.monotonic()
+    if inside == "main thread":
+        load()
+    else:
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join(60)
+    assert len(caught) == 1
+    assert "folder: " in str(caught[0])
+    assert "\n" not in str(caught[0])
+    assert time.monotonic() - start < 20
+
+
+def test_the_time_limit_stops_what_the_step_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 10**12)
+    start = time.monotonic()
+    with pytest.raises(TokenizerError, match=r"stopped: more than 0\.2 seconds"):
+        ChatTemplate(TALK + RUNAWAY["loops"], "folder", NAMES)
+    assert time.monotonic() - start < 5
+
+
+def test_the_step_limit_stops_what_the_time_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1e9)
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 1000)
+    with pytest.raises(TokenizerError, match="stopped: more than 1,000 steps"):
+        ChatTemplate(TALK + "{% for a in range(999) %}{% for b in range(99) %}{% endfor %}{% endfor %}", "x", NAMES)
+
+
+def test_source_size_and_syntax() -> None:
+    with pytest.raises(TokenizerError, match="has 262,145 characters, at most 262,144"):
+        ChatTemplate("a" * (chat_template.MAX_SOURCE + 1), "folder", NAMES)
+    with pytest.raises(TokenizerError, match="line 2 cannot be compiled: Encountered unknown tag 'oops'"):
+        ChatTemplate("\n{% oops %}", "folder", NAMES)
+    with pytest.raises(TokenizerError, match="cannot be compiled"):
+        ChatTemplate("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "folder", NAMES)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+        "{{ raise_exception.__globals__['sys'] }}",
+        "{% include 'x' %}",
+        "{{ messages[0].update({'content': 'x'}) }}",
+    ],
+)
+def test_the_sandbox_holds(attack: str) -> None:
+    with pytest.raises(TokenizerError):
+        ChatTemplate(TALK + attack, "folder", NAMES)
+
+
+def test_canaries() -> None:
+    with pytest.raises(TokenizerError, match=r"message 2 \(assistant\) 0 times, not once"):
+        ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "folder", NAMES)
+    with pytest.raises(TokenizerError, match=r"message 1 \(user\) 2 times, not once"):
+        ChatTemplate(TALK + "{{ messages[0].content }}", "folder", NAMES)
+    dropping = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    found = ChatTemplate(dropping, "folder", NAMES).problems
+    assert found == ["conversation system, user: the chat template writes message 1 (system) 0 times, not once"]
+    two_turns = "{% for m in messages[:2] %}{{ m.content }}{% endfor %}"
+    assert "message 3 (user) 0 times" in ChatTemplate(two_turns, "folder", NAMES).problems[0]
+    with pytest.raises(TokenizerError, match=r"of a user's and an assistant's message, .*no thanks"):
+        ChatTemplate("{{ raise_exception('no thanks') }}", "folder", NAMES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["{%", "%}", "{{", "}}", " if ", "for m in messages", "endfor", "m.content", "endif", "|trim"])
+        | st.sampled_from(["set x = ", "messages", "loop", "[", "]", "(", ")", "*", "**", "'a'", "9", "-", "macro f()"])
+        | st.text(max_size=5),
+        max_size=20,
+    )
+)
+@example(["{{", "9", "//", "0", "}}"])
+def test_fuzzed_templates_end_in_the_typed_error(parts: list[str]) -> None:
+    with contextlib.suppress(AfinaError):
+        ChatTemplate(TALK + " ".join(parts), "folder", NAMES).render(talk("u", "hi"))
