@@ -140,7 +140,7 @@ def afina(shape: Shape) -> Engine:
     model = GPT(ModelConfig.from_hf(shape.config), device="meta", dtype=dtype())
     model.hf_config = shape.config
     if shape.method == "qlora":
-        quantise(model)
+        quantize(model)
     model.to_empty(device=DEVICE)
     initialise(model)
     if shape.method != "full":
@@ -160,7 +160,7 @@ def afina(shape: Shape) -> Engine:
 
 
 @torch.no_grad()
-def quantise(model: GPT) -> None:
+def quantize(model: GPT) -> None:
     """Random NF4 weights where a model on meta has matrices in its layers: drawn and quantised one at a time, each of
     the checkpoint's on its own as the loader does, so that no dense model is ever there."""
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def quantise(model: GPT) -> None:
     for name, found in parts.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear)
-        layer.weight, layer.quantised = None, NF4Weight(found)
+        layer.weight, layer.quantized = None, NF4Weight(found)
 
 
 def peer(shape: Shape, attention: str = "sdpa", liger: bool = False) -> Engine:
@@ -190,7 +190,7 @@ def peer(shape: Shape, attention: str = "sdpa", liger: bool = False) -> Engine:
     initialise(model)
     decay = {name for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
     if shape.method != "full":
-        model, decay = with_peft(model, quantised=shape.method == "qlora"), set()
+        model, decay = with_peft(model, quantized=shape.method == "qlora"), set()
     if shape.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = AdamW(model.train(), decay=decay)
@@ -204,10 +204,10 @@ def peer(shape: Shape, attention: str = "sdpa", liger: bool = False) -> Engine:
     return Engine(step, trained(model))
 
 
-def with_peft(model: Any, quantised: bool) -> Any:
+def with_peft(model: Any, quantized: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    if quantised:
+    if quantized:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         for name, old in list(model.named_modules()):

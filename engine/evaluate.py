@@ -49,7 +49,7 @@ def evaluate_loss(
                 poll()
             ids = batch.input_ids.to(device, non_blocking=True)
             total += model.loss(ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="sum").item()
-            tokens += batch.trained
+            tokens += batch.loss_tokens
     finally:
         model.train(was_training)
     loss = total / tokens
@@ -59,11 +59,11 @@ def evaluate_loss(
     return result
 
 
-def learnt_bytes(token_set: TokenSet, tokenizer: Tokenizer) -> int:
+def loss_text_bytes(token_set: TokenSet, tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of the text that is predicted, control tokens aside: what the loss is spread over in bits per byte,
     a measure that does not depend on the tokenizer."""
     rows = (token_set.row(number) for number in range(len(token_set)))
-    return sum(len(tokenizer.decode(ids[learnt], skip_special=True).encode()) for ids, learnt in rows)
+    return sum(len(tokenizer.decode(ids[loss_mask], skip_special=True).encode()) for ids, loss_mask in rows)
 
 
 def evaluate_task(

@@ -137,7 +137,7 @@ class Decoding:
         starts = [0, *itertools.accumulate(len(ids) for ids in self.prompts)]
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=self.device)
         last = cu_seqlens[1:].long() - 1
-        return self.model.logits(self.model.hidden(packed, cu_seqlens=cu_seqlens, cache=self.cache, rows=last))
+        return self.model.logits(self.model.hidden(packed, cu_seqlens=cu_seqlens, cache=self.cache, positions=last))
 
     def _decode(self) -> Tensor:
         last = torch.tensor([[self.new[row][-1]] for row in self.alive], device=self.device)

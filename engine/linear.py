@@ -12,7 +12,7 @@ Our matrices hold several of the checkpoint's one below the other (q, k, v; gate
 adapter of its own; their A lie one below the other too, so that x is read once: h = drop(x) A^T is one product.
 
 The frozen weight has no gradient, and x is needed for those of A and B alone. Where x is cheap to compute again from
-what other operations keep anyway (a norm's output, an activation's), ``again`` does so, and x need not be kept.
+what other operations keep anyway (a norm's output, an activation's), ``recompute`` does so, and x need not be kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from afina.engine.nf4_weight import NF4Weight
 
 
-class Again(NamedTuple):
+class Recompute(NamedTuple):
     """How to compute a layer's input once more in the backward pass: ``compute(source)``. The graph keeps ``source`` as
     it keeps any saved tensor, so that under checkpointing it is freed and computed again too: ``compute`` must hold no
     activation itself."""
@@ -139,27 +139,27 @@ class Lora(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b: x (..., C) -> (..., O). ``weight`` (O, C), or None where ``quantised`` holds it as NF4."""
+    """y = x W^T + b: x (..., C) -> (..., O). ``weight`` (O, C), or None where ``quantized`` holds it as NF4."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.quantised: NF4Weight | None = None
+        self.quantized: NF4Weight | None = None
         self.lora: Lora | None = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W (O, C): the parameter as it is, or dequantised to ``dtype``."""
-        if self.quantised is not None:
-            return self.quantised.dense(dtype)
+        if self.quantized is not None:
+            return self.quantized.dense(dtype)
         assert self.weight is not None
         return self.weight
 
-    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        """``again`` computes x a second time, in the backward pass, so that x itself is not kept."""
+    def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
+        """``recompute`` computes x a second time, in the backward pass, so that x itself is not kept."""
         lora = self.lora
-        if lora is None and self.quantised is None:
+        if lora is None and self.quantized is None:
             return F.linear(x, self.dense(x.dtype), self.bias)
         if lora is None:
             return _AdaptedLinear.apply(x, None, None, self, self.bias, None, None)
@@ -167,11 +167,11 @@ class Linear(nn.Module):
         if lora.dropout and self.training:
             mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - lora.dropout)
         if not torch.is_grad_enabled():
-            again = None
+            recompute = None
         if lora.magnitude is None:
-            return _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, again)
+            return _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, recompute)
         gains = lora.gains(self.dense(x.dtype))
-        y = _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, again) * gains
+        y = _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, recompute) * gains
         # The bias inside, as without an adapter: added afterwards it would round once more, so a fresh adapter would
         # not leave bf16 outputs as they are.
         return y if self.bias is None else y + self.bias * (1 - gains)
@@ -183,10 +183,10 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: Linear, bias: Tensor | None,
-        mask: Tensor | None, again: Again | None,
+        mask: Tensor | None, recompute: Recompute | None,
     ) -> Tensor:  # fmt: skip
         lora, h = layer.lora, None
-        ctx.layer, ctx.compute = layer, None if again is None else again.compute
+        ctx.layer, ctx.compute = layer, None if recompute is None else recompute.compute
         ctx.summed = mask is None and sums(layer, x.numel() // max(1, layer.in_features), x.dtype)
         y = F.linear(x, _weight(layer, x.dtype, ctx.summed), bias)
         if a is not None and b is not None and lora is not None and not ctx.summed:
@@ -195,7 +195,7 @@ class _AdaptedLinear(torch.autograd.Function):
             for part, at, bt in lora.blocks():
                 out = rows[:, part.start : part.stop]
                 out.addmm_(h[:, at], b[bt, : part.rank].t(), alpha=part.scale)
-        source = x if again is None else again.source
+        source = x if recompute is None else recompute.source
         ctx.save_for_backward(None if a is None else source, a, b, h, mask)
         return y
 

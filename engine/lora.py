@@ -42,15 +42,15 @@ class Target(NamedTuple):
 class Adapter:
     """A trained or trainable adapter of one model.
 
-    ``loras``: our module -> its LoRA. ``saved``: our parameters that train whole. ``spare``: those of them that are not
-    in the model now, the base's while the adapter is active and its own while it is not.
+    ``loras``: our module -> its LoRA. ``saved``: our parameters that train whole. ``inactive``: the values of these
+    parameters that the model does not use now: the base's while the adapter is active, the adapter's otherwise.
     """
 
     config: AdapterConfig
     targets: list[Target]
     loras: dict[str, Lora]
     saved: tuple[str, ...] = ()
-    spare: dict[str, Tensor] = field(default_factory=dict)
+    inactive: dict[str, Tensor] = field(default_factory=dict)
 
 
 def linears(model: GPT) -> dict[str, Target]:
@@ -160,8 +160,8 @@ def new_adapter(
     config = _described(model, config, chosen, saved)
     loras = _loras(model, config, chosen)
     set_adapter(model, None)  # what trains whole starts from the base's weights, and leaves them as they are
-    spare = {name: model.get_parameter(name).detach().clone() for name in saved}
-    adapter = Adapter(config, chosen, loras, saved, spare)
+    inactive = {name: model.get_parameter(name).detach().clone() for name in saved}
+    adapter = Adapter(config, chosen, loras, saved, inactive)
     generator = torch.Generator().manual_seed(seed)
     for module, lora in adapter.loras.items():
         lora.init(_layer(model, module).dense(lora.A.dtype), generator)
@@ -209,17 +209,17 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
             lora.B[b, : file.config.rank(target.name)].copy_(_ours(file.read(names["B"]), target))
             if lora.magnitude is not None:
                 lora.magnitude[b].copy_(_ours(file.read(names["magnitude"]), target))
-    spare = _read_saved(model, file, chosen)
-    return Adapter(_described(model, file.config, chosen, spare), chosen, loras, tuple(spare), spare)
+    inactive = _read_saved(model, file, chosen)
+    return Adapter(_described(model, file.config, chosen, inactive), chosen, loras, tuple(inactive), inactive)
 
 
 def set_adapter(model: GPT, adapter: Adapter | None) -> None:
     """Make ``adapter`` the active one; None: the base alone. The one before stays as it is, for another time."""
     for each in (model.adapter, adapter):
         if each is not None:  # what was trained whole changes places with the base's
-            for name, other in each.spare.items():
+            for name, other in each.inactive.items():
                 parameter = model.get_parameter(name)
-                each.spare[name], parameter.data = parameter.data, other
+                each.inactive[name], parameter.data = parameter.data, other
     for module in {**(model.adapter.loras if model.adapter else {}), **(adapter.loras if adapter else {})}:
         _layer(model, module).lora = None if adapter is None else adapter.loras.get(module)
     model.adapter = adapter
@@ -233,7 +233,7 @@ def save_adapter(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) ->
     """
     assert model.adapter is not None
     metadata = {BASE_HASH: model.fingerprint, BASE_SAMPLE: model.sample}
-    parts = [p for m in model.modules() if isinstance(m, Linear) and m.quantised is not None for p in m.quantised.parts]
+    parts = [p for m in model.modules() if isinstance(m, Linear) and m.quantized is not None for p in m.quantized.parts]
     if codes := [part.state for part in parts if part.state is not None]:
         metadata[BASE_FORMAT] = f"nf4-{str(codes[0].dtype).removeprefix('torch.')}"
     write_adapter(Path(folder), model.adapter.config, adapter_tensors(model), metadata)

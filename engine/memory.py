@@ -25,7 +25,8 @@ bf16) and statistics of w (4); q = Hq D, kv = Hkv D, I the MLP's width, r the ro
         with DoRA                  its output before the gain, so twice that output   s O
 
 What has no gradient is not kept: nothing below the lowest trained parameter is, and the input of a frozen matrix is
-not. From the last layer's o on only the trained tokens count (all, where nearly all are), there and in the head:
+not. From the last layer's o on only the loss positions count (all positions, where nearly all have a loss), there and
+in the head:
 
     last norm                      the last sum and its statistics                    s C + w or 2 w
     cross-entropy                  the gradient of its input                          s C
@@ -85,28 +86,28 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.3g}" if size >= 1e8 else f"{size / 1e9:.3f}"
 
 
-def plan(model: GPT, optimizer: AdamW, *, tokens: int, rows_trained: int) -> MemoryPlan:
+def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
-    ``rows_trained`` are learnt."""
+    ``loss_tokens`` have a loss."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     lora = {p for linear in linears if linear.lora is not None for p in linear.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
-    aside = model.adapter.spare.values() if model.adapter else ()  # the base's, of what an adapter trained whole
-    quantised = sum(linear.quantised.nbytes for linear in linears if linear.quantised is not None)
+    aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
+    quantized = sum(linear.quantized.nbytes for linear in linears if linear.quantized is not None)
     own = {p.untyped_storage().data_ptr() for p in optimizer.params.values()}
     state = [tensor for group in optimizer.state().values() for tensor in group.values()]
     return MemoryPlan(
-        weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantised,
+        weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
         adapters=_nbytes(lora),
         gradients=_nbytes(optimizer.params.values()),
         optimizer=sum(tensor.nbytes for tensor in state if tensor.untyped_storage().data_ptr() not in own),
-        activations=_Walk(model, tokens, rows_trained).peak(),
+        activations=_Walk(model, tokens, loss_tokens).peak(),
     )
 
 
-def kept(model: GPT, *, tokens: int, rows_trained: int) -> int:
+def kept(model: GPT, *, tokens: int, loss_tokens: int) -> int:
     """Bytes that ``model.loss`` leaves behind for the backward pass, without the gradient of the head's weight."""
-    return _Walk(model, tokens, rows_trained).kept()
+    return _Walk(model, tokens, loss_tokens).kept()
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
@@ -126,41 +127,43 @@ class _Value:
 class _Walk:
     """The forward pass of ``GPT.loss``, of sizes alone: the functions from ``_layer`` on stand for the model's own."""
 
-    def __init__(self, model: GPT, tokens: int, rows_trained: int) -> None:
+    def __init__(self, model: GPT, tokens: int, loss_tokens: int) -> None:
         weight, config = model.embed.weight, model.config
         self.model, self.tokens = model, tokens
         self.size, self.wide = weight.element_size(), wide_dtype(weight.dtype).itemsize
         self.triton = {op: choose(op, None, weight) == "triton" for op in ("attention", "rope", "linear_cross_entropy")}
-        self.picked = rows_trained <= DENSE * tokens  # whether the last layer's o, MLP and the head take only some rows
-        self.rows = rows_trained if self.picked else tokens
+        # Whether the last layer's o and MLP, and the head, take the loss positions alone.
+        self.only_loss_positions = loss_tokens <= DENSE * tokens
+        self.rows = loss_tokens if self.only_loss_positions else tokens
         self.recompute = model.gradient_checkpointing and model.training
         self.held: set[_Value] = set()
         self.layers: list[int] = []  # what each layer keeps
         self.inputs: list[int] = []  # and what it keeps until it is computed again
 
         positions = model.pos_embed.weight if config.learned_positions else None
-        x, delta = self._new(tokens, config.hidden_size, _trained(weight, positions)), None
+        residual, branch = self._new(tokens, config.hidden_size, _trained(weight, positions)), None
         ropes, given = set(), set[_Value]()
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Layer)
-            if self.recompute and delta is not None:
-                x, delta = _sum(x, delta), None
-            new = ({x} if delta is None else {x, delta}) - given
+            if self.recompute and branch is not None:
+                residual, branch = _sum(residual, branch), None
+            new = ({residual} if branch is None else {residual, branch}) - given
             self.held = set()
-            x, delta = self._layer(layer, x, delta, self.picked and index == config.num_layers - 1)
+            cut = self.only_loss_positions and index == config.num_layers - 1
+            residual, branch = self._layer(layer, residual, branch, cut)
             self.layers.append(_size(self.held))
             self.inputs.append(_size(new) if self.held else 0)
             given |= new if self.held else set()
             if self.held and layer.attn.rope is not None:
                 ropes.add(config.ropes[layer.attn.rope])
         self.held = set()
-        hidden, _ = self._add(model.norm, x, delta)
+        hidden, _ = self._add(model.norm, residual, branch)
         if hidden.grad:
             self._keep(self._new(hidden.rows, config.hidden_size))  # its gradient, made with the loss
         self.ends = _size(self.held)
         if positions is not None and positions.requires_grad:
             self.ends += 8 * tokens
-        if self.picked and self.layers[-1]:
+        if self.only_loss_positions and self.layers[-1]:
             self.ends += 8 * self.rows  # which tokens they are
         if self.recompute and any(self.layers):
             ropes = set(config.ropes)
@@ -175,7 +178,7 @@ class _Walk:
     def peak(self) -> int:
         """The most at any time: at the loss, or where a layer is computed again."""
         dense = max((m.in_features * m.out_features for m in self.model.modules()
-                     if isinstance(m, Linear) and m.quantised is not None), default=0) * self.size  # fmt: skip
+                     if isinstance(m, Linear) and m.quantized is not None), default=0) * self.size  # fmt: skip
         peaks = [self.kept() + max(dense, self._logits())]
         if self.recompute:
             peaks += [sum(self.inputs[: i + 1]) + layer + self.ends + dense for i, layer in enumerate(self.layers)]
@@ -207,25 +210,25 @@ class _Walk:
     def _keep(self, *values: _Value) -> None:
         self.held.update(values)
 
-    def _layer(self, layer: Layer, x: _Value, delta: _Value | None, picked: bool) -> tuple[_Value, _Value]:
-        y, x = self._add(layer.attn_norm, x, delta)
-        attended = self._attention(layer.attn, y, picked, x if layer.attn_norm is not None else None)
-        if picked:
-            x = _Value(self.rows, x.width, x.grad)
+    def _layer(self, layer: Layer, residual: _Value, branch: _Value | None, cut: bool) -> tuple[_Value, _Value]:
+        y, residual = self._add(layer.attn_norm, residual, branch)
+        attended = self._attention(layer.attn, y, cut, residual if layer.attn_norm is not None else None)
+        if cut:
+            residual = _Value(self.rows, residual.width, residual.grad)
         if layer.attn_post_norm is not None:
             attended = self._norm(layer.attn_post_norm, attended)
         if layer.parallel:
-            y = x if layer.mlp_norm is None else self._norm(layer.mlp_norm, x)
+            y = residual if layer.mlp_norm is None else self._norm(layer.mlp_norm, residual)
         else:
-            y, x = self._add(layer.mlp_norm, x, attended)
-        delta = self._mlp(layer.mlp, y, x if layer.mlp_norm is not None else None)
+            y, residual = self._add(layer.mlp_norm, residual, attended)
+        branch = self._mlp(layer.mlp, y, residual if layer.mlp_norm is not None else None)
         if layer.mlp_post_norm is not None:
-            delta = self._norm(layer.mlp_post_norm, delta)
-        return x, _sum(attended, delta) if layer.parallel else delta
+            branch = self._norm(layer.mlp_post_norm, branch)
+        return residual, _sum(attended, branch) if layer.parallel else branch
 
-    def _attention(self, attn: Attention, x: _Value, picked: bool, again: _Value | None) -> _Value:
+    def _attention(self, attn: Attention, x: _Value, cut: bool, recompute_from: _Value | None) -> _Value:
         heads, dim = attn.heads + attn.kv_heads, attn.head_dim
-        qkv = self._linear(attn.qkv, x, again)
+        qkv = self._linear(attn.qkv, x, recompute_from)
         moved, v = qkv, qkv  # q and k lie in one memory here: they are kept or not together
         if attn.q_norm is not None and attn.k_norm is not None:
             fused = self.triton["rope"] and attn.norm_heads and not attn.q_norm.layer and attn.rope is not None
@@ -245,16 +248,16 @@ class _Walk:
             self._keep(moved, v)
         if out.grad and self.triton["attention"]:
             self._keep(out, self._new(x.rows, attn.heads, itemsize=self.wide))
-        return self._linear(attn.o, _Value(self.rows, out.width, out.grad) if picked else out)
+        return self._linear(attn.o, _Value(self.rows, out.width, out.grad) if cut else out)
 
-    def _mlp(self, mlp: MLP, x: _Value, again: _Value | None) -> _Value:
-        wide = self._linear(mlp.gate_up if mlp.gated else mlp.up, x, again)
+    def _mlp(self, mlp: MLP, x: _Value, recompute_from: _Value | None) -> _Value:
+        wide = self._linear(mlp.gate_up if mlp.gated else mlp.up, x, recompute_from)
         if wide.grad:
             self._keep(wide)
         return self._linear(mlp.down, self._new(x.rows, mlp.down.in_features, wide.grad), wide)
 
-    def _linear(self, linear: Linear, x: _Value, again: _Value | None = None) -> _Value:
-        """``again``: what its input can be computed from."""
+    def _linear(self, linear: Linear, x: _Value, recompute_from: _Value | None = None) -> _Value:
+        """``recompute_from``: what its input can be computed from."""
         lora = linear.lora
         grad = x.grad or lora is not None or _trained(linear.weight, linear.bias)
         out = self._new(x.rows, linear.out_features, grad)
@@ -262,7 +265,7 @@ class _Walk:
             if _trained(linear.weight):
                 self._keep(x)
             return out
-        self._keep(x if again is None else again)
+        self._keep(x if recompute_from is None else recompute_from)
         dropped = lora.dropout > 0 and self.model.training
         if dropped or not sums(linear, x.rows, self.model.embed.weight.dtype):
             self._keep(self._new(x.rows, lora.A.shape[0]))
@@ -274,8 +277,8 @@ class _Walk:
         self._keep(out, self._new(1, linear.out_features), _Value(1, lora.magnitude.nbytes))
         return self._new(x.rows, linear.out_features, grad)
 
-    def _add(self, norm: Norm | None, x: _Value, delta: _Value | None) -> tuple[_Value, _Value]:
-        total = x if delta is None else _sum(x, delta)
+    def _add(self, norm: Norm | None, residual: _Value, branch: _Value | None) -> tuple[_Value, _Value]:
+        total = residual if branch is None else _sum(residual, branch)
         return (total if norm is None else self._norm(norm, total)), total
 
     def _norm(self, norm: Norm, x: _Value) -> _Value:

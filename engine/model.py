@@ -1,7 +1,8 @@
 """The model: one decoder-only transformer, whose ``ModelConfig`` says which of the known variants it is.
 
 Shapes: B rows, T tokens, C hidden, Hq query heads, Hkv key/value heads, D head dimension, I MLP width, V vocabulary.
-The residual stream is carried as a pair (x, delta): each norm adds the last sublayer's delta to x on its way.
+The residual stream is carried as a pair (residual, branch): the branch is the output of the last sublayer, and the next
+norm adds it to the residual on its way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afina.engine.kv_cache import KVCache, Slots
-from afina.engine.linear import Again, Linear
+from afina.engine.linear import Linear, Recompute
 from afina.engine.model_config import ModelConfig
 from afina.engine.rope_tables import RopeTables, packed_positions
 from afina.errors import ConfigError
@@ -32,22 +33,21 @@ if TYPE_CHECKING:
     from afina.engine.lora import Adapter
 
 IGNORE = -100
-DENSE = 0.9  # share of trained tokens above which the last layer computes all of them
+DENSE = 0.9  # share of loss positions above which the last layer computes all positions
 
 
 @dataclass
-class Step:
+class ForwardContext:
     """What the layers of one forward pass share."""
 
     tables: list[tuple[Tensor, Tensor]]  # cos, sin of each RoPE: fp32 (T, dim / 2) or (B, T, dim / 2)
     cu_seqlens: Tensor | None
     cache: KVCache | None
     slots: Slots | None
-    rows: Tensor | None  # the flat positions whose final hidden state is wanted; None: all
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension; with a delta, of x + delta, which is returned too."""
+    """RMSNorm or LayerNorm over the last dimension; with a branch, of residual + branch, which is returned too."""
 
     def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ class Norm(nn.Module):
             return layer_norm(x, self.weight, self.bias, eps=self.eps)
         return rms_norm(x, self.weight, eps=self.eps, weight_offset=self.offset)
 
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm(x + delta), x + delta)."""
-        if delta is None:
-            return self(x), x
+    def add(self, residual: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(residual + branch), residual + branch)."""
+        if branch is None:
+            return self(residual), residual
         if self.layer:
-            return layer_norm(delta, self.weight, self.bias, eps=self.eps, residual=x)
-        return rms_norm(delta, self.weight, eps=self.eps, weight_offset=self.offset, residual=x)
+            return layer_norm(branch, self.weight, self.bias, eps=self.eps, residual=residual)
+        return rms_norm(branch, self.weight, eps=self.eps, weight_offset=self.offset, residual=residual)
 
 
 class Attention(nn.Module):
@@ -90,10 +90,12 @@ class Attention(nn.Module):
             self.q_norm = Norm(config, self.head_dim if self.norm_heads else q)
             self.k_norm = Norm(config, self.head_dim if self.norm_heads else kv)
 
-    def forward(self, x: Tensor, step: Step, rows: Tensor | None, again: Again | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (n, C) for the flat ``rows``; ``again`` computes x a second time."""
+    def forward(
+        self, x: Tensor, context: ForwardContext, positions: Tensor | None, recompute: Recompute | None = None
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (n, C) for the flat ``positions``; ``recompute`` computes x a second time."""
         b, t, _ = x.shape
-        heads = self.qkv(x, again).view(b, t, -1, self.head_dim)
+        heads = self.qkv(x, recompute).view(b, t, -1, self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         # RMSNorm of heads and rotation are one op.
         fused: dict[str, Any] = {}
@@ -107,15 +109,15 @@ class Attention(nn.Module):
                 fused = {"q_weight": norm.weight, "k_weight": self.k_norm.weight}
                 fused |= {"eps": norm.eps, "weight_offset": norm.offset}
         if self.rope is not None:
-            q, k = rope(q, k, *step.tables[self.rope], **fused)
-        if step.cache is not None and step.slots is not None:
-            out = step.cache.attend(self.index, q, k, v, step.slots, **self.options)
-        elif step.cu_seqlens is not None:
-            out = attention(q[0], k[0], v[0], cu_seqlens=step.cu_seqlens, **self.options)[None]
+            q, k = rope(q, k, *context.tables[self.rope], **fused)
+        if context.cache is not None and context.slots is not None:
+            out = context.cache.attend(self.index, q, k, v, context.slots, **self.options)
+        elif context.cu_seqlens is not None:
+            out = attention(q[0], k[0], v[0], cu_seqlens=context.cu_seqlens, **self.options)[None]
         else:
             out = attention(q, k, v, **self.options)
         out = out.flatten(2)
-        return self.o(out if rows is None else out.flatten(0, 1).index_select(0, rows))
+        return self.o(out if positions is None else out.flatten(0, 1).index_select(0, positions))
 
 
 class MLP(nn.Module):
@@ -132,10 +134,10 @@ class MLP(nn.Module):
         self.gated = config.gated
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        """x (..., C) -> (..., C); ``again`` computes x a second time."""
-        wide = (self.gate_up if self.gated else self.up)(x, again)
-        return self.down(self.act(wide), Again(self.act, wide))
+    def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
+        """x (..., C) -> (..., C); ``recompute`` computes x a second time."""
+        wide = (self.gate_up if self.gated else self.up)(x, recompute)
+        return self.down(self.act(wide), Recompute(self.act, wide))
 
 
 class Layer(nn.Module):
@@ -150,35 +152,37 @@ class Layer(nn.Module):
         self.attn_norm, self.mlp_norm = (Norm(config, size) if config.pre_norm else None for _ in range(2))
         self.attn_post_norm, self.mlp_post_norm = (Norm(config, size) if config.post_norm else None for _ in range(2))
 
-    def forward(self, x: Tensor, delta: Tensor | None, step: Step, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x, delta) -> (x, delta), each (B, T, C), or (n, C) for the flat ``rows``: what follows the attention works
-        on each token alone, so a last layer need not do it for tokens that nobody reads."""
-        y, x = _add(self.attn_norm, x, delta)
-        attended = self.attn(y, step, rows, _again(self.attn_norm, x))
-        if rows is not None:
-            x = x.flatten(0, 1).index_select(0, rows)
+    def forward(
+        self, residual: Tensor, branch: Tensor | None, context: ForwardContext, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(residual, branch) -> (residual, branch), each (B, T, C), or (n, C) for the flat ``positions``: what follows
+        the attention works on each position alone, so a last layer need not do it for positions that nobody reads."""
+        y, residual = _add(self.attn_norm, residual, branch)
+        attended = self.attn(y, context, positions, _recompute(self.attn_norm, residual))
+        if positions is not None:
+            residual = residual.flatten(0, 1).index_select(0, positions)
         if self.attn_post_norm is not None:
             attended = self.attn_post_norm(attended)
         if self.parallel:
-            y = x if self.mlp_norm is None else self.mlp_norm(x)
+            y = residual if self.mlp_norm is None else self.mlp_norm(residual)
         else:
-            y, x = _add(self.mlp_norm, x, attended)
-        delta = self.mlp(y, _again(self.mlp_norm, x))
+            y, residual = _add(self.mlp_norm, residual, attended)
+        branch = self.mlp(y, _recompute(self.mlp_norm, residual))
         if self.mlp_post_norm is not None:
-            delta = self.mlp_post_norm(delta)
-        return x, attended + delta if self.parallel else delta
+            branch = self.mlp_post_norm(branch)
+        return residual, attended + branch if self.parallel else branch
 
 
-def _add(norm: Norm | None, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+def _add(norm: Norm | None, residual: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
     if norm is not None:
-        return norm.add(x, delta)
-    total = x if delta is None else x + delta
+        return norm.add(residual, branch)
+    total = residual if branch is None else residual + branch
     return total, total
 
 
-def _again(norm: Norm | None, total: Tensor) -> Again | None:
+def _recompute(norm: Norm | None, total: Tensor) -> Recompute | None:
     """Computes the output of ``_add`` a second time, from the sum that the norm keeps anyway."""
-    return None if norm is None else Again(norm, total)
+    return None if norm is None else Recompute(norm, total)
 
 
 class GPT(nn.Module):
@@ -247,10 +251,10 @@ class GPT(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
-        rows: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T) -> the hidden states after the final norm (B, T, C), or (n, C) for the flat positions
-        ``rows`` (n,) int64.
+        """input_ids (B, T) -> the hidden states after the final norm (B, T, C), or (n, C) for the flat
+        ``positions`` (n,) int64.
 
         ``cu_seqlens`` int32 (n + 1,): input_ids is (1, T), n documents one after the other that do not see each other.
         On the CPU, whatever the model's device, it is checked without waiting for the GPU.
@@ -261,15 +265,15 @@ class GPT(nn.Module):
             expected = "(B, T)" if cu_seqlens is None else "(1, T) with cu_seqlens"
             raise ValueError(f"input_ids: expected {expected}, found {tuple(input_ids.shape)}")
         if cache is None:
-            return self._run(input_ids, cu_seqlens, None, None, rows)
+            return self._run(input_ids, cu_seqlens, None, None, positions)
         with torch.no_grad():
             slots = cache.slots(input_ids, cu_seqlens)
             if cache.outdated(slots):
                 packed, starts, new = cache.restart(input_ids, slots)
-                wanted = new.flatten() if rows is None else new.flatten()[rows]
-                hidden = self.hidden(packed, cu_seqlens=starts, cache=cache, rows=wanted)
-                return hidden.view(*new.shape, -1) if rows is None else hidden
-            hidden = self._run(input_ids, cu_seqlens, cache, slots, rows)
+                wanted = new.flatten() if positions is None else new.flatten()[positions]
+                hidden = self.hidden(packed, cu_seqlens=starts, cache=cache, positions=wanted)
+                return hidden.view(*new.shape, -1) if positions is None else hidden
+            hidden = self._run(input_ids, cu_seqlens, cache, slots, positions)
             cache.advance(input_ids, slots)
             return hidden
 
@@ -279,8 +283,9 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
         slots: Slots | None,
-        rows: Tensor | None,
+        wanted: Tensor | None,
     ) -> Tensor:
+        """``wanted`` is what ``hidden`` calls positions; here they are where each token stands in its document."""
         tokens = input_ids.shape[1]
         if slots is not None:
             positions, lengths, longest = slots.positions, slots.lengths.long()[slots.rows], slots.longest
@@ -291,29 +296,31 @@ class GPT(nn.Module):
             positions = torch.arange(tokens, device=input_ids.device)
             lengths, longest = torch.full_like(positions, tokens), tokens
 
-        x = self.embed(input_ids)
+        residual = self.embed(input_ids)
         if self.config.embed_scale is not None:
             # Rounded to the weights' dtype first, as the models were trained.
-            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype).item()
+            residual = residual * torch.tensor(self.config.embed_scale, dtype=residual.dtype).item()
         if self.config.learned_positions:
             if longest > self.config.max_positions and (found := int(lengths.max())) > self.config.max_positions:
                 raise ConfigError(
                     f"a sequence of {found} tokens is longer than the model's {self.config.max_positions} learned "
                     "positions: lower max_length"
                 )
-            x = x + self.pos_embed(positions)
-        step = Step([table(positions, lengths) for table in self.ropes], cu_seqlens, cache, slots, rows)
-        delta: Tensor | None = None
+            residual = residual + self.pos_embed(positions)
+        context = ForwardContext([table(positions, lengths) for table in self.ropes], cu_seqlens, cache, slots)
+        branch: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         dropout = self.adapter is not None and self.adapter.config.dropout > 0
         for index, layer in enumerate(self.layers):
-            wanted = rows if index == len(self.layers) - 1 else None
+            only = wanted if index == len(self.layers) - 1 else None
             if recompute:
-                x = x if delta is None else x + delta  # one tensor to keep, not two
-                x, delta = checkpoint(layer, x, None, step, wanted, use_reentrant=False, preserve_rng_state=dropout)
+                residual = residual if branch is None else residual + branch  # one tensor to keep, not two
+                residual, branch = checkpoint(
+                    layer, residual, None, context, only, use_reentrant=False, preserve_rng_state=dropout
+                )
             else:
-                x, delta = layer(x, delta, step, wanted)
-        return self.norm.add(x, delta)[0]
+                residual, branch = layer(residual, branch, context, only)
+        return self.norm.add(residual, branch)[0]
 
     def loss(
         self, input_ids: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, reduction: str = "mean"
@@ -321,9 +328,9 @@ class GPT(nn.Module):
         """Cross-entropy (nats, fp32) of predicting labels (B, T) from the tokens before them; logits are never built.
 
         Labels are aligned with input_ids and shifted here, as in HF; -100 is ignored, and so is each document's first
-        token, which nothing predicts. ``reduction``: "mean" over the trained tokens, "sum", or "none": (B, T), at each
+        token, which nothing predicts. ``reduction``: "mean" over the loss tokens, "sum", or "none": (B, T), at each
         label its own loss, 0 where ignored. Labels and ``cu_seqlens`` may be on the CPU, whatever the model's device:
-        the rows to train are then picked there, and nothing waits for the GPU.
+        the positions that have a loss are then found there, and nothing waits for the GPU.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {tuple(input_ids.shape)}, found {tuple(labels.shape)}")
@@ -333,18 +340,19 @@ class GPT(nn.Module):
             # An empty document ends where another does; one at the very start would end at -1, the last token anyway.
             targets[0, cu_seqlens[1:].to(targets.device).long() - 1] = IGNORE
         targets = targets.flatten()
-        rows = (targets != IGNORE).nonzero().squeeze(1)
-        if reduction != "none" and rows.numel() > DENSE * targets.numel():
+        loss_positions = (targets != IGNORE).nonzero().squeeze(1)
+        if reduction != "none" and loss_positions.numel() > DENSE * targets.numel():
             # The head skips the few ignored tokens itself.
             hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
         else:
-            targets, rows = targets[rows], rows.to(input_ids.device, non_blocking=True)
-            hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, rows=rows)
+            targets = targets[loss_positions]
+            loss_positions = loss_positions.to(input_ids.device, non_blocking=True)
+            hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, positions=loss_positions)
         cap = self.config.logit_softcap
         losses = linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction, softcap=cap)
         if reduction != "none":
             return losses
-        return losses.new_zeros(labels.numel()).index_put((rows + 1,), losses).view(labels.shape)
+        return losses.new_zeros(labels.numel()).index_put((loss_positions + 1,), losses).view(labels.shape)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -48,7 +48,7 @@ class NF4Weight(nn.Module):
         self.shape = (rows, width)
 
     @classmethod
-    def quantise(cls, weight: Tensor) -> NF4Weight:
+    def quantize(cls, weight: Tensor) -> NF4Weight:
         """One part from a weight (out, in), fp32, bf16 or fp16. Raises ValueError for NaN and infinity."""
         return cls([(0, weight.shape[0], *quantize_nf4(weight))])
 

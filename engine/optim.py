@@ -20,8 +20,9 @@ class AdamW:
     """Optimizer state and update for the trainable parameters of ``model``.
 
     Attributes: ``params`` (name -> model parameter), ``masters`` (name -> fp32 weights; the parameter's own memory when
-    it is fp32), ``exp_avgs`` and ``exp_avg_sqs`` (name -> fp32 moments), ``updates`` (weight updates applied so far).
-    ``decay``: names of the parameters that decay. ``factors``: by name, what multiplies the learning rate (else 1).
+    it is fp32), ``exp_avgs`` and ``exp_avg_sqs`` (name -> fp32 moments), ``num_updates`` (weight updates applied
+    so far). ``decay``: names of the parameters that decay. ``lr_scales``: what multiplies the learning rate of a
+    parameter, by its name (else 1).
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class AdamW:
         model: nn.Module,
         *,
         decay: set[str],
-        factors: Mapping[str, float] | None = None,
+        lr_scales: Mapping[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -43,10 +44,10 @@ class AdamW:
         self.betas, self.eps = betas, eps
         groups: dict[tuple[float, float], list[str]] = {}
         for name in self.params:
-            key = (weight_decay if name in decay else 0.0, (factors or {}).get(name, 1.0))
+            key = (weight_decay if name in decay else 0.0, (lr_scales or {}).get(name, 1.0))
             groups.setdefault(key, []).append(name)
         self.groups = [(names, *key) for key, names in groups.items()]
-        self.updates = 0
+        self.num_updates = 0
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm`` (0: never).
@@ -63,8 +64,8 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay."""
-        self.updates += 1
-        for names, weight_decay, factor in self.groups:
+        self.num_updates += 1
+        for names, weight_decay, lr_scale in self.groups:
             grads = {n: g for n in names if (g := self.params[n].grad) is not None}
             live = list(grads)
             adamw_(
@@ -72,8 +73,8 @@ class AdamW:
                 list(grads.values()),
                 [self.exp_avgs[n] for n in live],
                 [self.exp_avg_sqs[n] for n in live],
-                step=self.updates,
-                lr=lr * factor,
+                step=self.num_updates,
+                lr=lr * lr_scale,
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=weight_decay,
@@ -94,7 +95,7 @@ class AdamW:
         return {"weights": self.masters, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
+    def load_state(self, state: dict[str, dict[str, Tensor]], num_updates: int) -> None:
         """Take back what ``state()`` returned; names and shapes must be this model's (ValueError otherwise)."""
         for group, ours in self.state().items():
             theirs = state.get(group, {})
@@ -104,5 +105,5 @@ class AdamW:
                 )
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
-        self.updates = updates
+        self.num_updates = num_updates
         self._round_masters()

@@ -1,7 +1,7 @@
 """Fine-tuning: the loop, top to bottom.
 
-One step: its micro-batches run through the model, each loss is a sum over trained tokens divided by the trained tokens
-of the *whole step* (so the result does not depend on how rows fall into micro-batches), gradients add up, are clipped
+One step: its micro-batches run through the model, each loss is a sum over loss tokens divided by the loss tokens of
+the *whole step* (so the result does not depend on how rows fall into micro-batches), gradients add up, are clipped
 once, and move the weights once. A held-out dev set is measured before the first step, every ``eval_steps`` and at the
 end; the weights with the best dev loss are kept in ``best/``. Everything needed to go on bit for bit is in
 ``checkpoint-N/``.
@@ -101,14 +101,14 @@ def finetune(
         raise TypeError("finetune takes a TrainConfig or its fields as keywords, not both")
     config = train_config or TrainConfig.resolve(overrides=settings)
     prepare_process(threads=config.threads, seed=config.seed)
-    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:
         tokenizer = load_tokenizer(str(config.tokenizer or config.model))
         data = read_data(config, tokenizer, progress=not quiet)
-        say(data.summary())
+        log(data.summary())
         model = _load(config, tokenizer)
         config = choose_trained(config, model)
-        run = Run(config, model, tokenizer, data, folder, say)
+        run = Run(config, model, tokenizer, data, folder, log)
         with StopRequest() as stop, flushed_denormals():
             run.begin()
             run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
@@ -144,7 +144,7 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
             dtype=config.dtype,
             device=config.device,
             allow_nonfinite=config.allow_nonfinite,
-            quantise="nf4" if config.method == "qlora" else None,
+            quantize="nf4" if config.method == "qlora" else None,
         )
     check_vocab(tokenizer, model.config.vocab_size)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -187,11 +187,11 @@ def refuse_adapter(source: str, base: str | None) -> None:
 
 
 def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[], None] | None = None) -> Tensor:
-    """Add the gradient of a step's loss, the mean over all its trained tokens, to ``.grad``; return that loss, ().
+    """Add the gradient of a step's loss, the mean over all its loss tokens, to ``.grad``; return that loss, ().
 
     ``poll`` is called before each micro-batch and may raise to stop.
     """
-    trained = sum(mb.trained for mb in micro_batches)
+    loss_tokens = sum(mb.loss_tokens for mb in micro_batches)
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for mb in micro_batches:
@@ -199,7 +199,7 @@ def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[]
             poll()
         # Labels and boundaries stay on the CPU: what they say about shapes is read there, not off the GPU.
         ids = mb.input_ids.to(device, non_blocking=True)
-        loss = model.loss(ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="mean") * (mb.trained / trained)
+        loss = model.loss(ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="mean") * (mb.loss_tokens / loss_tokens)
         loss.backward()
         total += loss.detach()
     return total
@@ -207,25 +207,25 @@ def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[]
 
 @dataclass
 class Run:
-    """One training run: what it works on, and where it stands (``at``)."""
+    """One training run: what it works on, and where it stands (``progress``)."""
 
     config: TrainConfig
     model: GPT
     tokenizer: Tokenizer
     data: Data
     folder: RunFolder
-    say: Callable[[str], None]
-    at: Progress = field(default_factory=Progress)
+    log: Callable[[str], None]
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         c, model = self.config, self.model
         self.device = next(model.parameters()).device
-        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         ratio = c.loraplus_lr_ratio or 1.0
         self.optimizer = AdamW(
             model,
             decay=model.decay_parameters(),
-            factors={name: ratio for name, _ in model.named_parameters() if name.endswith(".lora.B")},
+            lr_scales={name: ratio for name, _ in model.named_parameters() if name.endswith(".lora.B")},
             betas=(c.adam_beta1, c.adam_beta2),
             eps=c.adam_epsilon,
             weight_decay=c.weight_decay,
@@ -241,28 +241,28 @@ class Run:
         self.warmup = c.warmup_steps if c.warmup_steps is not None else math.ceil(c.warmup_ratio * self.total)
         self.eval_steps = c.eval_steps or math.ceil(self.total / 10)
         self.save_steps = c.save_steps or self.eval_steps
-        self.board = _tensorboard(self.folder.path) if c.report_to == "tensorboard" else None
+        self.writer = _tensorboard_writer(self.folder.path) if c.report_to == "tensorboard" else None
         self.saved_step = 0
 
     def begin(self) -> None:
-        """Write, or check, the run's papers; take back the newest checkpoint when resuming."""
+        """Write, or check, recipe and facts; restore the newest checkpoint when resuming."""
         c, model = self.config, self.model
         count = model.config.num_parameters()
         facts = {"data_sha256": self.data.fingerprint, "model_sha256": model.fingerprint, "parameters": count}
         # Weights and two moments in fp32 for every checkpoint kept and the one being written, and the best model.
-        best = self.trained if model.adapter else count
-        self.folder.begin(c.to_dict(), facts, bytes_needed=12 * self.trained * (c.save_total_limit + 1) + 4 * best)
+        best = self.trainable if model.adapter else count
+        self.folder.begin(c.to_dict(), facts, bytes_needed=12 * self.trainable * (c.save_total_limit + 1) + 4 * best)
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-        some = "" if c.method == "full" else f", {self.trained:,} train ({c.method})"
-        self.say(
+        some = "" if c.method == "full" else f", {self.trainable:,} train ({c.method})"
+        self.log(
             f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}{some}; {self.total:,} steps "
             f"of {c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
         )
-        self.say(self.memory.line())
+        self.log(self.memory.line())
         for reason in self.folder.skipped:
-            self.say(f"damaged checkpoint skipped: {reason}")
+            self.log(f"damaged checkpoint skipped: {reason}")
         if self.folder.checkpoint:
-            self._take_back(self.folder.checkpoint)
+            self._restore(self.folder.checkpoint)
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -270,28 +270,28 @@ class Run:
         rows, count, packing = self.data.train, self.config.batch_size, self.config.packing
         longest = heapq.nlargest(count, rows.lengths.tolist())
         tokens = sum(longest) if packing else longest[0] * len(longest)
-        learnt = sum(heapq.nlargest(count, rows.trained_counts.tolist()))
-        return plan(self.model, self.optimizer, tokens=tokens, rows_trained=min(tokens, learnt))
+        loss_tokens = sum(heapq.nlargest(count, rows.loss_tokens.tolist()))
+        return plan(self.model, self.optimizer, tokens=tokens, loss_tokens=min(tokens, loss_tokens))
 
     def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
         """Measure, save and step until the last step; on a signal save what there is and raise Interrupted."""
-        self.stop, at = stop, self.at
-        with tqdm(total=self.total, initial=at.step, unit="step", disable=not show_bar) as bar:
+        self.stop, progress = stop, self.progress
+        with tqdm(total=self.total, initial=progress.step, unit="step", disable=not show_bar) as bar:
             try:
                 while True:
-                    ended = at.step >= self.total or at.stopped_early
-                    if at.evaluated_step != at.step and (at.step % self.eval_steps == 0 or ended):
+                    ended = progress.step >= self.total or progress.stopped_early
+                    if progress.evaluated_step != progress.step and (progress.step % self.eval_steps == 0 or ended):
                         self._evaluate()
-                        ended |= at.stopped_early
-                    if self.saved_step != at.step and (at.step % self.save_steps == 0 or ended):
+                        ended |= progress.stopped_early
+                    if self.saved_step != progress.step and (progress.step % self.save_steps == 0 or ended):
                         self._save()
                     if ended:
                         return
                     self._show(bar, self._step())
             except Interrupted:
-                if self.saved_step != at.step:
+                if self.saved_step != progress.step:
                     self._save()
-                self.say(f"stopped at step {at.step:,} of {self.total:,}; go on with --resume")
+                self.log(f"stopped at step {progress.step:,} of {self.total:,}; go on with --resume")
                 raise
 
     def _poll(self) -> None:
@@ -304,13 +304,13 @@ class Run:
         bar.set_postfix_str(line, refresh=False)
         bar.update()
         if bar.disable and (row["step"] % self.config.logging_steps == 0 or row["step"] == self.total):
-            self.say(f"step {row['step']:,}/{self.total:,}: {line}")
+            self.log(f"step {row['step']:,}/{self.total:,}: {line}")
 
     def _step(self) -> dict[str, Any]:
         """Run one training step, log it and return its line. Raises Interrupted with nothing changed."""
-        at, started = self.at, time.perf_counter()
-        micro_batches = self.batches.step(at.step)
-        trained = sum(mb.trained for mb in micro_batches)
+        progress, started = self.progress, time.perf_counter()
+        micro_batches = self.batches.step(progress.step)
+        loss_tokens = sum(mb.loss_tokens for mb in micro_batches)
         try:
             loss = accumulate(self.model, micro_batches, poll=self._poll)
         except Interrupted:
@@ -318,51 +318,52 @@ class Run:
             raise
         grad_norm = self.optimizer.clip_(self.config.max_grad_norm)
         lr = self.config.learning_rate * lr_factor(
-            self.config.lr_scheduler_type, at.step, self.total, self.warmup, self.config.min_lr_ratio
+            self.config.lr_scheduler_type, progress.step, self.total, self.warmup, self.config.min_lr_ratio
         )
-        row: dict[str, Any] = {"step": at.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+        row: dict[str, Any] = {"step": progress.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
         finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
         if finite:
             self.optimizer.step(lr)
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
         tokens, processed = sum(mb.tokens for mb in micro_batches), sum(mb.input_ids.numel() for mb in micro_batches)
-        at.step += 1
-        at.seconds += seconds
-        at.tokens += tokens
-        at.processed_tokens += processed
+        progress.step += 1
+        progress.seconds += seconds
+        progress.tokens += tokens
+        progress.processed_tokens += processed
         if finite:
-            at.bad_in_a_row = 0
-            at.trained_tokens += trained
-            at.loss_sum += row["loss"]
+            progress.bad_in_a_row = 0
+            progress.trained_tokens += loss_tokens
+            progress.loss_sum += row["loss"]
         row |= {
-            "trained_tokens": trained,
+            "trained_tokens": loss_tokens,
             "tokens": tokens,
             "processed_tokens": processed,  # padding included
             "seconds": seconds,
             "tokens_per_second": round(tokens / seconds, 1),
-            "trained_tokens_per_second": round(trained / seconds, 1),
+            "trained_tokens_per_second": round(loss_tokens / seconds, 1),
         }
         if finite:
-            self._log(row)
+            self._record(row)
         else:
             self._skipped(row, micro_batches)
         return row
 
     def _skipped(self, row: dict[str, Any], micro_batches: list[MicroBatch]) -> None:
         """Account for a step whose loss or gradient is not finite: weights and moments were left as they were."""
-        at = self.at
-        at.bad_in_a_row += 1
-        at.skipped += 1
+        progress = self.progress
+        progress.bad_in_a_row += 1
+        progress.skipped += 1
         rows = [self.data.train.where(r) for mb in micro_batches for r in mb.rows]
         row |= {"skipped": True, "rows": rows}
-        self._log(row)
+        self._record(row)
         where = f"{', '.join(rows[:10])}{' ...' if len(rows) > 10 else ''}"
-        self.say(f"step {at.step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
-        if at.bad_in_a_row >= MAX_BAD_STEPS:
+        self.log(f"step {progress.step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
+        if progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(
-                f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step {at.step:,} "
-                f"with {where}; look at those rows, or lower learning_rate (now {self.config.learning_rate:g})"
+                f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step "
+                f"{progress.step:,} with {where}; look at those rows, or lower learning_rate (now "
+                f"{self.config.learning_rate:g})"
             )
 
     def _evaluate(self) -> None:
@@ -370,94 +371,100 @@ class Run:
 
         The weights, gradients and random numbers of training are not touched.
         """
-        c, at = self.config, self.at
+        c, progress = self.config, self.progress
         loss = evaluate_loss(self.model, self.data.dev, batch_size=c.batch_size, packing=c.packing, poll=self._poll)[
             "loss"
         ]
-        at.evaluated_step = at.step
-        better = at.step > 0 and loss < at.best_dev_loss
-        self._log({"step": at.step, "dev_loss": loss, "best": better})
-        self.say(f"step {at.step:,}: dev loss {loss:.4f}" + (" (best so far)" if better else ""))
-        if at.step == 0:
-            at.dev_loss_before = loss
+        progress.evaluated_step = progress.step
+        better = progress.step > 0 and loss < progress.best_dev_loss
+        self._record({"step": progress.step, "dev_loss": loss, "best": better})
+        self.log(f"step {progress.step:,}: dev loss {loss:.4f}" + (" (best so far)" if better else ""))
+        if progress.step == 0:
+            progress.dev_loss_before = loss
             return
         if better:
             save = save_adapter if self.model.adapter else save_model
             publish_best(self.folder.path, lambda folder: save(self.model, self.tokenizer, folder))
-            at.best_dev_loss, at.best_step, at.evals_since_best = loss, at.step, 0
+            progress.best_dev_loss, progress.best_step, progress.evals_since_best = loss, progress.step, 0
             return
-        at.evals_since_best += 1
+        progress.evals_since_best += 1
         patience = c.early_stopping_patience
-        if patience is not None and at.evals_since_best >= patience and at.step < self.total:
-            at.stopped_early = True
-            self.say(f"stopped early: {patience} evaluations without a lower dev loss; best at step {at.best_step:,}")
+        if patience is not None and progress.evals_since_best >= patience and progress.step < self.total:
+            progress.stopped_early = True
+            self.log(
+                f"stopped early: {patience} evaluations without a lower dev loss; best at step {progress.best_step:,}"
+            )
 
     def _save(self) -> None:
         meta = {
-            "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.at).items()},
-            "updates": self.optimizer.updates,
+            "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.progress).items()},
+            "updates": self.optimizer.num_updates,
             "rng": torch.get_rng_state().tolist(),
         }
         if self.device.type == "cuda":  # dropout draws there
             meta["cuda_rng"] = torch.cuda.get_rng_state(self.device).tolist()
-        save_checkpoint(self.folder.path, self.at.step, self.optimizer.state(), meta, keep=self.config.save_total_limit)
-        self.saved_step = self.at.step
+        save_checkpoint(
+            self.folder.path, self.progress.step, self.optimizer.state(), meta, keep=self.config.save_total_limit
+        )
+        self.saved_step = self.progress.step
 
-    def _take_back(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, moments, counters, random numbers; the step gives the data order."""
         self.optimizer.load_state({g: checkpoint.tensors(g) for g in checkpoint.groups}, checkpoint.meta["updates"])
-        self.at = Progress(**{k: v for k, v in checkpoint.meta["progress"].items() if v is not None})
-        self.at.stopped_early = False if self.config.early_stopping_patience is None else self.at.stopped_early
-        self.saved_step = self.at.step
+        self.progress = Progress(**{k: v for k, v in checkpoint.meta["progress"].items() if v is not None})
+        self.progress.stopped_early &= self.config.early_stopping_patience is not None
+        self.saved_step = self.progress.step
         torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))
         if "cuda_rng" in checkpoint.meta and self.device.type == "cuda":
             torch.cuda.set_rng_state(torch.tensor(checkpoint.meta["cuda_rng"], dtype=torch.uint8), self.device)
-        self.say(f"resumed from {checkpoint.path.name}")
+        self.log(f"resumed from {checkpoint.path.name}")
 
     def finish(self) -> RunResult:
         """Return the figures of the whole run, resumed parts included."""
-        at, best = self.at, self.folder.path / "best"
-        if at.best_step < 0:
+        progress, best = self.progress, self.folder.path / "best"
+        if progress.best_step < 0:
             raise NonFiniteError(
                 f"no evaluation gave a finite dev loss, so there is no best model in {self.folder.path}"
             )
-        if at.best_dev_loss >= at.dev_loss_before:
-            self.say(
-                f"the dev loss never fell below the {at.dev_loss_before:.4f} it had before training (lowest after it: "
-                f"{at.best_dev_loss:.4f}): the model you started from is the better one on these rows"
+        if progress.best_dev_loss >= progress.dev_loss_before:
+            self.log(
+                f"the dev loss never fell below the {progress.dev_loss_before:.4f} it had before training (lowest "
+                f"after it: {progress.best_dev_loss:.4f}): the model you started from is the better one on these rows"
             )
         metrics = {
             "output_dir": str(self.folder.path),
             "best": str(best),
-            "steps": at.step,
-            "train_loss": at.loss_sum / max(1, at.step - at.skipped),
-            "dev_loss_before": at.dev_loss_before,
-            "dev_loss": at.best_dev_loss,
-            "best_step": at.best_step,
-            "stopped_early": at.stopped_early,
-            "skipped_steps": at.skipped,
-            "trained_tokens": at.trained_tokens,
-            "tokens": at.tokens,
-            "processed_tokens": at.processed_tokens,
-            "tokens_per_second": round(at.tokens / at.seconds, 1) if at.seconds else 0.0,
-            "trained_tokens_per_second": round(at.trained_tokens / at.seconds, 1) if at.seconds else 0.0,
-            "train_seconds": round(at.seconds, 2),
+            "steps": progress.step,
+            "train_loss": progress.loss_sum / max(1, progress.step - progress.skipped),
+            "dev_loss_before": progress.dev_loss_before,
+            "dev_loss": progress.best_dev_loss,
+            "best_step": progress.best_step,
+            "stopped_early": progress.stopped_early,
+            "skipped_steps": progress.skipped,
+            "trained_tokens": progress.trained_tokens,
+            "tokens": progress.tokens,
+            "processed_tokens": progress.processed_tokens,
+            "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
+            "trained_tokens_per_second": round(progress.trained_tokens / progress.seconds, 1)
+            if progress.seconds
+            else 0.0,
+            "train_seconds": round(progress.seconds, 2),
             "peak_memory_gb": round(peak_memory_gb(self.device), 3),
             "predicted_memory": self.memory.to_dict(),
         }
-        if self.board:
-            self.board.close()
+        if self.writer:
+            self.writer.close()
         return RunResult(self.folder.path, best, metrics)
 
-    def _log(self, row: dict[str, Any]) -> None:
+    def _record(self, row: dict[str, Any]) -> None:
         self.folder.log(row)
-        if self.board:
+        if self.writer:
             for name, value in row.items():
                 if name != "step" and isinstance(value, float) and math.isfinite(value):
-                    self.board.add_scalar(name, value, row["step"])
+                    self.writer.add_scalar(name, value, row["step"])
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard_writer(folder: Path) -> Any:
     """Return a SummaryWriter for ``folder``/tensorboard; the package is an optional extra."""
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -24,16 +24,16 @@ from afina.kernels.nf4 import NF4State, quantize_nf4
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
 from afina.loaders.jsonfile import read_json
-from afina.loaders.weights.bitsandbytes import QuantisedTensor, quantised_tensors, read_quantised
+from afina.loaders.weights.bitsandbytes import QuantizedTensor, quantized_tensors, read_quantized
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import base_format, find_base, is_adapter
-from afina.loaders.weights.safetensors import Checkpoint, Later, atomic_write, save_tensors
+from afina.loaders.weights.safetensors import Later, SafetensorsFolder, atomic_write, save_tensors
 
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTISE = {"nf4": None, **{f"nf4-{name}": dtype for name, dtype in DTYPES.items()}}
+QUANTIZE = {"nf4": None, **{f"nf4-{name}": dtype for name, dtype in DTYPES.items()}}
 LISTED = 10  # problems named in one message
 CHUNK_ROWS = 4096
 
@@ -44,14 +44,14 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     allow_nonfinite: bool = False,
-    quantise: str | None = None,
+    quantize: str | None = None,
     adapter: str | Path | None = None,
 ) -> GPT:
     """Load a model in eval mode.
 
     ``source``: a folder, a run folder (its best model), "afina-tiny" or a hub id. ``dtype``: "float32", "bfloat16",
     "float16", or "auto": float32 on a CPU, bfloat16 on a GPU. ``device``: "cpu", "cuda", or "auto". ``allow_nonfinite``
-    accepts NaN and Inf. ``quantise``: "nf4" holds the matrices of the layers as NF4 with double quantisation, made of
+    accepts NaN and Inf. ``quantize``: "nf4" holds the matrices of the layers as NF4 with double quantisation, made of
     the weights in ``dtype`` (QLoRA's frozen base: they have no gradient), "nf4-bfloat16" and so on of the weights in
     that dtype; None as the files do, so NF4 where bitsandbytes wrote them, whatever this says. Raises ``WeightsError``
     and ``ConfigError``. Weights are streamed: the peak is the model itself as it is held, and one buffer; quantising,
@@ -60,9 +60,9 @@ def load_model(
     ``adapter``: a folder, run folder or hub id of an adapter to put on the model. An adapter as ``source`` is put on
     the base that it names; that is loaded as it was in training, so as NF4 for one of QLoRA.
     """
-    if quantise is not None and quantise not in QUANTISE:
+    if quantize is not None and quantize not in QUANTIZE:
         raise ConfigError(
-            f"quantise = {quantise!r}{nearest(quantise, QUANTISE)}: expected {', '.join(QUANTISE)} or None"
+            f"quantize = {quantize!r}{nearest(quantize, QUANTIZE)}: expected {', '.join(QUANTIZE)} or None"
         )
     folder = resolve(source)
     if is_adapter(folder):
@@ -72,18 +72,18 @@ def load_model(
         adapter, folder = folder, where_it_is
     if adapter is not None:
         adapter = resolve(adapter)
-        quantise = quantise or base_format(adapter)
+        quantize = quantize or base_format(adapter)
     config, hf = read_config(folder)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     published = hf.get("quantization_config") is not None  # and then its own choice of matrices holds
-    check_memory(config, kind, where, quantised=published or quantise is not None)
-    checkpoint = Checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    check_memory(config, kind, where, quantized=published or quantize is not None)
+    files = SafetensorsFolder(folder, allow_nonfinite=allow_nonfinite)
     model = GPT(config, device="meta", dtype=kind)
     model.hf_config = hf
-    stored = quantised_tensors(checkpoint, announced=published)
-    table = _match(model, checkpoint, folder, stored)
-    held = _held_quantised(model, table, stored, everything=quantise is not None and not published)
+    stored = quantized_tensors(files, announced=published)
+    table = _match(model, files, folder, stored)
+    held = _held_quantized(model, table, stored, everything=quantize is not None and not published)
     for ours in held:
         _owner(model, ours).weight = None  # never dense, not even for a moment
     model.to_empty(device=where)
@@ -92,17 +92,17 @@ def load_model(
     for name, tensor in table.items():
         if tensor.ours in parameters:
             rows = parameters[tensor.ours][tensor.start : tensor.stop]
-            checkpoint.read_into(name, _by_heads(rows, tensor), transpose=tensor.transpose)
-    values = kind if published else QUANTISE.get(quantise or "") or kind
+            files.read_into(name, _by_heads(rows, tensor), transpose=tensor.transpose)
+    values = kind if published else QUANTIZE.get(quantize or "") or kind
     for ours, tensors in held.items():
         parts = [
-            _stored_part(checkpoint, stored[name], tensor, where)
+            _stored_part(files, stored[name], tensor, where)
             if name in stored
-            else _quantised_part(checkpoint, name, tensor, values, where, codes=not published)
+            else _quantized_part(files, name, tensor, values, where, codes=not published)
             for name, tensor in tensors.items()
         ]
-        _owner(model, ours).quantised = NF4Weight(parts)
-    model.hash_source, model.sample_source = checkpoint.fingerprint, checkpoint.sample
+        _owner(model, ours).quantized = NF4Weight(parts)
+    model.hash_source, model.sample_source = files.fingerprint, files.sample
     if adapter is not None:
         set_adapter(model, load_adapter(model, adapter))
     return model.eval()
@@ -196,18 +196,18 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, *, quantised: bool = False) -> None:
-    """Refuse a config whose weights alone cannot fit, before anything is allocated. ``quantised``: the matrices of the
+def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, *, quantized: bool = False) -> None:
+    """Refuse a config whose weights alone cannot fit, before anything is allocated. ``quantized``: the matrices of the
     layers are held as NF4."""
     count = config.num_parameters()
-    packed = config.num_layers * _layer_matrices(config) if quantised else 0
+    packed = config.num_layers * _layer_matrices(config) if quantized else 0
     needed = (count - packed) * dtype.itemsize + packed * BITS / 8
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
-        held = str(dtype).removeprefix("torch.") + (" and nf4" if quantised else "")
+        held = str(dtype).removeprefix("torch.") + (" and nf4" if quantized else "")
         raise ConfigError(
             f"config.json: {count:,} parameters (hidden_size {config.hidden_size}, {config.num_layers} layers, "
             f"vocab_size {config.vocab_size}) take {needed / 1e9:,.1f} GB in {held}, but the {device.type} has "
@@ -250,7 +250,7 @@ def _named(model: GPT, values: Mapping[str, Tensor], dtype: torch.dtype) -> Iter
         if tensor.ours in values:
             yield tensor.name, _as_in_file(values[tensor.ours][tensor.start : tensor.stop], tensor)
             continue
-        weight: NF4Weight = _owner(model, tensor.ours).quantised
+        weight: NF4Weight = _owner(model, tensor.ours).quantized
         shape = (tensor.stop - tensor.start, weight.shape[1])
 
         def make(weight: NF4Weight = weight, tensor: HFTensor = tensor) -> Tensor:
@@ -259,8 +259,8 @@ def _named(model: GPT, values: Mapping[str, Tensor], dtype: torch.dtype) -> Iter
         yield tensor.name, Later(shape[::-1] if tensor.transpose else shape, dtype, make)
 
 
-def _held_quantised(
-    model: GPT, table: Mapping[str, HFTensor], stored: Mapping[str, QuantisedTensor], *, everything: bool
+def _held_quantized(
+    model: GPT, table: Mapping[str, HFTensor], stored: Mapping[str, QuantizedTensor], *, everything: bool
 ) -> dict[str, dict[str, HFTensor]]:
     """Our matrices to hold as NF4, each with the tensors of the file that it is made of: those of which the file holds
     a part quantised, or ``everything`` that may be."""
@@ -272,9 +272,9 @@ def _held_quantised(
     return {ours: tensors for ours, tensors in held.items() if everything or not stored.keys().isdisjoint(tensors)}
 
 
-def _stored_part(checkpoint: Checkpoint, stored: QuantisedTensor, tensor: HFTensor, device: torch.device) -> Part:
+def _stored_part(files: SafetensorsFolder, stored: QuantizedTensor, tensor: HFTensor, device: torch.device) -> Part:
     """A matrix that the file holds quantised, as it is."""
-    found = {name: value.to(device) for name, value in read_quantised(checkpoint, stored).items()}
+    found = {name: value.to(device) for name, value in read_quantized(files, stored).items()}
     state = NF4State(found["absmax"], stored.shape, DTYPES[stored.dtype], stored.blocksize, found["quant_map"])
     if stored.nested_blocksize is not None:
         state = replace(
@@ -284,48 +284,48 @@ def _stored_part(checkpoint: Checkpoint, stored: QuantisedTensor, tensor: HFTens
             nested_code=found["nested_quant_map"],
             nested_blocksize=stored.nested_blocksize,
         )
-    return _part(checkpoint, stored.name, tensor, found["packed"], state)
+    return _part(files, stored.name, tensor, found["packed"], state)
 
 
-def _quantised_part(
-    checkpoint: Checkpoint, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, codes: bool
+def _quantized_part(
+    files: SafetensorsFolder, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, codes: bool
 ) -> Part:
     """A matrix that the file holds dense: quantised here from its values in ``dtype``, as transformers has bitsandbytes
     do it; or left dense (without ``codes``), where the file did not quantise it although it did its neighbours."""
-    shape = checkpoint.shape(name)
+    shape = files.shape(name)
     weight = torch.empty(shape[::-1] if tensor.transpose else shape, dtype=dtype, device=device)
-    checkpoint.read_into(name, weight, transpose=tensor.transpose)
+    files.read_into(name, weight, transpose=tensor.transpose)
     if not codes:
         return Part(tensor.start, tensor.stop, weight, None)
     try:
         packed, state = quantize_nf4(weight)
     except ValueError as problem:  # read with allow_nonfinite
         raise WeightsError(
-            f"{checkpoint.folder}: tensor {name} cannot be quantised ({problem}): load it without quantise"
+            f"{files.folder}: tensor {name} cannot be quantised ({problem}): load it without quantize"
         ) from problem
-    return _part(checkpoint, name, tensor, packed, state)
+    return _part(files, name, tensor, packed, state)
 
 
-def _part(checkpoint: Checkpoint, name: str, tensor: HFTensor, packed: Tensor, state: NF4State) -> Part:
+def _part(files: SafetensorsFolder, name: str, tensor: HFTensor, packed: Tensor, state: NF4State) -> Part:
     if tensor.heads:
         try:
             packed, state = by_heads(packed, state, tensor.heads)
         except ValueError as problem:
             raise WeightsError(
-                f"{checkpoint.folder}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
-                f"quantised ({problem}): use the unquantised model, without quantise"
+                f"{files.folder}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
+                f"quantised ({problem}): use the unquantised model, without quantize"
             ) from problem
     return Part(tensor.start, tensor.stop, packed, state)
 
 
 def _match(
-    model: GPT, checkpoint: Checkpoint, folder: Path, stored: Mapping[str, QuantisedTensor]
+    model: GPT, files: SafetensorsFolder, folder: Path, stored: Mapping[str, QuantizedTensor]
 ) -> dict[str, HFTensor]:
     """The table by the names that this file uses; ``stored`` are its quantised matrices. Raises ``WeightsError``
     listing all that is missing or too much."""
     family = load_family(model.hf_config)
     table = {tensor.name: tensor for tensor in _table(model, family)}
-    found = set(checkpoint.names())
+    found = set(files.names())
     found -= {name for tensor in stored.values() for name in tensor.companions()}
     if not any(name.startswith(family.prefix) for name in found):
         # Saved from the bare body, without the head's class around it.
@@ -352,12 +352,12 @@ def _match(
             continue
         # bitsandbytes has (out, in) everywhere: transformers turns what it stores transposed.
         shape = tuple(rows.t().shape if tensor.transpose and name not in stored else rows.shape)
-        has = stored[name].shape if name in stored else checkpoint.shape(name)
+        has = stored[name].shape if name in stored else files.shape(name)
         if has != shape:
             problems.append(f"{name} has shape {has}, expected {shape}")
     for name in sorted(extra):
         if tied and name == family.head:
-            if not _equal(checkpoint, name, embedding):
+            if not _equal(files, name, embedding):
                 problems.append(
                     f"{name} differs from {embedding}, but config.json ties them: set tie_word_embeddings to false, "
                     "or remove the copy"
@@ -373,16 +373,16 @@ def _match(
     return table
 
 
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+def _equal(files: SafetensorsFolder, one: str, other: str) -> bool:
     """Whether two matrices of the file hold the same, compared in pieces."""
-    shape = checkpoint.shape(one)
-    if shape != checkpoint.shape(other) or checkpoint.dtype(one) != checkpoint.dtype(other) or len(shape) != 2:
+    shape = files.shape(one)
+    if shape != files.shape(other) or files.dtype(one) != files.dtype(other) or len(shape) != 2:
         return False
     for start in range(0, shape[0], CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, shape[0]))
-        pieces = [torch.empty(rows.stop - start, shape[1], dtype=checkpoint.dtype(one)) for _ in range(2)]
+        pieces = [torch.empty(rows.stop - start, shape[1], dtype=files.dtype(one)) for _ in range(2)]
         for name, piece in zip((one, other), pieces):
-            checkpoint.read_into(name, piece, rows=rows)
+            files.read_into(name, piece, rows=rows)
         if not torch.equal(*pieces):
             return False
     return True

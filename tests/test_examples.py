@@ -55,7 +55,7 @@ def test_recipe_and_data(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert report["usable"] == report["rows"] >= 200
     assert report["unused"] == []
     assert report["dev_rows"] >= 20
-    assert data.train.trained_counts.min() > 0
+    assert data.train.loss_tokens.min() > 0
 
 
 @pytest.mark.parametrize("name", [name for name in USE_CASES if name != "support"])  # which has a test of its own

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "batch_size", "packing")
     settings = {name: option(args, TrainConfig, name) for name in names}
     new_tokens = args.max_new_tokens and checked(Sampling, "max_new_tokens", args.max_new_tokens, "--max_new_tokens")
-    from afina.engine.evaluate import TASKS, evaluate_loss, evaluate_task, learnt_bytes
+    from afina.engine.evaluate import TASKS, evaluate_loss, evaluate_task, loss_text_bytes
     from afina.engine.lora import set_adapter
     from afina.loaders.data.dataset import prepare
     from afina.loaders.weights.hub import resolve
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         task = args.task
         if task == "auto":
             task = "classification" if data.report["schema"] == "text/label" else "loss"
-        size = learnt_bytes(data.train, tokenizer)
+        size = loss_text_bytes(data.train, tokenizer)
         result = evaluate_loss(model, data.train, **batching, text_bytes=size) | {"rows": len(data.train)}
         metrics = {}
         if task != "loss":

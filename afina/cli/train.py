@@ -60,7 +60,7 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
     from afina.loaders.text.tokenizer import check_vocab, load_tokenizer
     from afina.loaders.weights.hub import resolve
     from afina.loaders.weights.peft import find_base, is_adapter
-    from afina.loaders.weights.safetensors import Checkpoint
+    from afina.loaders.weights.safetensors import SafetensorsFolder
 
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite):  # leaves the folder as it was
         choose_device(config.device)
@@ -78,7 +78,7 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
                 folder = resolve(str(config.model))
                 if is_adapter(folder):
                     refuse_adapter(str(config.model), find_base(folder)[0])
-                Checkpoint(folder, allow_nonfinite=config.allow_nonfinite)
+                SafetensorsFolder(folder, allow_nonfinite=config.allow_nonfinite)
                 fields, hf = read_config(folder)
                 check_vocab(tokenizer, fields.vocab_size)
                 model = GPT(fields, device="meta")

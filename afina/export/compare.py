@@ -100,7 +100,7 @@ def logits(model: GPT, rows: Rows) -> Tensor:
         at = torch.arange(len(ids))[-offset % step :: step]
         offset += len(ids)
         if len(at):
-            found.append(model.logits(model.hidden(ids[None], rows=at)).float())
+            found.append(model.logits(model.hidden(ids[None], positions=at)).float())
     return torch.cat(found)
 
 

@@ -38,7 +38,7 @@ from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from afina.loaders.weights.gguf import check_architecture, differences, write_gguf
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile, is_adapter
-from afina.loaders.weights.safetensors import Checkpoint, atomic_write, write_safetensors
+from afina.loaders.weights.safetensors import SafetensorsFolder, atomic_write, write_safetensors
 
 FORMATS: dict[str, tuple[str, ...]] = {  # and the dtypes of each
     "hf": ("auto", *DTYPES),
@@ -182,29 +182,29 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
     config, hf = read_config(holder)
     if to == "gguf":
         check_architecture(hf)
-    say = _progress(holder)
+    log = _progress(holder)
     if into:
-        say("reading the base's files, to know that they are those the adapter was trained on")
+        log("reading the base's files, to know that they are those the adapter was trained on")
         check_base(folder, into)
     tokenizer = load_tokenizer(folder if _has_tokenizer(folder) else holder)
     check_vocab(tokenizer, config.vocab_size)
     rows = held_out(folder, tokenizer, data, config.max_positions)
-    say("loading the model in float32")
+    log("loading the model in float32")
     model = load_model(holder, dtype="float32", device="cpu", adapter=folder if into else None)
     nf4 = any(isinstance(module, NF4Weight) for module in model.modules())
     check: dict[str, Any] = {"compared_on": rows.where, "rows": len(rows.ids)}
     if into:
         check |= {"merged_into": f"the dequantised NF4 weights of {into.name}" if nf4 else into.name}
         check |= {"base_sha256": into.recorded}
-    say(f"computing what it should: {rows.where}")
+    log(f"computing what it should: {rows.where}")
     expected = logits(model, rows)
     check["tokens"] = len(expected)
     merged = expected
     if into or nf4:
-        merged, figures = _merge(model, rows, expected, say)
+        merged, figures = _merge(model, rows, expected, log)
         check |= figures
     with _published(place) as working:
-        say(f"writing {place.name}")
+        log(f"writing {place.name}")
         if to == "gguf":
             dtype = "float16" if dtype == "auto" else dtype
             path = working if place.suffix == ".gguf" else working / f"model-{dtype}.gguf"
@@ -213,7 +213,7 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
         target = stored if dtype == "auto" else DTYPES[dtype]
         _write_hf(model, tokenizer, working, target)
         del model
-        say("loading what was written")
+        log("loading what was written")
         found = logits(load_model(working, dtype="float32", device="cpu"), rows)
         likeness = compare(found, expected)
         as_they_were = target == stored and merged is expected
@@ -234,14 +234,14 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
     }
 
 
-def _merge(model: GPT, rows: Rows, expected: Tensor, say: Callable[[str], None]) -> tuple[Tensor, dict[str, float]]:
+def _merge(model: GPT, rows: Rows, expected: Tensor, log: Callable[[str], None]) -> tuple[Tensor, dict[str, float]]:
     """Merge, and make sure of it before anything is rounded; the logits, and how they compare with the ``expected``."""
     figures = {}
     limit = MERGED
     if model.adapter is not None:
         figures["adapter_effect"] = effect = compare(without_adapter(model, rows), expected).error
         limit = max(MERGED_NOISE, min(MERGED, OF_EFFECT * effect))
-    say("merging")
+    log("merging")
     merge(model)
     merged = logits(model, rows)
     error = compare(merged, expected).error
@@ -260,7 +260,7 @@ def _write_hf(model: GPT, tokenizer: Tokenizer, working: Path, target: torch.dty
             if (largest := float(tensor.abs().max())) > MAX_FLOAT16:
                 raise WeightsError(f"{name}: holds {largest:g}, too large for float16: use --dtype bfloat16")
     save_model(model.to(target), tokenizer, working)
-    checkpoint = Checkpoint(working)
+    checkpoint = SafetensorsFolder(working)
     for name, tensor in hf_tensors(model):
         if not _same_bits(checkpoint.read(name), tensor):
             raise ExportFailedError(f"{name} read back from {working} is not what was written: nothing was kept")
@@ -334,7 +334,7 @@ def _stored_dtype(folder: Path, hf: dict[str, Any]) -> torch.dtype:
     if hf.get("quantization_config") is not None:
         named = str(hf.get("dtype") or hf.get("torch_dtype"))
         return DTYPES.get(named, torch.float32)
-    checkpoint = Checkpoint(folder)
+    checkpoint = SafetensorsFolder(folder)
     commonest = Counter(checkpoint.dtype(name) for name in checkpoint.names()).most_common(1)
     return commonest[0][0] if commonest and commonest[0][0] in DTYPES.values() else torch.float32
 

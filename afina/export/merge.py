@@ -17,7 +17,7 @@ from afina.engine.linear import Linear
 from afina.engine.model import GPT
 from afina.errors import WeightsError
 from afina.loaders.weights.peft import BASE_HASH, AdapterFile, find_base
-from afina.loaders.weights.safetensors import Checkpoint
+from afina.loaders.weights.safetensors import SafetensorsFolder
 
 
 class Base(NamedTuple):
@@ -38,7 +38,7 @@ def base_of(folder: Path, base: str | None) -> Base:
 def check_base(folder: Path, base: Base) -> None:
     """Read all the base's files. Raises WeightsError where they are not those that the adapter was trained on: another
     model, a changed one, or one that has the adapter merged in already."""
-    if base.recorded is not None and base.recorded != (found := Checkpoint(base.folder).fingerprint()):
+    if base.recorded is not None and base.recorded != (found := SafetensorsFolder(base.folder).fingerprint()):
         raise WeightsError(
             f"{base.folder} is not the model that {folder} was trained on (SHA-256 of the weights {found[:12]}, "
             f"recorded {base.recorded[:12]}): another one, a changed one, or one with the adapter merged in already; "
@@ -54,13 +54,13 @@ def merge(model: GPT) -> None:
     the adapter trained whole is in the model already; the base's own copies are let go.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and (module.lora is not None or module.quantised is not None):
+        if isinstance(module, Linear) and (module.lora is not None or module.quantized is not None):
             weight = module.dense(torch.float32)
             if weight.dtype != torch.float32:
                 raise ValueError(f"{name}: is {weight.dtype}; expected a model in float32")
             if module.lora is not None:
                 weight = module.lora.merge(weight)
             module.weight = nn.Parameter(weight, requires_grad=False)
-            module.lora = module.quantised = None
+            module.lora = module.quantized = None
     model.adapter = None
     model.hf_config.pop("quantization_config", None)

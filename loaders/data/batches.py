@@ -26,14 +26,14 @@ class MicroBatch:
     ``input_ids`` int64 (1, T) packed or (B, T) padded at the end with 0. ``labels`` int64, aligned with ``input_ids``
     (the model shifts them); -100 where nothing is learnt: prompts, padding, the first token of each row.
     ``cu_seqlens`` int32 (B + 1,), the boundaries of packed rows, or None. ``rows``: their numbers in the token set.
-    ``trained``: labels that are not -100. ``tokens``: tokens that are not padding.
+    ``loss_tokens``: labels that are not -100. ``tokens``: tokens that are not padding.
     """
 
     input_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor | None
     rows: list[int]
-    trained: int
+    loss_tokens: int
     tokens: int
 
 
@@ -86,14 +86,14 @@ def collate(token_set: TokenSet, rows: Sequence[int], *, packing: bool) -> Micro
     cu = None
     if packing:
         flat = np.concatenate([ids for ids, _ in pairs]).astype(np.int64)
-        labels = np.where(np.concatenate([trained for _, trained in pairs]), flat, IGNORE)[None]
+        labels = np.where(np.concatenate([loss_mask for _, loss_mask in pairs]), flat, IGNORE)[None]
         inputs = flat[None]
         cu = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
     else:
         inputs = np.zeros((len(pairs), max(lengths)), np.int64)
         labels = np.full_like(inputs, IGNORE)
-        for row, (ids, trained) in enumerate(pairs):
+        for row, (ids, loss_mask) in enumerate(pairs):
             inputs[row, : len(ids)] = ids
-            labels[row, : len(ids)] = np.where(trained, ids, IGNORE)
+            labels[row, : len(ids)] = np.where(loss_mask, ids, IGNORE)
     count = int((labels != IGNORE).sum())
     return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), cu, list(rows), count, sum(lengths))

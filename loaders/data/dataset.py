@@ -16,19 +16,19 @@ from afina.errors import DataError
 from afina.loaders.data.files import Source
 from afina.loaders.data.rows import Row, read_rows
 from afina.loaders.data.token_cache import TokenCache, cache_folder
-from afina.loaders.data.token_pass import ON_LONG, Origin, Tokenise, sha256, story
+from afina.loaders.data.token_pass import ON_LONG, DataSource, Tokenise, sha256, summary
 from afina.loaders.text.tokenizer import Tokenizer
 
 
 class TokenSet:
     """Rows of token ids, memory-mapped: all of a cache, or those that ``index`` numbers.
 
-    ``lengths``, ``trained_counts`` (labels that are learnt) and ``lines`` (line of the source file): one value a row.
+    ``lengths``, ``loss_tokens`` (how many tokens have a loss) and ``lines`` (line of the source file): one value a row.
     ``fingerprint``: SHA-256 of everything that decides the rows and their order.
     """
 
-    def __init__(self, cache: TokenCache, index: NDArray[Any], fingerprint: str, origin: Origin) -> None:
-        self._cache, self._index, self._origin = cache, index, origin
+    def __init__(self, cache: TokenCache, index: NDArray[Any], fingerprint: str, source: DataSource) -> None:
+        self._cache, self._index, self._source = cache, index, source
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -39,30 +39,30 @@ class TokenSet:
         return self._cache.length[self._index]
 
     @cached_property
-    def trained_counts(self) -> NDArray[np.int32]:
-        return self._cache.learnt[self._index]
+    def loss_tokens(self) -> NDArray[np.int32]:
+        return self._cache.loss_tokens[self._index]
 
     @cached_property
     def lines(self) -> NDArray[np.int64]:
         return self._cache.line[self._index]
 
     def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Return the ids (T,) int32 of a row and which are learnt (T,) bool, never the first."""
+        """Return the ids (T,) int32 of a row and which of them have a loss (T,) bool, never the first."""
         at = self._index[number]
         start = int(self._cache.start[at])
         tokens = slice(start, start + int(self._cache.length[at]))
-        return np.asarray(self._cache.ids[tokens], np.int32), np.asarray(self._cache.trained[tokens])
+        return np.asarray(self._cache.ids[tokens], np.int32), np.asarray(self._cache.loss_mask[tokens])
 
     def where(self, number: int) -> str:
         """The file and line that a row was read from."""
         at = self._index[number]
-        return f"{self._origin.files[int(self._cache.file[at])]}: line {int(self._cache.line[at])}"
+        return f"{self._source.files[int(self._cache.file[at])]}: line {int(self._cache.line[at])}"
 
     def source_rows(self) -> Iterator[Row]:
         """Read the rows of this set again from their files, in the files' order, a row that was split only once."""
         wanted = set(zip(self._cache.file[self._index].tolist(), self._cache.line[self._index].tolist()))
-        number = {path: i for i, path in reversed(list(enumerate(self._origin.files)))}
-        for row in read_rows(self._origin.source, **self._origin.reading):
+        number = {path: i for i, path in reversed(list(enumerate(self._source.files)))}
+        for row in read_rows(self._source.source, **self._source.reading):
             if (number[row.path], row.line) in wanted:
                 yield row
 
@@ -83,9 +83,9 @@ class Data:
     def summary(self) -> str:
         """A few lines on what was read, what was left out and why, and what remains."""
         report = self.report
-        lines = [f"{report['data']}: {story(report)}"]
+        lines = [f"{report['data']}: {summary(report)}"]
         if "val_file" in report:
-            lines.append(f"{report['val_file']}: {story(report['val'])}")
+            lines.append(f"{report['val_file']}: {summary(report['val'])}")
         for name in ("train", "dev"):
             numbers = (report[f"{name}_rows"], report[f"{name}_tokens"], report[f"{name}_trained_tokens"])
             lines.append("{}: {:,} rows, {:,} tokens, {:,} of them learnt".format(name, *numbers))
@@ -126,28 +126,28 @@ def prepare(
     chat = tokenizer.chat_template is not None
     reading = {"columns": dict(columns or {}), "skip_bad_lines": skip_bad_lines, "chat": chat}
 
-    def tokens(source: Source) -> tuple[Origin, TokenCache]:
-        origin = Origin(source, reading)
-        work = Tokenise(origin, tokenizer, max_length, on_long, train_on_prompt, progress)
-        return origin, work.cache((cache_dir or cache_folder()) / "tokens")
+    def tokens(source: Source) -> tuple[DataSource, TokenCache]:
+        data_source = DataSource(source, reading)
+        work = Tokenise(data_source, tokenizer, max_length, on_long, train_on_prompt, progress)
+        return data_source, work.cache((cache_dir or cache_folder()) / "tokens")
 
-    origin, cache = tokens(path)
-    report = dict(cache.report, data=origin.name)
+    train_source, cache = tokens(path)
+    report = dict(cache.report, data=train_source.name)
     if val_file is None:
-        dev_origin, dev_cache, split = origin, cache, (val_size, seed)
-        train_index, dev_index = _split(cache, val_size, seed, origin.name)
+        dev_source, dev_cache, split = train_source, cache, (val_size, seed)
+        train_index, dev_index = _split(cache, val_size, seed, train_source.name)
     else:
-        dev_origin, dev_cache = tokens(val_file)
+        dev_source, dev_cache = tokens(val_file)
         split = (0.0, 0)
-        _refuse_overlap(cache, dev_cache, origin.name, dev_origin.name)
-        report |= {"val_file": dev_origin.name, "val": dev_cache.report}
+        _refuse_overlap(cache, dev_cache, train_source.name, dev_source.name)
+        report |= {"val_file": dev_source.name, "val": dev_cache.report}
         train_index, dev_index = np.arange(len(cache.length)), np.arange(len(dev_cache.length))
-    train = TokenSet(cache, train_index, sha256(cache.folder.name, "train", *split), origin)
-    dev = TokenSet(dev_cache, dev_index, sha256(dev_cache.folder.name, "dev", *split), dev_origin)
+    train = TokenSet(cache, train_index, sha256(cache.folder.name, "train", *split), train_source)
+    dev = TokenSet(dev_cache, dev_index, sha256(dev_cache.folder.name, "dev", *split), dev_source)
     for name, token_set in (("train", train), ("dev", dev)):
         report[f"{name}_rows"] = len(token_set)
         report[f"{name}_tokens"] = int(token_set.lengths.sum(dtype=np.int64))
-        report[f"{name}_trained_tokens"] = int(token_set.trained_counts.sum(dtype=np.int64))
+        report[f"{name}_trained_tokens"] = int(token_set.loss_tokens.sum(dtype=np.int64))
     return Data(train, dev, report)
 
 

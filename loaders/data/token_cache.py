@@ -25,10 +25,11 @@ from afina.errors import DataError
 
 MANIFEST = "manifest.json"
 # One value a token.
-TOKENS = {"ids": "<u4", "trained": "|b1"}
-# One value a row: where its tokens start, how many they are, how many are learnt, the file and line it was read from,
+TOKENS = {"ids": "<u4", "loss_mask": "|b1"}
+# One value a row: where its tokens start, how many they are, how many have a loss, the file and line it was read from,
 # the number of the row of the file that it is part of, and that row's digest.
-ROWS = {"start": "<i8", "length": "<i4", "learnt": "<i4", "file": "<i4", "line": "<i8", "unit": "<i8", "digest": "|S16"}
+ROWS = {"start": "<i8", "length": "<i4", "loss_tokens": "<i4", "file": "<i4", "line": "<i8", "unit": "<i8"}
+ROWS |= {"digest": "|S16"}
 COLUMNS = TOKENS | ROWS
 
 
@@ -41,10 +42,10 @@ class TokenCache:
     """The arrays of a complete cache folder, as attributes named like COLUMNS, and its ``report``."""
 
     ids: NDArray[Any]
-    trained: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     start: NDArray[np.int64]
     length: NDArray[np.int32]
-    learnt: NDArray[np.int32]
+    loss_tokens: NDArray[np.int32]
     file: NDArray[np.int32]
     line: NDArray[np.int64]
     unit: NDArray[np.int64]

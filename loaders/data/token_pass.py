@@ -26,7 +26,7 @@ from afina.loaders.data.token_cache import TokenCache, Writer, open_cache
 from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
 
-VERSION = 1  # of what the cache holds: raise it when the same rows would give other tokens
+VERSION = 2  # of what the cache holds: raise it when the same rows would give other tokens
 BATCH_ROWS, BATCH_BYTES = 2048, 1 << 19  # what is tokenised at once
 ON_LONG = ("drop", "truncate", "error")
 FATES = {  # what can become of rows besides being used, and how the summary says it
@@ -42,7 +42,7 @@ _SLOT = "\ue000"  # a private-use character: stands for the text to see what is 
 
 
 @dataclass(frozen=True)
-class Origin:
+class DataSource:
     """Files of rows and how they are read (keywords of `read_rows`)."""
 
     source: Source
@@ -84,7 +84,7 @@ class Digests:
 class Tokenise:
     """How rows become a token cache."""
 
-    origin: Origin
+    source: DataSource
     tokenizer: Tokenizer
     max_length: int
     on_long: str
@@ -94,7 +94,7 @@ class Tokenise:
     def cache(self, parent: Path) -> TokenCache:
         """Return the cache of these rows with these settings in a folder below ``parent``, from disk or built now."""
         tokenizer = self.tokenizer
-        contents = {path: (path.suffix.lower(), file_digest(path)) for path in self.origin.files}
+        contents = {path: (path.suffix.lower(), file_digest(path)) for path in self.source.files}
         # Long texts are not compared row by row: a text file that is there twice is left out here.
         first = {content: path for path, content in reversed(contents.items())}
         self.files = [path for path, content in contents.items() if path.suffix != ".txt" or first[content] == path]
@@ -103,7 +103,7 @@ class Tokenise:
             list(contents.values()),
             (tokenizer.fingerprint(), tokenizer.bos_token, tokenizer.eos_token, tokenizer.adds_bos),
             (self.max_length, self.on_long, self.train_on_prompt),
-            self.origin.reading,
+            self.source.reading,
         )
         cache = open_cache(parent / key)
         if cache is None:
@@ -134,7 +134,7 @@ class Tokenise:
             report["unused"] = [key[7:] for key in counts if key.startswith("unused:")]
             if not self.units:
                 mend = "raise max_length" if report["dropped"] else "add rows with an answer to learn"
-                raise DataError(f"{self.origin.name}: no row is left to learn from ({story(report)}): {mend}")
+                raise DataError(f"{self.source.name}: no row is left to learn from ({summary(report)}): {mend}")
             return self.writer.commit(report)
 
     def _batches(self, progress: Callable[[int], object]) -> Iterator[list[tuple[Rendered, Row, bool]]]:
@@ -143,7 +143,7 @@ class Tokenise:
         self.head, _, self.tail = render_example(self.tokenizer, Example(text=_SLOT)).text.partition(_SLOT)
         rows: list[Row] = []
         size = 0
-        for row in read_rows(self.files, **self.origin.reading, counts=self.read, progress=progress):
+        for row in read_rows(self.files, **self.source.reading, counts=self.read, progress=progress):
             rows.append(row)
             size += row.size
             if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
@@ -167,7 +167,7 @@ class Tokenise:
                 try:
                     items.append((row.rendered(self.tokenizer), row, False))
                 except DataError:  # a chat template may refuse roles that do not alternate, say
-                    if not self.origin.reading["skip_bad_lines"]:
+                    if not self.source.reading["skip_bad_lines"]:
                         raise
                     self.read["bad_lines"] += 1
             else:
@@ -182,37 +182,37 @@ class Tokenise:
         """Tokenise a batch, make its rows fit, write them."""
         fitted: list[tuple[NDArray[np.int32], NDArray[np.bool_], Row, bool]] = []
         encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
-        for (_, row, more), ids, trained in zip(batch, *encoded):
+        for (_, row, more), ids, loss_mask in zip(batch, *encoded):
             if row.example.text is not None and (more or len(self.carried) or len(ids) > self.max_length):
                 fitted += self._windows(row, more, ids)
                 continue
             self.longest = max(self.longest, len(ids))
             if len(ids) > self.max_length:
-                ids, trained = self._shorten(row, ids, trained)
+                ids, loss_mask = self._shorten(row, ids, loss_mask)
             if self.train_on_prompt:
-                trained[:] = True
+                loss_mask[:] = True
             if len(ids):
-                fitted.append((ids, trained, row, True))
+                fitted.append((ids, loss_mask, row, True))
         if not fitted:
             return
         all_ids, masks, rows, first = zip(*fitted)
         lengths = np.fromiter(map(len, all_ids), np.int32, len(fitted))
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        trained = np.concatenate(masks)
-        trained[starts] = False  # nothing predicts the first token of a row
-        learnt = np.add.reduceat(trained, starts, dtype=np.int32)
-        keep = learnt > 0
+        loss_mask = np.concatenate(masks)
+        loss_mask[starts] = False  # nothing predicts the first token of a row
+        loss_tokens = np.add.reduceat(loss_mask, starts, dtype=np.int32)
+        keep = loss_tokens > 0
         kept, lengths = np.repeat(keep, lengths), lengths[keep]
-        number = {path: i for i, path in enumerate(self.origin.files)}
+        number = {path: i for i, path in enumerate(self.source.files)}
         # The rows that a plain text file is split into go to train or dev one by one, else a book would go as a whole.
         apart = np.array([new or row.path.suffix == ".txt" for new, row in zip(first, rows)])[keep]
         self.writer.append(
             {
                 "ids": np.concatenate(all_ids)[kept],
-                "trained": trained[kept],
+                "loss_mask": loss_mask[kept],
                 "start": self.position + np.cumsum(lengths, dtype=np.int64) - lengths,
                 "length": lengths,
-                "learnt": learnt[keep],
+                "loss_tokens": loss_tokens[keep],
                 "file": np.array([number[row.path] for row in rows])[keep],
                 "line": np.array([row.line for row in rows])[keep],
                 "unit": self.units + np.cumsum(apart) - 1,
@@ -224,7 +224,7 @@ class Tokenise:
         self.fitted["usable"] += int(np.array(first)[keep].sum())
         self.fitted["untrained"] += int((~keep).sum())
 
-    def _shorten(self, row: Row, ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> tuple[Any, Any]:
+    def _shorten(self, row: Row, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> tuple[Any, Any]:
         """Apply the policy for rows that are too long; a dropped row comes back empty."""
         cut = len(ids) - self.max_length
         if self.on_long == "error":
@@ -233,14 +233,14 @@ class Tokenise:
                 "on_long to drop or truncate"
             )
         # Nothing that is learnt may go, nor become the first token, which is never predicted.
-        if self.on_long == "drop" or trained[: cut + 1].any():
+        if self.on_long == "drop" or loss_mask[: cut + 1].any():
             self.fitted["dropped"] += 1
-            return ids[:0], trained[:0]
+            return ids[:0], loss_mask[:0]
         self.fitted["truncated"] += 1
         keep = np.arange(len(ids)) >= cut
         if ids[0] == self.tokenizer.bos_id:
             keep[0], keep[cut] = True, False
-        return ids[keep], trained[keep]
+        return ids[keep], loss_mask[keep]
 
     def _windows(
         self, row: Row, more: bool, ids: NDArray[np.int32]
@@ -265,7 +265,7 @@ class Tokenise:
             self.windows = 0
 
 
-def story(report: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     """What became of the rows, in one line."""
     parts = [f"{report['rows']:,} rows of {report['schema']}, {report['usable']:,} usable"]
     parts += [text.format(report[key], **report) for key, text in FATES.items() if report[key]]

@@ -89,8 +89,8 @@ class Reader:
         self.hf = hf
         self.seen: set[str] = set(HARMLESS)
         self.model_type = hf["model_type"]
-        quantisation = hf.get("quantization_config")
-        if quantisation is not None and (problem := unsupported(quantisation)) is not None:
+        quantization = hf.get("quantization_config")
+        if quantization is not None and (problem := unsupported(quantization)) is not None:
             raise self.error("quantization_config", problem)
         if hf.get("auto_map") is not None:
             problem = "code of the model's own is never run; remove the key if the model follows the plain layout"

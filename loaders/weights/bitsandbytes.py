@@ -26,7 +26,7 @@ from afina.loaders.jsonfile import parse_json, show
 if TYPE_CHECKING:  # the config is read without torch
     from torch import Tensor
 
-    from afina.loaders.weights.safetensors import Checkpoint
+    from afina.loaders.weights.safetensors import SafetensorsFolder
 
 SUPPORTED = "supported are bitsandbytes' nf4 and unquantised models"
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -78,7 +78,7 @@ def unsupported(config: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class QuantisedTensor:
+class QuantizedTensor:
     """What the headers and the JSON of one matrix say. ``shape`` (out, in); ``dtype`` is that of the weight before,
     by name; ``nested_blocksize`` and ``offset`` are None without double quantisation."""
 
@@ -95,7 +95,7 @@ class QuantisedTensor:
         return [*(f"{self.name}.{part}" for part in parts), f"{self.name}.{STATE}nf4"]
 
 
-def quantised_tensors(checkpoint: Checkpoint, *, announced: bool) -> dict[str, QuantisedTensor]:
+def quantized_tensors(files: SafetensorsFolder, *, announced: bool) -> dict[str, QuantizedTensor]:
     """The quantised matrices of a checkpoint by name; only their JSON has been read.
 
     ``announced``: config.json has a quantization_config. Raises WeightsError, one line, where the tensors contradict
@@ -103,37 +103,37 @@ def quantised_tensors(checkpoint: Checkpoint, *, announced: bool) -> dict[str, Q
     """
     marker = f".{STATE}"
     found = {}
-    for state in checkpoint.names():
+    for state in files.names():
         name, mark, kind = state.rpartition(marker)
         if mark:
-            found[name] = _read_state(checkpoint, name, state, kind)
+            found[name] = _read_state(files, name, state, kind)
     if bool(found) != announced:
         weights, config = ("no tensor", "a") if announced else (next(iter(found)), "no")
         raise WeightsError(
-            f"{checkpoint.folder}: {weights} is quantised, but config.json has {config} quantization_config: download "
+            f"{files.folder}: {weights} is quantised, but config.json has {config} quantization_config: download "
             "the config that belongs to the weights"
         )
     return found
 
 
-def read_quantised(checkpoint: Checkpoint, tensor: QuantisedTensor) -> dict[str, Tensor]:
+def read_quantized(files: SafetensorsFolder, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of one matrix, on the CPU: "packed" and those of ``PARTS`` that it has."""
     parts = PARTS if tensor.nested_blocksize is not None else PARTS[:2]
-    return {"packed": checkpoint.read(tensor.name)} | {part: checkpoint.read(f"{tensor.name}.{part}") for part in parts}
+    return {"packed": files.read(tensor.name)} | {part: files.read(f"{tensor.name}.{part}") for part in parts}
 
 
-def _read_state(checkpoint: Checkpoint, name: str, state: str, kind: str) -> QuantisedTensor:
-    where = f"{checkpoint.folder}: tensor {show(state)}"
+def _read_state(files: SafetensorsFolder, name: str, state: str, kind: str) -> QuantizedTensor:
+    where = f"{files.folder}: tensor {show(state)}"
 
     def bad(found: str) -> WeightsError:
         return WeightsError(f"{where}: {found}: download the model again, or quantise it anew")
 
     if kind != "nf4":
         raise WeightsError(f"{where}: is quantised as {show(kind)}, which is not supported; {SUPPORTED}")
-    shape = checkpoint.shape(state)
-    if str(checkpoint.dtype(state)) != "torch.uint8" or len(shape) != 1 or shape[0] > MAX_STATE:
-        raise bad(f"is {checkpoint.dtype(state)} {shape}, expected at most {MAX_STATE} uint8")
-    values = parse_json(checkpoint.read(state).numpy().tobytes(), where, error=WeightsError)
+    shape = files.shape(state)
+    if str(files.dtype(state)) != "torch.uint8" or len(shape) != 1 or shape[0] > MAX_STATE:
+        raise bad(f"is {files.dtype(state)} {shape}, expected at most {MAX_STATE} uint8")
+    values = parse_json(files.read(state).numpy().tobytes(), where, error=WeightsError)
     nested = not _NESTED_KEYS.isdisjoint(values)
     expected = _STATE_KEYS | (_NESTED_KEYS if nested else set())
     if values.keys() != expected:
@@ -150,20 +150,20 @@ def _read_state(checkpoint: Checkpoint, name: str, state: str, kind: str) -> Qua
     size = values["shape"]
     if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or not 1 <= n < 2**31 for n in size):
         raise bad(f"shape is {show(size)}, expected [out, in]")
-    tensor = QuantisedTensor(name, (size[0], size[1]), choice("dtype", DTYPES), choice("blocksize", BLOCKSIZES))
+    tensor = QuantizedTensor(name, (size[0], size[1]), choice("dtype", DTYPES), choice("blocksize", BLOCKSIZES))
     if nested:
         choice("nested_dtype", ("float32",))
         offset = values["nested_offset"]
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < 3e38:
             raise bad(f"nested_offset is {show(offset)}, expected a number of float32")
-        tensor = QuantisedTensor(
+        tensor = QuantizedTensor(
             name, tensor.shape, tensor.dtype, tensor.blocksize, choice("nested_blocksize", BLOCKSIZES), float(offset)
         )
-    _check_parts(checkpoint, tensor)
+    _check_parts(files, tensor)
     return tensor
 
 
-def _check_parts(checkpoint: Checkpoint, tensor: QuantisedTensor) -> None:
+def _check_parts(files: SafetensorsFolder, tensor: QuantizedTensor) -> None:
     count = math.prod(tensor.shape)
     blocks = -(-count // tensor.blocksize)
     nested = tensor.nested_blocksize
@@ -176,9 +176,9 @@ def _check_parts(checkpoint: Checkpoint, tensor: QuantisedTensor) -> None:
         wanted |= {".nested_absmax": ("float32", (-(-blocks // nested),)), ".nested_quant_map": ("float32", (256,))}
     for suffix, (dtype, shape) in wanted.items():
         name = tensor.name + suffix
-        found = str(checkpoint.dtype(name)).removeprefix("torch."), checkpoint.shape(name)
+        found = str(files.dtype(name)).removeprefix("torch."), files.shape(name)
         if found != (dtype, shape):
             raise WeightsError(
-                f"{checkpoint.folder}: tensor {show(name)} is {found[0]} {found[1]}, expected {dtype} {shape} for a "
+                f"{files.folder}: tensor {show(name)} is {found[0]} {found[1]}, expected {dtype} {shape} for a "
                 f"quantised matrix of shape {tensor.shape}: download the model again"
             )

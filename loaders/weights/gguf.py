@@ -109,11 +109,11 @@ def write_gguf(
         raise WeightsError(f"{path}: {one} {what}, by config.json: give the weights and the config of one model")
     for name, shape in shapes.items():
         kind = kinds[name] = _kind(DTYPES[dtype], name, shape)
-        quantisation = gguf.GGMLQuantizationType[kind]
-        block, size = gguf.GGML_QUANT_SIZES[quantisation]
+        quantization = gguf.GGMLQuantizationType[kind]
+        block, size = gguf.GGML_QUANT_SIZES[quantization]
         theirs = names.get_name(name, (".weight", ".bias"))
         nbytes = shape.numel() // block * size
-        writer.add_tensor_info(theirs, tuple(shape), np.dtype(np.float32), nbytes, raw_dtype=quantisation)
+        writer.add_tensor_info(theirs, tuple(shape), np.dtype(np.float32), nbytes, raw_dtype=quantization)
 
     try:
         with closing(writer):
@@ -162,8 +162,8 @@ def _array(gguf: Any, x: Tensor, kind: str, name: str) -> np.ndarray[Any, Any]:
     if kind in _LARGEST and not (largest := float(x.abs().max())) <= _LARGEST[kind]:
         raise WeightsError(f"{name}: holds {largest:g}, too large for {kind.lower()}: export with dtype bfloat16")
     if kind == "Q8_0":
-        quantised: np.ndarray[Any, Any] = gguf.quants.quantize(x.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
-        return quantised
+        quantized: np.ndarray[Any, Any] = gguf.quants.quantize(x.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+        return quantized
     x = x.to(_TORCH[kind]).contiguous()
     return x.view(torch.int16).numpy() if kind == "BF16" else x.numpy()  # numpy has no bfloat16
 

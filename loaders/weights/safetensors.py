@@ -202,7 +202,7 @@ class SafetensorsFile:
             left = left[count:]
 
 
-class Checkpoint:
+class SafetensorsFolder:
     """The weights of a model folder, one file or sharded, checked from their headers when it is opened.
 
     A shard must lie in the folder itself; a link that leaves the folder is refused, except from a snapshot of the

@@ -81,9 +81,9 @@ def test_the_best_adapter_gives_the_loss_that_was_measured(place: Path) -> None:
         data = read_data(config, load_tokenizer(place / name), progress=False)
         again = evaluate_loss(load_model(place / name), data.dev, batch_size=config.batch_size)
         assert again["loss"] == pytest.approx(best, rel=1e-6)
-    quantised = load_model(place / "second")
-    assert quantised.layers[0].attn.qkv.quantised is not None
-    assert load_model(place / "first").layers[0].attn.qkv.quantised is None
+    quantized = load_model(place / "second")
+    assert quantized.layers[0].attn.qkv.quantized is not None
+    assert load_model(place / "first").layers[0].attn.qkv.quantized is None
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "freeze"])
@@ -214,9 +214,9 @@ def test_wrong_adapters_are_refused(place: Path, tmp_path: Path, capsys: pytest.
 def test_a_quantised_base_is_quantised_from_the_values_it_was_in_training(place: Path, tmp_path: Path) -> None:
     """In bf16 the codes are those of the rounded weights; on a machine that computes in fp32 they must be the same."""
     assert train(place, tmp_path / "run", "--method", "qlora", "--dtype", "bfloat16") == 0
-    trained, plain = load_model(tmp_path / "run", dtype="float32"), load_model(place / "model", quantise="nf4")
-    rounded = load_model(place / "model", dtype="bfloat16", quantise="nf4")
-    (one, *_), (other, *_), (third, *_) = (m.layers[0].mlp.down.quantised.parts for m in (trained, rounded, plain))
+    trained, plain = load_model(tmp_path / "run", dtype="float32"), load_model(place / "model", quantize="nf4")
+    rounded = load_model(place / "model", dtype="bfloat16", quantize="nf4")
+    (one, *_), (other, *_), (third, *_) = (m.layers[0].mlp.down.quantized.parts for m in (trained, rounded, plain))
     assert torch.equal(one.packed, other.packed)
     assert torch.equal(one.state.absmax, other.state.absmax)
     assert not torch.equal(one.packed, third.packed)

@@ -17,7 +17,7 @@ from afina.engine.evaluate import (
     evaluate_loss,
     evaluate_task,
     exact_match,
-    learnt_bytes,
+    loss_text_bytes,
 )
 from afina.engine.generate import generate_batch
 from afina.engine.model import GPT
@@ -51,12 +51,12 @@ def token_set(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_loss_is_the_mean_over_tokens_of_the_plain_loss(model: GPT, token_set: TokenSet) -> None:
     losses: list[float] = []
     for number in range(len(token_set)):
-        ids, learnt = token_set.row(number)
+        ids, loss_mask = token_set.row(number)
         with torch.no_grad():
             scores = model(torch.as_tensor(ids).long()[None])[0].double().log_softmax(-1)
-        losses += [-float(scores[t - 1, ids[t]]) for t in range(1, len(ids)) if learnt[t]]
+        losses += [-float(scores[t - 1, ids[t]]) for t in range(1, len(ids)) if loss_mask[t]]
     found = evaluate_loss(model, token_set, batch_size=8, packing=True, text_bytes=100)
-    assert found["tokens"] == len(losses) == int(token_set.trained_counts.sum())
+    assert found["tokens"] == len(losses) == int(token_set.loss_tokens.sum())
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / 100, rel=1e-6)
@@ -104,9 +104,9 @@ def test_bytes_are_those_of_the_text_that_is_learnt(tokenizer: Tokenizer, tmp_pa
     text = prepare(tmp_path / "text.jsonl", tokenizer, **options).train  # type: ignore[arg-type]
     # The first token of a text is predicted by nothing, so it is not counted.
     firsts = sum(len(tokenizer.decode([tokenizer.encode(t)[0]]).encode()) for t in texts)
-    assert learnt_bytes(text, tokenizer) == sum(len(t.encode()) for t in texts) - firsts
+    assert loss_text_bytes(text, tokenizer) == sum(len(t.encode()) for t in texts) - firsts
     rows = prepare(tmp_path / "rows.jsonl", tokenizer, **options).train  # type: ignore[arg-type]
-    assert learnt_bytes(rows, tokenizer) == len(" drei Grüße".encode())
+    assert loss_text_bytes(rows, tokenizer) == len(" drei Grüße".encode())
 
 
 def test_exact_match() -> None:

@@ -75,7 +75,7 @@ def test_longrope_cache_is_computed_again_when_its_angles_change(monkeypatch: py
         model(ids, cu_seqlens=torch.tensor([0, first, first + 10], dtype=torch.int32), cache=cache)
         chunk = torch.stack([texts[0][first : first + 5], texts[1][10:15]])
         rows = torch.tensor([4, 9])
-        hidden = model.hidden(chunk, cache=cache, rows=rows)
+        hidden = model.hidden(chunk, cache=cache, positions=rows)
         expected = torch.stack([x[-1] for x in whole(model, [texts[0][: first + 5], texts[1][:15]])])
         assert torch.allclose(model.logits(hidden), expected, atol=TOLERANCE)
         model(torch.stack([texts[0][first + 5 : first + 6], texts[1][15:16]]), cache=cache)
@@ -87,9 +87,11 @@ def test_rows_are_the_wanted_positions() -> None:
     model = load_model(saved("llama").folder)
     ids = torch.randint(0, 61, (2, 9))
     rows = torch.tensor([17, 3, 3])
-    assert torch.allclose(model.hidden(ids, rows=rows), model.hidden(ids).flatten(0, 1)[rows], atol=1e-6)
+    assert torch.allclose(model.hidden(ids, positions=rows), model.hidden(ids).flatten(0, 1)[rows], atol=1e-6)
     cache = KVCache(model.config, 2, 9)
-    assert torch.allclose(model.hidden(ids, cache=cache, rows=rows), model.hidden(ids).flatten(0, 1)[rows], atol=1e-6)
+    assert torch.allclose(
+        model.hidden(ids, cache=cache, positions=rows), model.hidden(ids).flatten(0, 1)[rows], atol=1e-6
+    )
 
 
 def test_refuses_what_does_not_fit() -> None:

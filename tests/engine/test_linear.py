@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afina.engine.linear import Again, Linear, Lora, Part
+from afina.engine.linear import Linear, Lora, Part, Recompute
 from afina.engine.nf4_weight import NF4Weight
 
 WIDTH, ROWS = 7, 12
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_finite_differences(parts: list[Part], shape: tup
     x = draw(*shape, seed=3).requires_grad_()
     # gradcheck moves the parameters themselves, where the layer reads them.
     assert torch.autograd.gradcheck(lambda x, a, b: layer(x), (x, lora.A, lora.B))
-    again = Again(lambda x: x * 2, x)
+    again = Recompute(lambda x: x * 2, x)
     assert torch.autograd.gradcheck(lambda x, a, b: layer(x * 2, again), (x, lora.A, lora.B))
 
 
@@ -153,7 +153,7 @@ def test_computing_x_again_gives_the_same_bits_and_does_not_keep_x(
     def once(total: Tensor, *, again: bool) -> Tensor:
         torch.manual_seed(5)
         x = total * 3
-        y = layer(x, Again(lambda total: total * 3, total) if again else None)
+        y = layer(x, Recompute(lambda total: total * 3, total) if again else None)
         alive = weakref.ref(x)
         del x
         gc.collect()
@@ -174,7 +174,7 @@ def test_a_second_backward_is_an_error(again: bool) -> None:
     layer = frozen(draw(ROWS, WIDTH, seed=1), bias=False)
     trained(layer, PARTS["all"])
     x = draw(4, WIDTH, seed=3)
-    loss = layer(x, Again(lambda x: x, x) if again else None).sum()
+    loss = layer(x, Recompute(lambda x: x, x) if again else None).sum()
     loss.backward()
     with pytest.raises(RuntimeError):
         loss.backward()
@@ -201,7 +201,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     trained(layer, PARTS["three"], dora=True)
     x = draw(4, WIDTH, seed=3, dtype=torch.float32)
     with torch.no_grad():
-        y = layer(x, Again(lambda x: pytest.fail("computed again"), x))
+        y = layer(x, Recompute(lambda x: pytest.fail("computed again"), x))
     assert y.grad_fn is None
     torch.testing.assert_close(y, formula(layer, x).detach(), rtol=1e-5, atol=1e-5)
 
@@ -243,10 +243,10 @@ def test_inputs_and_gradients_of_any_strides(bias: bool) -> None:
 # NF4
 
 
-def quantised(*, bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
+def quantized(*, bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
     layer = frozen(draw(ROWS, 64, seed=1, dtype=dtype), bias=bias)
     assert layer.weight is not None
-    layer.quantised = NF4Weight.quantise(layer.weight)
+    layer.quantized = NF4Weight.quantize(layer.weight)
     layer.weight = None
     return layer
 
@@ -257,7 +257,7 @@ def quantised(*, bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
 def test_an_nf4_weight_without_adapters_is_a_frozen_dense_one(
     bias: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    layer = quantised(bias=bias, dtype=dtype)
+    layer = quantized(bias=bias, dtype=dtype)
     found = []
     for compute in layer, lambda x: F.linear(x, layer.dense(dtype), layer.bias):
         x = draw(*shape, seed=3, dtype=dtype).requires_grad_()
@@ -273,7 +273,7 @@ def test_an_nf4_weight_without_adapters_is_a_frozen_dense_one(
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_adapters_on_an_nf4_weight_are_those_on_its_dequantised_values(parts: list[Part], dora: bool) -> None:
-    layer = quantised(bias=True)
+    layer = quantized(bias=True)
     trained(layer, parts, dora=dora)
     x = draw(2, 5, 64, seed=3, dtype=torch.float32)
     agree(run(layer, x, layer), run(layer, x, lambda x: formula(layer, x)), 2e-6)
@@ -287,7 +287,7 @@ def test_adapters_on_an_nf4_weight_are_those_on_its_dequantised_values(parts: li
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_a_fresh_adapter_changes_no_bit(dora: bool, dtype: torch.dtype, bias: bool) -> None:
-    for layer in frozen(draw(ROWS, 64, seed=1, dtype=dtype), bias=bias), quantised(bias=bias, dtype=dtype):
+    for layer in frozen(draw(ROWS, 64, seed=1, dtype=dtype), bias=bias), quantized(bias=bias, dtype=dtype):
         x = draw(3, 4, 64, seed=3, dtype=dtype)
         before = layer(x)
         layer.lora = Lora(PARTS["three"], 64, dropout=0.1, dora=dora, device=CPU, dtype=dtype)

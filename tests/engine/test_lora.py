@@ -383,7 +383,7 @@ def test_a_step_moves_what_is_listed_whole_too() -> None:
     set_adapter(model, None)
     assert {name for name, p in model.named_parameters() if not torch.equal(p, base[name])} == set()
     assert model.adapter is None
-    assert set(adapter.spare) == {"embed.weight", "head.weight", "norm.weight"}
+    assert set(adapter.inactive) == {"embed.weight", "head.weight", "norm.weight"}
 
 
 def test_a_step_moves_the_matrices_of_a_freeze_pattern() -> None:
@@ -480,8 +480,8 @@ def test_loraplus_moves_b_so_much_faster() -> None:
     fresh(model)
     move(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora." in n}
-    factors = {n: 16.0 for n in before if n.endswith(".lora.B")}
-    optimizer = AdamW(model, decay=set(), factors=factors)
+    lr_scales = {n: 16.0 for n in before if n.endswith(".lora.B")}
+    optimizer = AdamW(model, decay=set(), lr_scales=lr_scales)
     model.train().loss(tokens(), tokens()).backward()
     optimizer.step(1e-5)
     # The first update of Adam is the learning rate itself, with the gradient's sign.
@@ -503,9 +503,9 @@ def test_a_run_trains_what_its_recipe_says(tmp_path: Path, monkeypatch: pytest.M
         max_length=64, threads=1, method="lora", lora_r=3, lora_alpha=5, lora_target_modules="q_proj,v_proj",
         use_rslora=True, loraplus_lr_ratio=16.0, modules_to_save="norm",
     )  # fmt: skip
-    factors = {name: factor for names, _, factor in made[0].groups for name in names}
+    lr_scales = {name: lr_scale for names, _, lr_scale in made[0].groups for name in names}
     adapted = {f"layers.{i}.attn.qkv.lora.{m}": 16.0 if m == "B" else 1.0 for i in range(2) for m in "AB"}
-    assert factors == adapted | {"norm.weight": 1.0}
+    assert lr_scales == adapted | {"norm.weight": 1.0}
     config = json.loads((result.best / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (3, 5, True, False)
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
@@ -711,7 +711,7 @@ def test_what_has_an_adapter_cannot_train_whole_too(tmp_path: Path) -> None:
 
 
 def test_what_is_held_in_4_bits_cannot_train_whole() -> None:
-    model = load_model(hf_models.saved("gpt_neox").folder, quantise="nf4")
+    model = load_model(hf_models.saved("gpt_neox").folder, quantize="nf4")
     wrong(ConfigError, "modules_to_save: .*dense_4h_to_h.weight is held in 4 bits",
           lambda: fresh(model, ["query_key_value"], ["dense_4h_to_h"]))  # fmt: skip
     fresh(model, ["query_key_value"], ["embed_in", "embed_out"])

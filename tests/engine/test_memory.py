@@ -100,7 +100,7 @@ def error(model: GPT, ids: Tensor, labels: Tensor, cu: Tensor | None) -> float:
     found = storages.alive() - loss.nbytes
     if model.head_weight.requires_grad:
         found -= model.head_weight.nbytes  # its gradient
-    return kept(model, tokens=ids.numel(), rows_trained=int((labels != IGNORE).sum())) / found - 1
+    return kept(model, tokens=ids.numel(), loss_tokens=int((labels != IGNORE).sum())) / found - 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -134,7 +134,7 @@ def test_activations_in_bf16(method: str) -> None:
 
 
 def planned(model: GPT, optimizer: AdamW) -> MemoryPlan:
-    return plan(model, optimizer, tokens=TOKENS, rows_trained=TOKENS)
+    return plan(model, optimizer, tokens=TOKENS, loss_tokens=TOKENS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -162,14 +162,14 @@ def test_what_an_adapter_trains_whole_is_held_twice() -> None:
     new_adapter(model, config, targets=["q_proj"], modules_to_save=["embed_tokens"], seed=0)
     found = planned(model, AdamW(model, decay=set()))
     assert model.adapter is not None
-    spare = sum(tensor.nbytes for tensor in model.adapter.spare.values())
-    assert found.weights == alone + spare
+    inactive = sum(tensor.nbytes for tensor in model.adapter.inactive.values())
+    assert found.weights == alone + inactive
     assert found.gradients == found.adapters + model.embed.weight.nbytes
 
 
 def test_the_base_in_nf4() -> None:
     folder = str(hf_models.saved("llama").folder)
-    model = load_model(folder, device="cpu", dtype="float32", quantise="nf4").train()
+    model = load_model(folder, device="cpu", dtype="float32", quantize="nf4").train()
     new_adapter(model, AdapterConfig(base=None, r=4, alpha=8), targets=["q_proj"], seed=0)
     found = planned(model, AdamW(model, decay=set()))
     dense = sum(p.nbytes for n, p in model.named_parameters() if ".lora." not in n)
@@ -180,11 +180,11 @@ def test_the_base_in_nf4() -> None:
 def test_the_head_s_room_and_a_layer_at_a_time() -> None:
     model = prepared("llama", "full")
     optimizer = AdamW(model, decay=set())
-    few = kept(model, tokens=TOKENS, rows_trained=TOKENS)
+    few = kept(model, tokens=TOKENS, loss_tokens=TOKENS)
     assert planned(model, optimizer).activations == few + min(TOKENS, 4096) * 61 * 4
     model.gradient_checkpointing = True
-    layer = (few - kept(model, tokens=TOKENS, rows_trained=TOKENS)) / 3
-    assert planned(model, optimizer).activations > kept(model, tokens=TOKENS, rows_trained=TOKENS) + layer / 2
+    layer = (few - kept(model, tokens=TOKENS, loss_tokens=TOKENS)) / 3
+    assert planned(model, optimizer).activations > kept(model, tokens=TOKENS, loss_tokens=TOKENS) + layer / 2
     assert planned(model, optimizer).activations < few
 
 
@@ -229,7 +229,7 @@ def step(hf, tokens):
     labels[:, : tokens // 2] = -100
     cu_seqlens = torch.arange(0, tokens + 1, tokens // 8, dtype=torch.int32)
     batch = MicroBatch(ids, labels, cu_seqlens, list(range(8)), tokens // 2, tokens)
-    found = plan(model, optimizer, tokens=tokens, rows_trained=tokens // 2).total
+    found = plan(model, optimizer, tokens=tokens, loss_tokens=tokens // 2).total
     accumulate(model, [batch, batch])
     optimizer.clip_(1.0)
     optimizer.step(1e-4)

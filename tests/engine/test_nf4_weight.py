@@ -28,7 +28,7 @@ from afina.errors import ConfigError, WeightsError
 from afina.kernels import nf4
 from afina.kernels.nf4 import NF4State, dequantize_nf4, quantize_nf4
 from afina.loaders.weights import bitsandbytes
-from afina.loaders.weights.safetensors import Checkpoint
+from afina.loaders.weights.safetensors import SafetensorsFolder
 
 # Rows of whole blocks: bitsandbytes' CPU code unpacks no others right, and heads are sorted by rows.
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -129,13 +129,13 @@ def test_dense_puts_the_parts_one_below_the_other(dtype: torch.dtype) -> None:
 def test_quantise_is_one_part() -> None:
     w = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
     packed, state = quantize_nf4(w)
-    assert torch.equal(NF4Weight.quantise(w).dense(torch.float32), dequantize_nf4(packed, state))
+    assert torch.equal(NF4Weight.quantize(w).dense(torch.float32), dequantize_nf4(packed, state))
     with pytest.raises(ValueError, match="finite"):
-        NF4Weight.quantise(w * torch.nan)
+        NF4Weight.quantize(w * torch.nan)
 
 
 def test_bits_and_bytes_of_a_weight() -> None:
-    weight = NF4Weight.quantise(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1)))
+    weight = NF4Weight.quantize(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1)))
     assert weight.nbytes == sum(x.nbytes for x in state_tensors(weight))
     assert 8 * weight.nbytes / 2**20 == pytest.approx(BITS, abs=0.01)
     assert "(1024, 1024), parts=1, 4.13" in repr(weight)
@@ -212,7 +212,7 @@ def test_the_layout_of_bitsandbytes(
     held = packed_layers(model)
     assert len(held) == 4 * 2
     for name in held:
-        layer = model.get_submodule(name.removesuffix(".quantised"))
+        layer = model.get_submodule(name.removesuffix(".quantized"))
         assert layer.weight is None
     assert {"embed.weight", "norm.weight"} <= dict(model.named_parameters()).keys()
     save_model(model, None, tmp_path / "dense")
@@ -221,7 +221,7 @@ def test_the_layout_of_bitsandbytes(
     assert not packed_layers(dense)
     assert torch.equal(model(IDS), dense(IDS))
     assert (model(IDS) - load_model(source)(IDS)).abs().max() > 1e-3
-    assert model.fingerprint == Checkpoint(tmp_path).fingerprint() != dense.fingerprint
+    assert model.fingerprint == SafetensorsFolder(tmp_path).fingerprint() != dense.fingerprint
 
 
 @FAMILY
@@ -230,7 +230,7 @@ def test_quantising_while_loading(family: str, dtype: str, plain: Callable[[str]
     """The same codes as in a checkpoint made of the weights in the dtype that is asked for."""
     source = plain(family)
     folder = by_hand(source, tmp_path, dtype=getattr(torch, dtype))
-    model = load_model(source, dtype=dtype, quantise="nf4")
+    model = load_model(source, dtype=dtype, quantize="nf4")
     assert_same(model, load_model(folder, dtype=dtype))
     assert len(packed_layers(model)) == 4 * 2
     assert model.fingerprint == load_model(source).fingerprint
@@ -240,13 +240,13 @@ def test_a_checkpoint_stays_as_it_is_quantised(plain: Callable[[str], Path], tmp
     """What its author left out stays dense, alone or beside quantised rows of the same fused matrix."""
     folder = by_hand(plain("llama"), tmp_path, skip=r"v_proj|layers\.1\.mlp\.(gate|up)|o_proj", double_quant=False)
     original = load_file(plain("llama") / "model.safetensors")
-    for options in ({}, {"quantise": "nf4"}):
+    for options in ({}, {"quantize": "nf4"}):
         model = load_model(folder, **options)
         assert sorted(packed_layers(model)) == [
-            "layers.0.attn.qkv.quantised", "layers.0.mlp.down.quantised", "layers.0.mlp.gate_up.quantised",
-            "layers.1.attn.qkv.quantised", "layers.1.mlp.down.quantised",
+            "layers.0.attn.qkv.quantized", "layers.0.mlp.down.quantized", "layers.0.mlp.gate_up.quantized",
+            "layers.1.attn.qkv.quantized", "layers.1.mlp.down.quantized",
         ]  # fmt: skip
-        kinds = [part.state is None for part in model.layers[0].attn.qkv.quantised.parts]
+        kinds = [part.state is None for part in model.layers[0].attn.qkv.quantized.parts]
         assert kinds == [False, False, True]
         read = dict(hf_tensors(model))
         for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.up_proj.weight"):
@@ -274,7 +274,7 @@ def test_a_new_model_of_a_quantised_config_is_dense() -> None:
 
 
 def test_saving_in_the_dtype_of_the_model(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    model = load_model(plain("gpt2"), dtype="bfloat16", quantise="nf4")
+    model = load_model(plain("gpt2"), dtype="bfloat16", quantize="nf4")
     save_model(model, None, tmp_path)
     again = load_file(tmp_path / "model.safetensors")
     assert {x.dtype for x in again.values()} == {torch.bfloat16}
@@ -287,7 +287,7 @@ def test_saving_in_the_dtype_of_the_model(plain: Callable[[str], Path], tmp_path
 def test_hf_tensors_dequantises_one_matrix_at_a_time(
     plain: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(plain("llama"), quantise="nf4")
+    model = load_model(plain("llama"), quantize="nf4")
     made: list[str] = []
     rows = NF4Weight.rows
 
@@ -340,7 +340,7 @@ def test_beside_bitsandbytes(
             torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
     if double_quant and family != "gpt_neox":  # whose absmax we hold as they are
-        own = load_model(plain(family), dtype=dtype, quantise="nf4")
+        own = load_model(plain(family), dtype=dtype, quantize="nf4")
         apart = []
         for mine, read in zip(packed_layers(own).values(), packed_layers(ours).values(), strict=True):
             for one, other in zip(mine.parts, read.parts, strict=True):
@@ -366,7 +366,7 @@ def memory(key):  # VmHWM, the peak: unlike ru_maxrss it does not start at the p
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
 torch.set_num_threads(1)
 def quantised(folder):
-    model = load_model(folder, dtype="float32", quantise="nf4")
+    model = load_model(folder, dtype="float32", quantize="nf4")
     weights = [m for m in model.modules() if isinstance(m, NF4Weight)]
     return model, weights
 save_model(quantised(sys.argv[1])[0], None, sys.argv[1] + "/again")  # imports, allocator
@@ -414,10 +414,10 @@ def test_memory_is_checked_as_it_will_be_held(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ConfigError, match="in bfloat16, but the cpu has"):
             check_memory(config, torch.bfloat16, cpu)
         if fits:
-            check_memory(config, torch.bfloat16, cpu, quantised=True)
+            check_memory(config, torch.bfloat16, cpu, quantized=True)
         else:
             with pytest.raises(ConfigError, match="in bfloat16 and nf4, but the cpu has"):
-                check_memory(config, torch.bfloat16, cpu, quantised=True)
+                check_memory(config, torch.bfloat16, cpu, quantized=True)
 
 
 def test_a_quantised_model_may_be_larger_than_memory(
@@ -427,7 +427,7 @@ def test_a_quantised_model_may_be_larger_than_memory(
     half = 2 * ModelConfig.from_hf(json.loads((source / "config.json").read_text())).num_parameters()
     monkeypatch.setattr(weights.os, "sysconf", lambda key: 1 if key == "SC_PAGE_SIZE" else half)
     assert "in float32, but the cpu has" in refusal(source, ConfigError)
-    assert_same(load_model(source, quantise="nf4"), load_model(published))
+    assert_same(load_model(source, quantize="nf4"), load_model(published))
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def test_schemes_that_are_refused(config: Any, message: str, plain: Callable[[st
 
 
 def test_other_values_of_quantise(plain: Callable[[str], Path]) -> None:
-    assert "did you mean 'nf4'?" in refusal(plain("llama"), ConfigError, quantise="nf3")
+    assert "did you mean 'nf4'?" in refusal(plain("llama"), ConfigError, quantize="nf3")
 
 
 Edit = Callable[[dict[str, Any]], object]
@@ -541,18 +541,18 @@ def test_parts_that_are_refused(
 
 
 def test_checkpoints_that_are_refused(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    def quantise_head(tensors: Tensors) -> None:
+    def quantize_head(tensors: Tensors) -> None:
         tensors.update(pack("lm_head.weight", tensors["lm_head.weight"]))
 
     source = plain("llama")
-    said = refusal(by_hand(source, tmp_path / "head", edit=quantise_head))
+    said = refusal(by_hand(source, tmp_path / "head", edit=quantize_head))
     assert "lm_head.weight is quantised, which only the matrices of the layers may be" in said
     assert "no tensor is quantised, but config.json has a" in refusal(by_hand(source, tmp_path / "none", skip="."))
     assert "but config.json has no quantization_config" in refusal(by_hand(source, tmp_path / "forgot", config=None))
 
     small = {"model_type": "gpt_neox", **SIZES, "hidden_size": 96}
     save_model(new_model(small), None, tmp_path / "small")
-    for folder, options in (("small", {"quantise": "nf4"}), ("packed", {})):
+    for folder, options in (("small", {"quantize": "nf4"}), ("packed", {})):
         if folder == "packed":
             by_hand(tmp_path / "small", tmp_path / "packed")
         assert "rows of 96 weights do not divide into blocks of 64" in refusal(tmp_path / folder, **options)
@@ -563,8 +563,8 @@ def test_what_is_not_finite_is_never_quantised(plain: Callable[[str], Path], tmp
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[Q0][3, 5] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "holds NaN or Inf" in refusal(tmp_path, quantise="nf4")
-    said = refusal(tmp_path, quantise="nf4", allow_nonfinite=True)
+    assert "holds NaN or Inf" in refusal(tmp_path, quantize="nf4")
+    said = refusal(tmp_path, quantize="nf4", allow_nonfinite=True)
     assert f"tensor {Q0} cannot be quantised (weight: expected finite values" in said
 
 

@@ -88,9 +88,9 @@ def test_state_comes_back_bit_for_bit_and_foreign_state_is_refused() -> None:
     run(first, range(3))
     saved = {group: {n: t.clone() for n, t in members.items()} for group, members in first.state().items()}
     second = AdamW(small_model(), decay=set())
-    second.load_state(saved, first.updates)
+    second.load_state(saved, first.num_updates)
     run(second, range(3, 6))
-    assert second.updates == 6
+    assert second.num_updates == 6
     for group, members in straight.state().items():
         for name, tensor in members.items():
             assert torch.equal(tensor, second.state()[group][name])

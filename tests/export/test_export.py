@@ -61,9 +61,9 @@ def lora_run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def make_adapter(base: Path, folder: Path, *, quantise: str | None = None, **options: Any) -> Path:
+def make_adapter(base: Path, folder: Path, *, quantize: str | None = None, **options: Any) -> Path:
     """An adapter as if it had been trained on ``base``."""
-    model = add_adapter(load_model(base, dtype="float32", quantise=quantise), **{"base": str(base), **options})
+    model = add_adapter(load_model(base, dtype="float32", quantize=quantize), **{"base": str(base), **options})
     save_adapter(model, tiny_tokenizer(), folder)
     return folder
 
@@ -149,7 +149,7 @@ def test_what_merging_did_and_what_rounding_did(adapter: Path, tmp_path: Path) -
 @torch.no_grad()
 def test_qlora_is_merged_into_what_it_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = saved(tmp_path / "base", hidden_size=64, intermediate_size=64)
-    adapter = make_adapter(base, tmp_path / "adapter", quantise="nf4")
+    adapter = make_adapter(base, tmp_path / "adapter", quantize="nf4")
     assert run(["export", str(adapter), "--output", str(tmp_path / "out"), "--dtype", "bf16", "--json"]) == 0
     said, last = capsys.readouterr().out.split("{", 1)
     check = json.loads("{" + last)["check"]
@@ -157,7 +157,7 @@ def test_qlora_is_merged_into_what_it_was_trained_on(tmp_path: Path, capsys: pyt
     assert check["merge_error"] < 1e-3
     # W as the adapter saw it, and the adapter's own product, written out for one matrix.
     name = "model.layers.1.self_attn.o_proj"
-    w = dict(hf_tensors(load_model(base, dtype="float32", quantise="nf4")))[f"{name}.weight"]
+    w = dict(hf_tensors(load_model(base, dtype="float32", quantize="nf4")))[f"{name}.weight"]
     file = AdapterFile(adapter)
     up, down = (file.read(file.lora[name][kind]) for kind in "BA")
     expected = w + 12 / 4 * up @ down

@@ -118,18 +118,18 @@ def test_nf4_weights_come_out_dense_with_or_without_an_adapter(tmp_path: Path) -
     """What an adapter was trained on is the dequantised weights, and these it is added to."""
     folder = saved(tmp_path / "base", hidden_size=64, intermediate_size=64)
     for targets in ((), ("k_proj",), ("all-linear",)):
-        model = load_model(folder, dtype="float32", quantise="nf4")
-        dequantised = {name: tensor.clone() for name, tensor in hf_tensors(model)}
+        model = load_model(folder, dtype="float32", quantize="nf4")
+        dequantized = {name: tensor.clone() for name, tensor in hf_tensors(model)}
         if targets:
             add_adapter(model, targets)
         expected = model(IDS)
         merge(model)
         assert away(model(IDS), expected) < TOLERANCE
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        assert not any(layer.quantised for layer in model.modules() if isinstance(layer, Linear))
+        assert not any(layer.quantized for layer in model.modules() if isinstance(layer, Linear))
         for name, tensor in hf_tensors(model):
             if "k_proj" not in name and targets != ("all-linear",):
-                assert torch.equal(tensor, dequantised[name])
+                assert torch.equal(tensor, dequantized[name])
     original = load_model(folder, dtype="float32")
     assert away(add_adapter(original)(IDS), expected) > 1e-3  # the mistake that this is about
 

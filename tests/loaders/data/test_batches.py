@@ -68,7 +68,7 @@ def test_packed_rows_lie_one_after_another(rows: TokenSet) -> None:
     expected = [token if on else -100 for ids, trained in parts for token, on in zip(ids, trained, strict=True)]
     assert batch.labels.tolist() == [expected]
     assert (batch.rows, batch.tokens) == ([4, 0, 9], sum(sizes))
-    assert batch.trained == sum(label != -100 for label in expected) == sum(rows.trained_counts[[4, 0, 9]])
+    assert batch.loss_tokens == sum(label != -100 for label in expected) == sum(rows.loss_tokens[[4, 0, 9]])
 
 
 def test_padded_rows_hold_the_same_tokens_and_labels(rows: TokenSet) -> None:
@@ -80,7 +80,7 @@ def test_padded_rows_hold_the_same_tokens_and_labels(rows: TokenSet) -> None:
         assert padded.input_ids[i, : end - start].tolist() == packed.input_ids[0, start:end].tolist()
         assert padded.labels[i, : end - start].tolist() == packed.labels[0, start:end].tolist()
         assert (padded.labels[i, end - start :] == -100).all()
-    assert (padded.trained, padded.tokens) == (packed.trained, packed.tokens)
+    assert (padded.loss_tokens, padded.tokens) == (packed.loss_tokens, packed.tokens)
 
 
 def test_nothing_is_predicted_across_rows(rows: TokenSet) -> None:
@@ -93,7 +93,7 @@ def test_nothing_is_predicted_across_rows(rows: TokenSet) -> None:
 def test_evaluation_sees_every_row_once_in_order(rows: TokenSet, packing: bool) -> None:
     batches = list(eval_batches(rows, batch_size=5, packing=packing))
     assert [row for batch in batches for row in batch.rows] == list(range(23))
-    assert sum(batch.trained for batch in batches) == rows.trained_counts.sum()
+    assert sum(batch.loss_tokens for batch in batches) == rows.loss_tokens.sum()
     assert all((batch.cu_seqlens is not None) == packing for batch in batches)
 
 

@@ -33,8 +33,8 @@ from afina.loaders.weights.safetensors import (
     MAX_HEADER,
     MAX_TENSORS,
     SINGLE,
-    Checkpoint,
     SafetensorsFile,
+    SafetensorsFolder,
     read_safetensors,
     save_tensors,
     write_safetensors,
@@ -156,7 +156,7 @@ def test_save_tensors_one_file_or_shards(tmp_path: Path) -> None:
     total = sum(x.numel() * x.itemsize for x in tensors.values())
 
     assert save_tensors(tensors.items(), tmp_path) == [tmp_path / SINGLE]
-    whole = Checkpoint(tmp_path)
+    whole = SafetensorsFolder(tmp_path)
     assert SafetensorsFile(tmp_path / SINGLE).metadata == {"format": "pt"}
     fingerprint = whole.fingerprint()
 
@@ -170,7 +170,7 @@ def test_save_tensors_one_file_or_shards(tmp_path: Path) -> None:
     sizes = [sum(x.numel() * x.itemsize for x in load_file(path).values()) for path in files[:-1]]
     assert sizes == [128, 128, 64, 800]  # full up to the limit; what exceeds it alone has a shard of its own
 
-    opened = Checkpoint(tmp_path)
+    opened = SafetensorsFolder(tmp_path)
     assert opened.names() == sorted(tensors)
     assert all(same(opened.read(name), x) for name, x in tensors.items())
     assert opened.fingerprint() == fingerprint
@@ -185,9 +185,9 @@ def test_fingerprint_sees_names_dtypes_shapes_and_every_byte(tmp_path: Path) -> 
     flipped.view(torch.uint8)[-1] ^= 1
     variants = [base, {"a": base["a"], "c": base["b"]}, {**base, "a": base["a"].view(3, 2)}, {**base, "b": flipped}]
     variants += [{**base, "a": base["a"].view(torch.int32)}]
-    found = [Checkpoint(model_folder(tmp_path, **tensors)).fingerprint() for tensors in variants]
+    found = [SafetensorsFolder(model_folder(tmp_path, **tensors)).fingerprint() for tensors in variants]
     assert len(set(found)) == len(variants)
-    assert Checkpoint(model_folder(tmp_path, **base)).fingerprint() == found[0]
+    assert SafetensorsFolder(model_folder(tmp_path, **base)).fingerprint() == found[0]
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("stored", "wanted"), list(itertools.product(FLOATS, FLOATS[:4])))
 def test_read_into_converts_as_torch_does(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     x = values(stored, 7, 11)
-    opened = Checkpoint(model_folder(tmp_path, x=x))
+    opened = SafetensorsFolder(model_folder(tmp_path, x=x))
     out = torch.empty(7, 11, dtype=wanted)
     opened.read_into("x", out)
     assert same(out, x.to(wanted))
@@ -239,7 +239,7 @@ def test_read_into_converts_as_torch_does(tmp_path: Path, stored: torch.dtype, w
 def test_read_into_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, wanted: torch.dtype) -> None:
     monkeypatch.setattr(safetensors, "PIECE", piece)
     x = values(torch.float32, 6, 10)
-    opened = Checkpoint(model_folder(tmp_path, x=x, line=x[:, 0].contiguous(), cube=x.view(2, 3, 10).clone()))
+    opened = SafetensorsFolder(model_folder(tmp_path, x=x, line=x[:, 0].contiguous(), cube=x.view(2, 3, 10).clone()))
 
     fused = torch.zeros(12, 10, dtype=wanted, requires_grad=True)  # rows of a fused matrix, a parameter
     opened.read_into("x", fused[3:9])
@@ -277,7 +277,7 @@ def test_read_into_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece:
 
 
 def test_wrong_names_shapes_and_dtypes(tmp_path: Path) -> None:
-    opened = Checkpoint(model_folder(tmp_path, weight=torch.ones(4, 6), ids=torch.ones(4, 6, dtype=torch.int8)))
+    opened = SafetensorsFolder(model_folder(tmp_path, weight=torch.ones(4, 6), ids=torch.ones(4, 6, dtype=torch.int8)))
     path = str(tmp_path / SINGLE)
     for shape in [(6, 4), (4, 5), (24,), (4, 6, 1), (1, 24), (2, 2, 2, 3)]:
         refused(partial(opened.read_into, "weight", torch.empty(shape)), path, "'weight'", "(4, 6)", str(shape))
@@ -298,11 +298,11 @@ def test_nan_and_inf_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     x[13, 7] = bad
     if x[13, 7].float().isfinite():
         pytest.skip(f"{dtype} has no {bad}")
-    opened = Checkpoint(model_folder(tmp_path, good=torch.ones(3), bad=x))
+    opened = SafetensorsFolder(model_folder(tmp_path, good=torch.ones(3), bad=x))
     opened.read("good")
     for action in (lambda: opened.read("bad"), lambda: opened.read_into("bad", torch.empty(20, 10).double())):
         refused(action, SINGLE, "tensor 'bad'", "NaN or Inf", "element 137", "--allow-nonfinite")
-    allowed = Checkpoint(tmp_path, allow_nonfinite=True)
+    allowed = SafetensorsFolder(tmp_path, allow_nonfinite=True)
     assert same(allowed.read("bad"), x)
     assert same(read_safetensors(tmp_path / SINGLE)["bad"], x)
 
@@ -313,7 +313,7 @@ def test_large_but_finite_values_pass_and_overflow_is_refused(tmp_path: Path) ->
         "f16": torch.full((9,), 6e4, dtype=torch.float16),
         "over": torch.tensor([1.0, 7e4]),
     }
-    opened = Checkpoint(model_folder(tmp_path, **tensors))
+    opened = SafetensorsFolder(model_folder(tmp_path, **tensors))
     assert all(same(opened.read(name), x) for name, x in tensors.items())
     for name in ("over", "f32"):
         out = torch.empty_like(tensors[name], dtype=torch.float16)
@@ -325,11 +325,11 @@ def test_large_but_finite_values_pass_and_overflow_is_refused(tmp_path: Path) ->
 
 def test_a_bool_is_0_or_1(tmp_path: Path) -> None:
     raw_file(tmp_path / SINGLE, {"mask": entry(0, 3, dtype="BOOL")}, b"\x00\x01\x02")
-    refused(lambda: Checkpoint(tmp_path).read("mask"), "'mask'", "BOOL")
+    refused(lambda: SafetensorsFolder(tmp_path).read("mask"), "'mask'", "BOOL")
 
 
 def test_a_file_that_changes_after_it_was_opened(tmp_path: Path) -> None:
-    opened = Checkpoint(model_folder(tmp_path, x=torch.ones(1000)))
+    opened = SafetensorsFolder(model_folder(tmp_path, x=torch.ones(1000)))
     os.truncate(tmp_path / SINGLE, 2000)
     refused(lambda: opened.read("x"), SINGLE, "ended while")
     refused(opened.fingerprint, SINGLE, "ended while")
@@ -343,7 +343,7 @@ def test_reads_that_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def readinto(self, buffer: Any) -> int | None:
             return super().readinto(memoryview(buffer)[:3])
 
-    opened = Checkpoint(model_folder(tmp_path, x=values(torch.float32, 5, 5)))
+    opened = SafetensorsFolder(model_folder(tmp_path, x=values(torch.float32, 5, 5)))
     monkeypatch.setattr(Path, "open", lambda path, *_, **__: Slow(path))
     assert same(opened.read("x"), values(torch.float32, 5, 5))
 
@@ -401,52 +401,52 @@ def test_damaged_headers(tmp_path: Path, case: str) -> None:
     header, data, expected = HEADERS[case]
     path = raw_file(tmp_path / SINGLE, header.encode() if isinstance(header, str) else header, data)
     before = path.read_bytes()
-    refused(lambda: Checkpoint(tmp_path), str(path), expected)
+    refused(lambda: SafetensorsFolder(tmp_path), str(path), expected)
     refused(lambda: read_safetensors(path), str(path), expected)
     assert path.read_bytes() == before
 
 
 def test_the_good_header_is_good(tmp_path: Path) -> None:
     raw_file(tmp_path / SINGLE, GOOD, bytes(12))
-    assert Checkpoint(tmp_path).names() == ["a", "b"]
+    assert SafetensorsFolder(tmp_path).names() == ["a", "b"]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 20])
 def test_truncated_within_the_header(tmp_path: Path, kept: int) -> None:
     model_folder(tmp_path, x=torch.ones(4))
     os.truncate(tmp_path / SINGLE, kept)
-    refused(lambda: Checkpoint(tmp_path), SINGLE, "is truncated", f"{kept} bytes")
+    refused(lambda: SafetensorsFolder(tmp_path), SINGLE, "is truncated", f"{kept} bytes")
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / SINGLE
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    refused(lambda: Checkpoint(tmp_path), "Git LFS pointer", "git lfs pull")
+    refused(lambda: SafetensorsFolder(tmp_path), "Git LFS pointer", "git lfs pull")
     torch.save({"x": torch.ones(3)}, path)
-    refused(lambda: Checkpoint(tmp_path), "zip archive", "convert")
+    refused(lambda: SafetensorsFolder(tmp_path), "zip archive", "convert")
     path.unlink()
     path.mkdir()
-    refused(lambda: Checkpoint(tmp_path), SINGLE, "no such file")
+    refused(lambda: SafetensorsFolder(tmp_path), SINGLE, "no such file")
 
 
 def test_huge_headers_are_refused_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / SINGLE
     tensors = dict.fromkeys(map(str, range(MAX_TENSORS)), entry(0, 0))
     raw_file(path, {"__metadata__": {"format": "pt"}, **tensors})
-    assert len(Checkpoint(tmp_path).names()) == MAX_TENSORS
+    assert len(SafetensorsFolder(tmp_path).names()) == MAX_TENSORS
 
     monkeypatch.setattr(safetensors, "parse_json", lambda *_, **__: pytest.fail("parsed"))
     raw_file(path, b"{}", length=MAX_HEADER + 1)
-    refused(lambda: Checkpoint(tmp_path), "header of 16,777,217 bytes", "16,777,216")
+    refused(lambda: SafetensorsFolder(tmp_path), "header of 16,777,217 bytes", "16,777,216")
     raw_file(path, b"{}", length=2**64 - 1)
-    refused(lambda: Checkpoint(tmp_path), "header of 18,446,744,073,709,551,615 bytes")
+    refused(lambda: SafetensorsFolder(tmp_path), "header of 18,446,744,073,709,551,615 bytes")
     tensors["one more"] = entry(0, 0)
     for content in (tensors, {"__metadata__": {}, **tensors}):
         raw_file(path, content)
-        refused(lambda: Checkpoint(tmp_path), "more than 100,000 tensors")
+        refused(lambda: SafetensorsFolder(tmp_path), "more than 100,000 tensors")
     for part in (b'"a":1,', b"[],", b"{},"):
         raw_file(path, b"[" + part * (MAX_HEADER // len(part) - 1) + b"]")
-        refused(lambda: Checkpoint(tmp_path), "more than 100,000 tensors")
+        refused(lambda: SafetensorsFolder(tmp_path), "more than 100,000 tensors")
 
 
 # Folders and indexes
@@ -459,26 +459,26 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
 
     for name in ("pytorch_model.bin", "model.pt", "model.pth"):
         (tmp_path / name).write_bytes(pickle.dumps(Payload()))
-        refused(lambda: Checkpoint(tmp_path), name, "pickles", "never opened", "convert", "save_pretrained")
+        refused(lambda: SafetensorsFolder(tmp_path), name, "pickles", "never opened", "convert", "save_pretrained")
         (tmp_path / name).rename(tmp_path / SINGLE)  # nor under another name
-        refused(lambda: Checkpoint(tmp_path), SINGLE)
+        refused(lambda: SafetensorsFolder(tmp_path), SINGLE)
         (tmp_path / SINGLE).unlink()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
-    refused(lambda: Checkpoint(tmp_path), str(tmp_path), SINGLE, INDEX, "found nothing")
+    refused(lambda: SafetensorsFolder(tmp_path), str(tmp_path), SINGLE, INDEX, "found nothing")
     (tmp_path / "config.json").touch()
-    refused(lambda: Checkpoint(tmp_path), "found config.json")
+    refused(lambda: SafetensorsFolder(tmp_path), "found config.json")
     save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors")
-    refused(lambda: Checkpoint(tmp_path), "holds a.safetensors but neither", f"rename it {SINGLE}")
+    refused(lambda: SafetensorsFolder(tmp_path), "holds a.safetensors but neither", f"rename it {SINGLE}")
     save_file({"y": torch.ones(1)}, tmp_path / "b.safetensors")
-    refused(lambda: Checkpoint(tmp_path), "holds a.safetensors, b.safetensors but neither", "download the index")
-    refused(lambda: Checkpoint(tmp_path / "absent"), "absent")
+    refused(lambda: SafetensorsFolder(tmp_path), "holds a.safetensors, b.safetensors but neither", "download the index")
+    refused(lambda: SafetensorsFolder(tmp_path / "absent"), "absent")
 
 
 def test_shards(tmp_path: Path) -> None:
-    opened = Checkpoint(shards(tmp_path, {"x": torch.ones(2)}, {"y": torch.zeros(3)}))
+    opened = SafetensorsFolder(shards(tmp_path, {"x": torch.ones(2)}, {"y": torch.zeros(3)}))
     assert opened.names() == ["x", "y"]
     assert same(opened.read("y"), torch.zeros(3))
 
@@ -512,19 +512,19 @@ def test_damaged_indexes(tmp_path: Path, case: str) -> None:
     model = tmp_path / "sub"
     save_file(ONE, tmp_path / "a.safetensors")
     shards(model, *contents, weight_map=weight_map)
-    refused(lambda: Checkpoint(model), *expected)
+    refused(lambda: SafetensorsFolder(model), *expected)
 
 
 def test_indexes_that_are_no_json(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text('{"weight_map": {"x": "a.safetensors",\n "x": "b.safetensors"}}')
-    refused(lambda: Checkpoint(tmp_path), INDEX, "line 1, 2: key 'x' is given twice")
+    refused(lambda: SafetensorsFolder(tmp_path), INDEX, "line 1, 2: key 'x' is given twice")
     (tmp_path / INDEX).write_text("<html>")
-    refused(lambda: Checkpoint(tmp_path), INDEX, "line 1: not valid JSON")
+    refused(lambda: SafetensorsFolder(tmp_path), INDEX, "line 1: not valid JSON")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {str(i): "a.safetensors" for i in range(MAX_TENSORS + 1)}}))
-    refused(lambda: Checkpoint(tmp_path), INDEX, "100,001 tensors")
+    refused(lambda: SafetensorsFolder(tmp_path), INDEX, "100,001 tensors")
     (tmp_path / INDEX).unlink()
     (tmp_path / INDEX).symlink_to("nowhere")
-    refused(lambda: Checkpoint(tmp_path), INDEX, "no such file")
+    refused(lambda: SafetensorsFolder(tmp_path), INDEX, "no such file")
 
 
 def test_links_out_of_the_folder(tmp_path: Path) -> None:
@@ -534,21 +534,21 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     save_file(ONE, outside / "a.safetensors")
 
     (model / SINGLE).symlink_to(outside / "a.safetensors")
-    refused(lambda: Checkpoint(model), str(model / SINGLE), "link out of the model folder", str(outside))
+    refused(lambda: SafetensorsFolder(model), str(model / SINGLE), "link out of the model folder", str(outside))
     (model / SINGLE).unlink()
     shards(model, weight_map={"x": "a.safetensors"})
     (model / "a.safetensors").symlink_to("../outside/a.safetensors")
-    refused(lambda: Checkpoint(model), "a.safetensors: is a link out of the model folder")
+    refused(lambda: SafetensorsFolder(model), "a.safetensors: is a link out of the model folder")
     (model / "a.safetensors").unlink()
     (model / "a.safetensors").symlink_to("a.safetensors")  # a loop
-    refused(lambda: Checkpoint(model), "a.safetensors")
+    refused(lambda: SafetensorsFolder(model), "a.safetensors")
 
     (model / "a.safetensors").unlink()
     save_file(ONE, model / "real.safetensors")
     (model / "a.safetensors").symlink_to("real.safetensors")  # within the folder
-    assert Checkpoint(model).names() == ["x"]
+    assert SafetensorsFolder(model).names() == ["x"]
     (tmp_path / "short").symlink_to(model)  # the folder itself may be a link
-    assert Checkpoint(tmp_path / "short").names() == ["x"]
+    assert SafetensorsFolder(tmp_path / "short").names() == ["x"]
 
 
 def test_snapshots_of_the_hub_cache_link_to_their_own_blobs(tmp_path: Path) -> None:
@@ -561,16 +561,18 @@ def test_snapshots_of_the_hub_cache_link_to_their_own_blobs(tmp_path: Path) -> N
         (tmp_path / place).mkdir(parents=True)
         save_file(ONE, tmp_path / place / "00ff")
     mine = linked("models--o--n/snapshots/1", "../../blobs/00ff")
-    assert Checkpoint(mine).names() == ["x"]
+    assert SafetensorsFolder(mine).names() == ["x"]
     (tmp_path / "link").symlink_to(mine)
-    assert Checkpoint(tmp_path / "link").names() == ["x"]
+    assert SafetensorsFolder(tmp_path / "link").names() == ["x"]
     for folder, target in (
         ("models--o--n/snapshots/2", "../../refs/00ff"),
         ("models--o--n/snapshots/3", "../../../models--o--other/blobs/00ff"),
         ("models--o--n/mine/4", "../../blobs/00ff"),
         ("plain/snapshots/5", "../../blobs/00ff"),
     ):
-        refused(partial(Checkpoint, linked(folder, target)), f"{folder}/{SINGLE}: is a link out of the model folder")
+        refused(
+            partial(SafetensorsFolder, linked(folder, target)), f"{folder}/{SINGLE}: is a link out of the model folder"
+        )
 
 
 # Fuzzing
@@ -654,7 +656,7 @@ from pathlib import Path
 import torch
 from afina.errors import WeightsError
 from afina.loaders.weights import safetensors
-from afina.loaders.weights.safetensors import Checkpoint, MAX_HEADER, read_safetensors, save_tensors
+from afina.loaders.weights.safetensors import SafetensorsFolder, MAX_HEADER, read_safetensors, save_tensors
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
@@ -711,7 +713,7 @@ def test_reading_needs_its_target_and_one_buffer_and_writing_only_a_buffer(tmp_p
         x = {f"{i}.weight": torch.full((4096, 2048), 1.0 + i).bfloat16() for i in range(4)}  # 64 MiB
         turned = {name: tensor.t() for name, tensor in x.items()}
         def load(rows, names, dtype, transpose):
-            opened = Checkpoint(folder)
+            opened = SafetensorsFolder(folder)
             target = torch.empty(len(names), *((rows, 2048) if transpose else (2048, rows)), dtype=dtype)
             for name, out in zip(names, target):
                 opened.read_into(name, out, transpose=transpose)
