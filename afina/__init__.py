@@ -6,7 +6,15 @@ Names are imported on first use, so that ``import afina`` and ``afina --help`` d
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+# Torch's OpenMP threads wait for each other by spinning. Where another process wants a core too, a thread that spins
+# holds the core that the thread it waits for needs, and a training step takes many times as long. The OpenMP library
+# reads this limit on spinning when torch loads it, and what the user has set stays.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __version__ = "0.1.0"
 
