@@ -153,21 +153,33 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
 }
 
 
+class Constant(NamedTuple):
+    """What is compiled in: an argument, at place (i,), or a field of one that is a NamedTuple, at place (i, j)."""
+
+    place: tuple[int, ...]
+    name: str
+    value: Any
+
+
 class Job(NamedTuple):
-    """One compilation: a kernel, its signature, its constants and its options, for one target."""
+    """One compilation: a kernel, its signature, its constants and its options, for one target.
+
+    ``signature``: the type of each argument by name; of a NamedTuple, a tuple of the same kind with its fields' types.
+    ``aligned``: the places of the pointers and integers that 16 divides.
+    """
 
     op: str
     module: str
     kernel: str
     target: int
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[Constant, ...]
+    aligned: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, int], ...]
 
     def label(self) -> str:
         """The constants that tell one variant of a kernel from another."""
-        return " ".join(f"{name}={value}" for name, value in self.constants if value is not None)
+        return " ".join(f"{c.name}={c.value}" for c in self.constants if c.value is not None)
 
 
 class Result(NamedTuple):
@@ -221,38 +233,46 @@ def _job(op: str, kernel: Any, target: int, arguments: dict[str, Any]) -> Job:
     """Specialise as Triton does at a launch: pointers and integers that 16 divides, and integers that are 1."""
     names = ("num_warps", "num_stages", "enable_fp_fusion")
     options = {name: arguments.pop(name) for name in names if name in arguments}
-    signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, arguments.get(parameter.name, parameter.default)
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[name] = "constexpr"
-            constants[name] = value
-            continue
+    constants: list[Constant] = []
+    aligned: list[tuple[int, ...]] = []
+
+    def kind(place: tuple[int, ...], name: str, value: Any, special: bool) -> Any:
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            # What stands in a tuple is always specialised, whatever do_not_specialize says.
+            kinds = [kind((*place, i), f"{name}.{f}", x, True) for i, (f, x) in enumerate(zip(fields, value))]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        constant = isinstance(value, triton.language.constexpr)
+        if constant or value is None or (special and type(value) is int and value == 1):
+            constants.append(Constant(place, name, value.value if constant else value))
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if special and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+            aligned.append(place)
         if isinstance(value, Tensor):
-            signature[name] = "*" + NAMES[value.dtype]
-            align = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[name], align = "fp32", False
-        else:
-            signature[name] = "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
-            align = value % 16 == 0
-        if special and align:
-            aligned.append(name)
+            return "*" + NAMES[value.dtype]
+        return "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments.get(parameter.name, parameter.default)
+        if parameter.is_constexpr:
+            value = triton.language.constexpr(value)
+        signature[parameter.name] = kind((i,), parameter.name, value, not parameter.do_not_specialize)
     return Job(
-        op, kernel.fn.__module__, kernel.fn.__name__, target, tuple(signature.items()), tuple(constants.items()),
+        op, kernel.fn.__module__, kernel.fn.__name__, target, tuple(signature.items()), tuple(constants),
         tuple(aligned), tuple(sorted(options.items())),
     )  # fmt: skip
 
 
 def compiled(job: Job) -> Result:
     kernel = getattr(sys.modules[job.module], job.kernel)
-    place = {name: (i,) for i, (name, _) in enumerate(job.signature)}
     source = ASTSource(
         fn=kernel,
         signature=dict(job.signature),
-        constexprs={place[name]: value for name, value in job.constants},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in job.aligned},
+        constexprs={constant.place: constant.value for constant in job.constants},
+        attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
     )
     started = time.perf_counter()
     made = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=dict(job.options))

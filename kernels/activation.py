@@ -8,7 +8,7 @@ Saved: gate_up only (2 I values a row); act(gate) is computed again in the backw
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,41 +28,57 @@ def geglu_reference(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+class View(NamedTuple):
+    """A matrix whose rows are contiguous: its pointer, and how far apart the rows lie, in elements."""
+
+    ptr: Any
+    stride: int
+
+
 @jit
 def _sigmoid(g, GELU: tl.constexpr):
-    """s = sigmoid(w(g)), and its slope s (1 - s) w'(g), both without a difference that would lose digits."""
+    """Compute s = sigmoid(w(g)) and its slope s (1 - s) w'(g), both without a difference that would lose digits."""
     w = g
     slope = 1.0
     if GELU:
         w = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
         slope = 1.5957691216057308 * (1.0 + 3 * 0.044715 * g * g)
-    e = tl.exp(-tl.abs(w))  # at most 1: nothing overflows
+    e = tl.exp(-tl.abs(w))  # It is at most 1, so nothing overflows.
     inverse = 1.0 / (1.0 + e)
     return tl.where(w < 0, e, 1.0) * inverse, e * inverse * inverse * slope
 
 
 @jit
-def _glu_forward(gate_up, y, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of columns of one row: gate_up (N, 2 I) with rows `stride` apart -> y (N, I) contiguous."""
+def _glu_forward(gate_up, y, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute a block of columns of one row: gate_up is a View (N, 2 I), y (N, I) is contiguous."""
+    # Load.
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
+    gate_row = gate_up.ptr + row * gate_up.stride
+    gate = tl.load(gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_row + width + column, mask=inside, other=0.0).to(tl.float32)
+    # Activate and store.
     s, _ = _sigmoid(gate, GELU)
     tl.store(y + row * width + column, (gate * s * up).to(y.dtype.element_ty), mask=inside)
 
 
 @jit
-def _glu_backward(dy, gate_up, grad, dy_stride, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _glu_backward(dy, gate_up, grad, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute the gradient of a block of columns of one row: dy (N, I) and gate_up (N, 2 I) are Views, grad (N, 2 I) is
+    contiguous."""
+    # Load.
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    upstream = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
+    gate_row = gate_up.ptr + row * gate_up.stride
+    upstream = tl.load(dy.ptr + row * dy.stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_row + width + column, mask=inside, other=0.0).to(tl.float32)
+    # Compute the activation and its slope again.
     s, slope = _sigmoid(gate, GELU)
     dgate = upstream * up * (s + gate * slope)
+    # Store.
     out = grad + row * 2 * width + column
     tl.store(out, dgate.to(grad.dtype.element_ty), mask=inside)
     tl.store(out + width, (upstream * gate * s).to(grad.dtype.element_ty), mask=inside)
@@ -76,7 +92,7 @@ class _TritonGLU(torch.autograd.Function):
         y = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
         options = config("glu", gate_up.device)
         grid = (rows.shape[0], cdiv(width, options["BLOCK"]))
-        launch(_glu_forward, grid, rows, y, rows.stride(0), width, GELU=gelu, **options)
+        launch(_glu_forward, grid, View(rows, rows.stride(0)), y, width, GELU=gelu, **options)
         ctx.save_for_backward(rows)
         ctx.gelu = gelu
         return y
@@ -89,7 +105,8 @@ class _TritonGLU(torch.autograd.Function):
         dy = as_rows(dy)
         options = config("glu", dy.device)
         grid = (rows.shape[0], cdiv(width, options["BLOCK"]))
-        launch(_glu_backward, grid, dy, rows, grad, dy.stride(0), rows.stride(0), width, GELU=ctx.gelu, **options)
+        views = View(dy, dy.stride(0)), View(rows, rows.stride(0))
+        launch(_glu_backward, grid, *views, grad, width, GELU=ctx.gelu, **options)
         return grad, None
 
 

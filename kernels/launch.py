@@ -6,6 +6,12 @@ capability is the lowest GPU compute capability (major and minor digit) that the
 on a CPU; bits is the width of the element type it is for (absent: any); size is the largest head dimension or row
 length it serves (absent: any). Rows are written by `benchmarks/tune.py` and never picked by timing at run time: what
 runs, and so every bit of the result, must not depend on a race.
+
+A kernel takes few arguments: what belongs together is one NamedTuple, such as a View of a tensor (its pointer and how
+far apart its rows lie), whose fields the kernel reads by name. Triton specialises what stands in a tuple as it does any
+other argument (None, integers that are 1 or that 16 divides, values wrapped in ``tl.constexpr``), but
+`do_not_specialize` does not reach into it: a length that changes from call to call stays an argument of its own and is
+named there, so that it costs no compilation.
 """
 
 from __future__ import annotations
@@ -102,7 +108,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if recorder is not None:
         recorder(kernel, dict(zip(kernel.arg_names, args)) | options)
         return
-    device = next(x.device for x in args if isinstance(x, torch.Tensor))
+    flat = [y for x in args for y in (x if isinstance(x, tuple) else (x,))]
+    device = next(x.device for x in flat if isinstance(x, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)

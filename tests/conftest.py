@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import afina  # noqa: F401, I001 (before torch, whose OpenMP threads it keeps from spinning for long)
+import afina  # noqa: F401  # isort: skip  (before torch, whose OpenMP threads it keeps from spinning for long)
 import pytest
 import torch
 
