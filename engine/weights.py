@@ -21,6 +21,7 @@ from afina.engine.nf4_weight import BITS, NF4Weight, Part, by_heads
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
 from afina.kernels.nf4 import NF4State, quantize_nf4
+from afina.kernels.selftest import verify
 from afina.loaders.families.common import Family, HFTensor
 from afina.loaders.families.registry import load_family
 from afina.loaders.jsonfile import read_json
@@ -86,6 +87,8 @@ def load_model(
     held = _held_quantized(model, table, stored, everything=quantize is not None and not published)
     for ours in held:
         _owner(model, ours).weight = None  # never dense, not even for a moment
+    if where.type == "cuda":
+        verify(where)
     model.to_empty(device=where)
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
@@ -128,6 +131,8 @@ def new_model(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     check_memory(fields, kind, where)
+    if where.type == "cuda":
+        verify(where)
     model = GPT(fields, device="meta", dtype=kind).to_empty(device=where)
     model.init_weights(seed)
     model.hf_config = hf

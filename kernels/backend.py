@@ -34,19 +34,22 @@ def requested(backend: str | None, device: torch.device) -> str | None:
     return name
 
 
+# (op, index of a GPU) -> whether the op's Triton kernels passed their self-test there: written by `selftest.verify`.
+verified: dict[tuple[str, int | None], bool] = {}
+
+
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:
     """The backend for `op` on `tensor`: the argument, else AFINA_BACKEND, else Triton on a GPU and torch elsewhere.
 
-    Left to itself it takes Triton on a GPU only after the op's self-test has passed there (`selftest.py`: once for
-    each GPU and Triton version). Raises ValueError for an unknown name, and for "triton" where it cannot run.
+    Left to itself it takes torch on a GPU where the op has failed its self-test. Loading a model on a GPU runs the
+    self-tests (`selftest.verify`); who calls the kernels alone may do so too, and gets Triton unverified otherwise.
+    Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
     name = requested(backend, tensor.device)
     if name is None:
         if not tensor.is_cuda or not runnable(tensor.device) or tensor.dtype not in TRITON_DTYPES:
             return "torch"
-        from afina.kernels.selftest import passed  # it imports the ops, which import this file
-
-        return "triton" if passed(op, tensor.device) else "torch"
+        return "triton" if verified.get((op, tensor.device.index), True) else "torch"
     if name == "torch" or tensor.dtype in TRITON_DTYPES:
         return name
     if backend is None:

@@ -16,7 +16,8 @@ import afina
 from afina.engine.weights import choose_device
 from afina.errors import ConfigError, nearest
 from afina.kernels import launch
-from afina.kernels.selftest import CASES, DTYPES, Result, check
+from afina.kernels.cases import CASES
+from afina.kernels.selftest import DTYPES, Result, check
 from afina.loaders.data.token_cache import cache_folder
 
 

@@ -19,19 +19,27 @@ from kernel_checks import DEVICE
 
 from afina.kernels import activation, launch, selftest
 from afina.kernels.activation import swiglu
-from afina.kernels.backend import choose
-from afina.kernels.selftest import CASES, DTYPES, Case, Draw, Result, check, passed
+from afina.kernels.backend import choose, verified
+from afina.kernels.cases import CASES, Case, Draw
+from afina.kernels.selftest import DTYPES, Result, check, verify
 
 CPU = torch.device("cpu")
 OPS = pytest.mark.parametrize("op", CASES)
 
 
 @pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process of its own, with its own cache."""
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("AFINA_BACKEND", raising=False)
-    monkeypatch.setattr(selftest, "_known", {})
+    verified.clear()
+    yield
+    verified.clear()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
+    """Let these be all the ops that there are."""
+    monkeypatch.setattr(selftest, "CASES", {op: CASES[op] for op in ops})
 
 
 def test_every_op_that_asks_for_a_backend_has_cases() -> None:
@@ -160,10 +168,10 @@ def test_other_errors_are_not_the_kernels(error: BaseException, monkeypatch: pyt
         raise error
 
     monkeypatch.setattr(activation, "launch", fail)
+    only(monkeypatch, "glu")
     with pytest.raises(type(error)):
-        passed("glu", CPU)
-    assert selftest._known == {}
-    assert selftest._running == set()
+        verify(CPU)
+    assert verified == {}
 
 
 # ---------------------------------------------------------------- what is remembered
@@ -180,33 +188,50 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return [Result(op, backend, str(dtype), "output", 0.0, 1.0, True)]
 
     monkeypatch.setattr(selftest, "check", fine)
+    only(monkeypatch, "glu", "rope")
     return seen
 
 
-def again(op: str = "glu") -> bool:
+ALL = 2 * len(DTYPES)  # checks of two ops
+
+
+def again() -> None:
     """As the next process would ask."""
-    selftest._known.clear()
-    return passed(op, CPU)
+    verified.clear()
+    verify(CPU)
+    assert verified == {("glu", None): True, ("rope", None): True}
 
 
 def cached(tmp_path: Path) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted((tmp_path / "cache").iterdir())]
 
 
-def test_an_op_is_checked_once(checks: list[Any], tmp_path: Path) -> None:
-    assert passed("glu", CPU)
-    assert checks == [("glu", str(dtype)) for dtype in DTYPES]
-    assert passed("glu", CPU)
-    assert again()
-    assert len(checks) == len(DTYPES)
-    assert again("rope")
-    assert len(checks) == 2 * len(DTYPES)
+def test_an_op_is_checked_once(checks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify(CPU)
+    assert checks == [(op, str(dtype)) for op in ("glu", "rope") for dtype in DTYPES]
+    verify(CPU)
+    again()
+    assert len(checks) == ALL
     (file,) = cached(tmp_path)  # and nothing else is left in the folder
     assert file["passed"] == ["glu", "rope"]
     assert file["torch"] == torch.__version__
-    assert again("glu")
-    assert again("rope")
-    assert len(checks) == 2 * len(DTYPES)
+    only(monkeypatch, "glu", "rope", "nf4")  # a new op is checked alone
+    verify(CPU)
+    assert checks[ALL:] == [("nf4", str(dtype)) for dtype in DTYPES]
+    assert cached(tmp_path)[0]["passed"] == ["glu", "rope", "nf4"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nothing_is_checked_where_nothing_is_chosen(
+    backend: str, checks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFINA_BACKEND", backend)
+    verify(CPU)
+    assert (checks, verified) == ([], {})
+    monkeypatch.delenv("AFINA_BACKEND")
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # no kernel can run on a CPU then
+    verify(CPU)
+    assert (checks, verified) == ([], {})
 
 
 @pytest.mark.parametrize(
@@ -222,11 +247,11 @@ def test_an_op_is_checked_once(checks: list[Any], tmp_path: Path) -> None:
 def test_what_passed_elsewhere_counts_for_nothing(
     where: Any, name: str, value: Any, checks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed("glu", CPU)
-    monkeypatch.setattr(where, name, value)
-    assert again()
-    assert len(checks) == 2 * len(DTYPES)
-    monkeypatch.undo()
+    verify(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, value)
+        again()
+    assert len(checks) == 2 * ALL
     assert len(cached(tmp_path)) == 2
 
 
@@ -252,13 +277,13 @@ def test_the_source_is_all_kernels_and_the_launch_table(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"passed": ["glu"]}', "\x00"])
 def test_a_damaged_cache_is_replaced(text: str, checks: list[Any], tmp_path: Path) -> None:
-    passed("glu", CPU)
+    verify(CPU)
     (path,) = (tmp_path / "cache").iterdir()
     path.write_text(text)
     for _ in range(2):
-        assert again()
-    assert len(checks) == 2 * len(DTYPES)
-    assert cached(tmp_path)[0]["passed"] == ["glu"]
+        again()
+    assert len(checks) == 2 * ALL
+    assert cached(tmp_path)[0]["passed"] == ["glu", "rope"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
@@ -267,15 +292,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "file" / "cache"))
     for _ in range(2):
-        assert again()
-    assert len(checks) == 2 * len(DTYPES)
+        again()
+    assert len(checks) == 2 * ALL
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(selftest.os, "replace", full)
-    assert again()
+    again()
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -285,7 +310,8 @@ def test_threads_wait_for_one_check(checks: list[Any]) -> None:
 
     def ask() -> None:
         start.wait()
-        found.append(passed("glu", CPU))
+        verify(CPU)
+        found.append(verified["rope", None])
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -293,16 +319,7 @@ def test_threads_wait_for_one_check(checks: list[Any]) -> None:
     for thread in threads:
         thread.join()
     assert found == [True] * 4
-    assert len(checks) == len(DTYPES)
-
-
-def test_a_check_that_asks_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nested(op: str, device: torch.device, *args: Any) -> list[Result]:
-        assert passed(op, device)
-        return []
-
-    monkeypatch.setattr(selftest, "check", nested)
-    assert passed("glu", CPU)
+    assert len(checks) == ALL
 
 
 # ---------------------------------------------------------------- what follows from it
@@ -317,12 +334,19 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter is not used where there is a GPU")
-def test_a_sound_kernel_is_the_default(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_sound_kernel_is_the_default(checked: bool, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is one that nobody has verified; a forward pass never runs a self-test."""
+    only(monkeypatch, "glu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        if checked:
+            verify(CPU)
+        monkeypatch.setattr(selftest, "check", lambda *args: pytest.fail("a self-test in a forward pass"))
         x = torch.linspace(-2, 2, 20).view(2, 10)
         assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
-    assert selftest._known == {("glu", None): True}
+    assert verified == ({("glu", None): True} if checked else {})
+    assert choose("glu", None, x) == "triton"
     assert choose("glu", None, x.double()) == "torch"
 
 
@@ -335,27 +359,34 @@ def test_a_broken_kernel_gives_way_to_torch_with_one_warning(
         if how == "raises":
             raise RuntimeError("PassManager::run failed")
         launch.launch(kernel, grid, *args, **options)
-        args[1].mul_(1.5)
+        next(x for x in args if isinstance(x, torch.Tensor)).mul_(1.5)  # what it writes
 
-    monkeypatch.setattr(activation, "launch", broken)
+    only(monkeypatch, "glu")
+    with monkeypatch.context() as patch:
+        patch.setattr(activation, "launch", broken)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                verify(CPU)
     x = torch.linspace(-2, 2, 20).view(2, 10)
-    with pytest.warns(RuntimeWarning) as caught:
-        got = [swiglu(x) for _ in range(3)]
-    want = swiglu(x, backend="torch")
-    assert all(torch.equal(y, want) for y in got)
+    assert choose("glu", None, x) == "torch"
+    assert torch.equal(swiglu(x), swiglu(x, backend="torch"))
     (warning,) = [str(w.message) for w in caught]
     assert warning.startswith("glu: the Triton kernels fail their self-test on Triton's interpreter (float32: ")
     assert ("PassManager::run failed" if how == "raises" else "output is off by ") in warning
     assert warning.endswith("Run: afina doctor")
     # Mended, the next process takes it up.
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(activation, "launch", launch.launch)
-    selftest._known.clear()
-    assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
+    verified.clear()
+    verify(CPU)
+    assert verified == {("glu", None): True}
 
 
 @pytest.mark.gpu
 def test_on_this_gpu() -> None:
+    verify(torch.device("cuda"))
+    assert all(verified.values())
+    assert {op for op, index in verified} == set(CASES)
     x = torch.linspace(-2, 2, 20, device="cuda").view(2, 10)
     assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
     assert choose("glu", None, SimpleNamespace(device=x.device, is_cuda=True, dtype=x.dtype)) == "triton"  # type: ignore[arg-type]
