@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,20 @@ FLOORS: dict[str, set[str]] = {
 }
 
 
-def imported(file: Path) -> set[str]:
+def statements(file: Path, *, types: bool = True) -> Iterator[ast.AST]:
+    """Every node of a file, functions included; without ``types`` none of what only a type checker reads."""
+    waiting: list[ast.AST] = [ast.parse(file.read_text())]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if types or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            waiting += ast.iter_child_nodes(node)
+
+
+def imported(file: Path, *, types: bool = True) -> set[str]:
     """Dotted names that ``file`` imports, wherever in it the import stands."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in statements(file, types=types):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -45,6 +56,38 @@ def test_imports_stay_on_their_floors(floor: str) -> None:
             if name.startswith("afina."):
                 room = name.split(".")[1]
                 assert room in FLOORS[floor] | {floor.rpartition("/")[2]}, f"{file} imports {name}"
+
+
+def modules() -> dict[str, Path]:
+    """Our modules by dotted name."""
+    found = {}
+    for folder in ("afina", *sorted(BASEMENT)):
+        for file in (REPO / folder).rglob("*.py"):
+            name = file.relative_to(REPO).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+            found[name if folder == "afina" else f"afina.{name}"] = file
+    return {name: file for name, file in found.items() if not file.is_relative_to(REPO / "afina" / "data")}
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which of our modules each imports, also inside a function, but not for the type checker alone."""
+    known = modules()
+    graph: dict[str, set[str]] = {}
+    for name, file in known.items():
+        targets = imported(file, types=False)
+        # ``from afina.kernels import launch`` names a module, ``from afina.errors import nearest`` a part of one.
+        graph[name] = {t if t in known else t.rpartition(".")[0] for t in targets} & known.keys() - {name}
+    return graph
+
+
+def test_no_import_circles() -> None:
+    graph = import_graph()
+    assert {"afina.kernels.backend", "afina.engine.train", "afina.cli.main"} <= graph.keys()
+    assert "afina.kernels.attention" in graph["afina.engine.model"]
+    while leaves := [name for name, targets in graph.items() if not targets]:
+        for leaf in leaves:
+            del graph[leaf]
+        graph = {name: targets - set(leaves) for name, targets in graph.items()}
+    assert not graph, f"import circles, or what hangs on them: {graph}"
 
 
 def test_verbs_do_not_import_each_other() -> None:
@@ -67,8 +110,8 @@ def test_links_and_no_initialisers(floor: str) -> None:
 # Files that are only reached through another one, whose tests they share: their path without suffix -> its tests.
 TESTED_WITH = {
     "kernels/attention_blocks": "kernels/test_attention",
+    "kernels/cases": "kernels/test_selftest",
     "kernels/cross_entropy_rows": "kernels/test_cross_entropy",
-    "engine/nf4_weight": "engine/test_nf4_weight",
     "engine/rope_tables": "engine/test_model_config",
     "engine/sampling": "engine/test_generate",
     "engine/settings": "engine/test_train_config",

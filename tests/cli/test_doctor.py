@@ -73,9 +73,7 @@ def test_with_the_interpreter_triton_is_checked_too() -> None:
 
 def broken(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     launch.launch(kernel, grid, *args, **options)
-    next(x for x in args if isinstance(x, torch.Tensor)).mul_(
-        1.5
-    )  # what it writes  # what the forward kernel has written
+    next(x for x in args if isinstance(x, torch.Tensor)).mul_(1.5)  # what it writes
 
 
 def unavailable(kernel: Any, *args: Any, **options: Any) -> None:
