@@ -51,7 +51,7 @@ from torch import Tensor
 from afina.engine.linear import Linear, sums
 from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
-from afina.kernels import cross_entropy
+from afina.kernels import cross_entropy_chunks
 from afina.kernels.backend import choose, wide_dtype
 
 
@@ -190,12 +190,13 @@ class _Walk:
         vocab = weight.shape[0]
         compute = self.wide if weight.device.type == "cpu" and not triton else self.size
         if triton:
-            few, many = cross_entropy.GPU_CHUNK_ROWS
-            most = many if weight.requires_grad and many * vocab * compute <= cross_entropy.GPU_CHUNK_BYTES else few
+            few, many = cross_entropy_chunks.GPU_CHUNK_ROWS
+            fits = many * vocab * compute <= cross_entropy_chunks.GPU_CHUNK_BYTES
+            most = many if weight.requires_grad and fits else few
             copies = 1
         else:
-            few, many = cross_entropy.CHUNK_ROWS
-            most = max(few, min(many, cross_entropy.CHUNK_BYTES // (4 * vocab)))
+            few, many = cross_entropy_chunks.CHUNK_ROWS
+            most = max(few, min(many, cross_entropy_chunks.CHUNK_BYTES // (4 * vocab)))
             copies = 1 if self.model.config.logit_softcap is None else 3  # the slope of the cap, made in two steps
         room = min(most, self.rows) * vocab * copies * (compute if triton else self.wide)
         if compute != self.size:

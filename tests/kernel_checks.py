@@ -121,10 +121,17 @@ def assert_low_precision(
     exact = evaluate(reference, [x.double() for x in low], kind)
     with poisoned():
         ours = evaluate(function, low, kind)
-    for i, (got, plain, want) in enumerate(zip(ours, evaluate(formula, low, kind), exact)):
-        assert got.dtype in (dtype, torch.float32), i
-        assert got.shape == want.shape, i
+    assert_no_worse(ours, evaluate(formula, low, kind), exact, dtype)
+
+
+def assert_no_worse(
+    got: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """The rule of `assert_low_precision`, for results in `dtype`, those of torch's formula in it, and fp64 ones."""
+    for i, (ours, torchs, want) in enumerate(zip(got, plain, exact, strict=True)):
+        assert ours.dtype in (dtype, torch.float32), i
+        assert ours.shape == want.shape, i
         if want.numel() == 0:
             continue
-        error, allowed = float((got.double() - want).abs().max()), allowed_error(plain, want, dtype)
+        error, allowed = float((ours.double() - want).abs().max()), allowed_error(torchs, want, dtype)
         assert error <= allowed, f"result {i}: {error} > {allowed}"  # NaN passes no comparison.

@@ -111,7 +111,10 @@ def test_links_and_no_initialisers(floor: str) -> None:
 TESTED_WITH = {
     "kernels/attention_blocks": "kernels/test_attention",
     "kernels/cases": "kernels/test_selftest",
-    "kernels/cross_entropy_rows": "kernels/test_cross_entropy",
+    "kernels/cross_entropy_chunks": "kernels/test_cross_entropy",
+    "kernels/cross_entropy_torch": "kernels/test_cross_entropy",
+    "kernels/cross_entropy_triton": "kernels/test_cross_entropy",
+    "kernels/norm_triton": "kernels/test_norm",
     "engine/rope_tables": "engine/test_model_config",
     "engine/sampling": "engine/test_generate",
     "engine/settings": "engine/test_train_config",

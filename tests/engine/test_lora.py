@@ -417,13 +417,13 @@ def test_nothing_below_the_lowest_adapter_has_a_backward_pass(checkpointing: boo
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_gradient_of_a_frozen_head_is_never_computed(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, ...]] = []
-    run = cross_entropy._run
+    head_loss = cross_entropy.head_loss
 
     def spy(hidden: Any, weight: Any, bias: Any, targets: Any, options: Any, wanted: Any, *rest: Any) -> Any:
         seen.append(tuple(wanted))
-        return run(hidden, weight, bias, targets, options, wanted, *rest)
+        return head_loss(hidden, weight, bias, targets, options, wanted, *rest)
 
-    monkeypatch.setattr(cross_entropy, "_run", spy)
+    monkeypatch.setattr(cross_entropy, "head_loss", spy)
     model = load("llama")
     fresh(model, whole=["lm_head"] if trains else [])
     model.train().loss(tokens(), tokens()).backward()
