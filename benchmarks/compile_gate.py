@@ -179,7 +179,11 @@ class Job(NamedTuple):
 
     def label(self) -> str:
         """The constants that tell one variant of a kernel from another."""
-        return " ".join(f"{c.name}={c.value}" for c in self.constants if c.value is not None)
+        named: dict[str, Any] = {}
+        for constant in self.constants:
+            value = constant.value
+            named |= value._asdict() if hasattr(value, "_asdict") else {constant.name: value}
+        return " ".join(f"{name}={value}" for name, value in named.items() if value is not None)
 
 
 class Result(NamedTuple):

@@ -1,33 +1,56 @@
-"""Attention of one new token a sequence to its key/value cache (the decoding step of generation). Forward only.
+"""Attention of one new token a sequence to its key/value cache, the decoding step of generation. It has no gradient.
 
 Row b has lengths[b] valid keys, its own the last of them; with a window only the last `window` of those count:
     s_j = scale * q . k_j       s <- softcap * tanh(s / softcap)       o = sum_j softmax(s)_j v_j
-Bytes: 4 S Hkv D a row at 2-byte dtype (the query heads that share a key head are the rows of one small matrix, so the
-cache is read once and never repeated); FLOPs 4 S Hq D. A GPU computes much more than that in the time that it reads so
-much, so what counts is that enough programs read at once. Few sequences have too few heads for that. Therefore the keys
-of a sequence and head are split (Flash-Decoding, https://pytorch.org/blog/flash-decoding/): a program goes through one
-range of them with an online softmax and leaves its maximum m, its l = sum exp(s - m) and its unnormalised output o; a
-second kernel adds these up:
+A row reads 4 S Hkv D bytes of cache at a 2-byte dtype and computes 4 S Hq D FLOPs. The query heads that share a key
+head are the rows of one small matrix, so the cache is read once and never repeated.
+
+A GPU computes much more in the time that it takes to read so much. What counts is therefore that enough programs read
+at once, and few sequences have too few heads for that. So the keys of a sequence and head are split (Flash-Decoding,
+https://pytorch.org/blog/flash-decoding/): a program goes through one range of them with an online softmax and leaves
+its maximum m, its l = sum exp(s - m) and its output o, not yet divided by l. A second kernel adds these up:
     M = max m_i       out = sum_i exp(m_i - M) o_i / sum_i exp(m_i - M) l_i
-The number of ranges follows from shapes alone, so that nothing waits for `lengths` to come to the CPU; where the ranges
-of a row begin follows from its length.
+The number of ranges follows from shapes alone, so that nothing waits for `lengths` to come to the CPU. Where the ranges
+of a row begin follows from its length, which the kernel reads.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from afina.kernels.attention import tanh
+from afina.kernels.attention_triton import View, tanh
 from afina.kernels.backend import check_floating, check_like, check_shape, choose, wide_dtype
 from afina.kernels.launch import INTERPRETED, cdiv, config, jit, launch, power_of_two, tl
 
-# A maximum below all others. Finite: two of them differ by 0, not by NaN.
-LOWEST = tl.constexpr(-3e38)
-# Query heads of a program: the fewest that matrix units take. Larger groups are cut.
-ROWS = 16
-# The largest head dimension whose output fits into the registers of a program.
-LARGEST = 512
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3e38)  # It stands for -inf as a maximum, because the difference of two of them is 0, not NaN.
+HEADS = 16  # Query heads of a program, the fewest that matrix units take. Larger groups are cut.
+MAX_HEAD_DIM = 512  # An output of this size fits into the registers of a program.
+
+
+class Sizes(NamedTuple):
+    """The sizes of a model's attention."""
+
+    key_heads: int
+    group: int  # query heads that share a key head
+    dim: int
+
+
+class Scores(NamedTuple):
+    """What makes a score of a product of query and key."""
+
+    scale: float
+    softcap: float | None
+
+
+class Parts(NamedTuple):
+    """What the programs of one row and query head leave for `_decode_combine`, all in fp32."""
+
+    o: Any  # (B, Hq, splits, D): the outputs, not yet divided by l
+    statistics: Any  # (B, Hq, splits, 2): m to base 2, and l
 
 
 def decode_attention_reference(
@@ -40,6 +63,7 @@ def decode_attention_reference(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
+    """The formulas above, one row at a time; fp32 inside (fp64 for fp64). Shapes are those of `decode_attention`."""
     out = torch.zeros_like(q)
     group = q.shape[1] // k_cache.shape[2]
     wide = wide_dtype(q.dtype)
@@ -55,92 +79,112 @@ def decode_attention_reference(
 
 @jit(do_not_specialize=["room", "window"])
 def _decode_split(
-    q, k, v, lengths, out, parts, statistics, q_row, q_head, k_row, k_key, k_head, v_row, v_key, v_head, room, window,
-    heads, group, dim, scale, softcap, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    q, k, v, lengths, out, parts, room, window, sizes, scores, HEADS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One range of the keys of a row and key head, for ROWS of its `group` query heads.
+    """One range of the keys of a row and key head, for HEADS of the query heads that share it. q, k and v are Views.
 
-    Everything is transposed, scores (keys, heads) and output (D, heads): Hopper's matrix units want 64 rows, and keys
-    and D have them. Without statistics there is one range and the result goes to out; else o goes to parts (B, Hq,
-    splits, D) and m, l, in base 2, to statistics (B, Hq, splits, 2).
+    Scores (keys, heads) and output (D, heads) stand transposed, because Hopper's matrix units want 64 rows: keys and D
+    are as many, heads are not. Without `parts` there is one range, and the result goes to out (B, Hq, D).
     """
-    tiles = tl.cdiv(group, ROWS)
+    tiles = tl.cdiv(sizes.group, HEADS)
     index = tl.program_id(0) // tiles
-    row = (index // heads).to(tl.int64)
-    head = index % heads
-    member = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)[None, :]
-    query = head * group + member
+    row = (index // sizes.key_heads).to(tl.int64)
+    key_head = index % sizes.key_heads
+    member = (tl.program_id(0) % tiles) * HEADS + tl.arange(0, HEADS)[None, :]
+    head = key_head * sizes.group + member
     column = tl.arange(0, DIM)
+
+    # Load the queries.
     queries = tl.load(
-        q + row * q_row + query.to(tl.int64) * q_head + column[:, None],
-        mask=(member < group) & (column[:, None] < dim),
+        q.ptr + row * q.stride_batch + head.to(tl.int64) * q.stride_head + column[:, None],
+        mask=(member < sizes.group) & (column[:, None] < sizes.dim),
         other=0.0,
     )
+    if UPCAST:  # The interpreter multiplies matrices of bfloat16 wrongly.
+        queries = queries.to(tl.float32)
+
+    # This program's range of the row's keys, whose ends are multiples of BLOCK from the first.
     end = tl.minimum(tl.maximum(tl.load(lengths + row), 0), room)
     count = end if window is None else tl.minimum(end, window)
     size = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), BLOCK) * BLOCK
     start = end - count + tl.program_id(1) * size
     stop = tl.minimum(start + size, end)
-    keys = k + row * k_row + head.to(tl.int64) * k_head + column[None, :]
-    values = v + row * v_row + head.to(tl.int64) * v_head + column[:, None]
-    if UPCAST:
-        queries = queries.to(tl.float32)
-    m = tl.full((ROWS,), LOWEST, tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)  # noqa: E741
-    o = tl.zeros((DIM, ROWS), tl.float32)
+    keys = k.ptr + row * k.stride_batch + key_head.to(tl.int64) * k.stride_head + column[None, :]
+    values = v.ptr + row * v.stride_batch + key_head.to(tl.int64) * v.stride_head + column[:, None]
+
+    m_i = tl.full((HEADS,), LOWEST, tl.float32)
+    l_i = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((DIM, HEADS), tl.float32)
     for first in range(start, stop, BLOCK):
-        place = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        inside = place < stop
-        block = tl.load(keys + place[:, None] * k_key, mask=inside[:, None] & (column[None, :] < dim), other=0.0)
+        # Load the keys.
+        position = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = position < stop
+        key_mask = inside[:, None] & (column[None, :] < sizes.dim)
+        key = tl.load(keys + position[:, None] * k.stride_token, mask=key_mask, other=0.0)
         if UPCAST:
-            block = block.to(tl.float32)
-        s = tl.dot(block, queries, input_precision="ieee") * scale
-        if softcap is not None:
-            s = softcap * tanh(s / softcap, True)
-        s = tl.where(inside[:, None], s * 1.4426950408889634, -float("inf"))
-        highest = tl.maximum(m, tl.max(s, 0))
-        p = tl.exp2(s - highest[None, :])
-        fade = tl.exp2(m - highest)
-        m = highest
-        l = l * fade + tl.sum(p, 0)  # noqa: E741
-        block = tl.load(values + place[None, :] * v_key, mask=inside[None, :] & (column[:, None] < dim), other=0.0)
+            key = key.to(tl.float32)
+
+        # Scores, to base 2, and the mask.
+        s = tl.dot(key, queries, input_precision="ieee") * scores.scale
+        if scores.softcap is not None:
+            s = scores.softcap * tanh(s / scores.softcap, True)
+        s = tl.where(inside[:, None], s * LOG2_E, -float("inf"))
+
+        # Online softmax: a head's maximum may rise, and then what was summed up so far shrinks by alpha.
+        m_new = tl.maximum(m_i, tl.max(s, 0))
+        p = tl.exp2(s - m_new[None, :])
+        alpha = tl.exp2(m_i - m_new)
+        m_i = m_new
+        l_i = l_i * alpha + tl.sum(p, 0)
+
+        # Load the values and add them up.
+        value_mask = inside[None, :] & (column[:, None] < sizes.dim)
+        value = tl.load(values + position[None, :] * v.stride_token, mask=value_mask, other=0.0)
         if UPCAST:
-            block = block.to(tl.float32)
-        o = tl.dot(block, p.to(block.dtype), o * fade[None, :], input_precision="ieee")
-    target = row * heads * group + query
-    inside = (member < group) & (column[:, None] < dim)
-    if statistics is None:
-        o = o / tl.where(l == 0.0, 1.0, l)[None, :]
-        tl.store(out + target * dim + column[:, None], o.to(out.dtype.element_ty), mask=inside)
+            value = value.to(tl.float32)
+        acc = tl.dot(value, p.to(value.dtype), acc * alpha[None, :], input_precision="ieee")
+
+    # Store the output, or this range's part of it.
+    target = row * sizes.key_heads * sizes.group + head
+    inside = (member < sizes.group) & (column[:, None] < sizes.dim)
+    if parts is None:
+        acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[None, :]
+        tl.store(out + target * sizes.dim + column[:, None], acc.to(out.dtype.element_ty), mask=inside)
     else:
         target = target * tl.num_programs(1) + tl.program_id(1)
-        tl.store(parts + target * dim + column[:, None], o, mask=inside)
-        tl.store(statistics + target * 2, m[None, :], mask=member < group)
-        tl.store(statistics + target * 2 + 1, l[None, :], mask=member < group)
+        tl.store(parts.o + target * sizes.dim + column[:, None], acc, mask=inside)
+        tl.store(parts.statistics + target * 2, m_i[None, :], mask=member < sizes.group)
+        tl.store(parts.statistics + target * 2 + 1, l_i[None, :], mask=member < sizes.group)
 
 
 @jit(do_not_specialize=["splits"])
-def _decode_combine(parts, statistics, out, splits, dim, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One query head of one row: its parts, BLOCK at a time."""
+def _decode_combine(parts, out, splits, dim, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The output of one query head of one row, from its parts, BLOCK of them at a time."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DIM)
-    highest = tl.full((1,), LOWEST, tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    o = tl.zeros((DIM,), tl.float32)
+    m_i = tl.full((1,), LOWEST, tl.float32)
+    l_i = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((DIM,), tl.float32)
     for first in range(0, splits, BLOCK):
+        # Load.
         split = first + tl.arange(0, BLOCK)
-        at = row * splits + split
-        m = tl.load(statistics + at * 2, mask=split < splits, other=LOWEST)
-        l = tl.load(statistics + at * 2 + 1, mask=split < splits, other=0.0)  # noqa: E741
+        place = row * splits + split
+        m = tl.load(parts.statistics + place * 2, mask=split < splits, other=LOWEST)
+        l = tl.load(parts.statistics + place * 2 + 1, mask=split < splits, other=0.0)  # noqa: E741
         inside = (split < splits)[:, None] & (column < dim)[None, :]
-        part = tl.load(parts + at[:, None] * dim + column[None, :], mask=inside, other=0.0)
-        higher = tl.maximum(highest, tl.max(m, 0))
-        weight, fade = tl.exp2(m - higher), tl.exp2(highest - higher)
-        highest = higher
-        total = total * fade + tl.sum(weight * l, 0)
-        o = o * fade + tl.sum(weight[:, None] * part, 0)
-    o = o / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + row * dim + column, o.to(out.dtype.element_ty), mask=column < dim)
+        o = tl.load(parts.o + place[:, None] * dim + column[None, :], mask=inside, other=0.0)
+
+        # Online softmax over the parts.
+        m_new = tl.maximum(m_i, tl.max(m, 0))
+        weight, alpha = tl.exp2(m - m_new), tl.exp2(m_i - m_new)
+        m_i = m_new
+        l_i = l_i * alpha + tl.sum(weight * l, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * o, 0)
+
+    # Store.
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)
+    tl.store(out + row * dim + column, acc.to(out.dtype.element_ty), mask=column < dim)
 
 
 def _triton(
@@ -152,32 +196,31 @@ def _triton(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    (batch, queries, dim), (room, heads) = q.shape, k.shape[1:3]
+    (batch, heads, dim), (room, key_heads) = q.shape, k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     q, k, v = (x if x.stride(-1) == 1 or dim == 1 else x.contiguous() for x in (q, k, v))
-    options = dict(config("decode", q.device, dtype=q.dtype, size=dim))
-    programs = options.pop("PROGRAMS")
-    group = queries // heads
+    row = dict(config("decode", q.device, dtype=q.dtype, size=dim))
+    programs = row.pop("PROGRAMS")
+    group = heads // key_heads
     columns = power_of_two(dim, 16)
-    work = batch * heads * cdiv(group, ROWS)
+    work = batch * key_heads * cdiv(group, HEADS)
     span = room if window is None else min(room, window)
-    splits = max(1, min(cdiv(programs, work), cdiv(span, options["BLOCK"])))
-    parts = statistics = None
+    splits = max(1, min(cdiv(programs, work), cdiv(span, row["BLOCK"])))
+    parts = None
     if splits > 1:
-        parts = torch.empty(batch, queries, splits, dim, dtype=torch.float32, device=q.device)
-        statistics = torch.empty(batch, queries, splits, 2, dtype=torch.float32, device=q.device)
+        o = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
+        parts = Parts(o, torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device))
     launch(
-        _decode_split, (work, splits), q, k, v, lengths.contiguous(), out, parts, statistics, q.stride(0), q.stride(1),
-        *k.stride()[:3], *v.stride()[:3], room, None if window is None else span, heads, group,
-        dim, float(scale),
-        None if softcap is None else float(softcap), ROWS=ROWS, DIM=columns,
-        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **options,
+        _decode_split, (work, splits), View(q, q.stride(0), 0, q.stride(1)), View(k, *k.stride()[:3]),
+        View(v, *v.stride()[:3]), lengths.contiguous(), out, parts, room, None if window is None else span,
+        Sizes(key_heads, group, dim), Scores(float(scale), None if softcap is None else float(softcap)), HEADS=HEADS,
+        DIM=columns, UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **row,
     )  # fmt: skip
     if parts is not None:
-        options = config("decode_combine", q.device)
-        launch(_decode_combine, (batch * queries,), parts, statistics, out, splits, dim, DIM=columns, **options)
+        row = config("decode_combine", q.device)
+        launch(_decode_combine, (batch * heads,), parts, out, splits, dim, DIM=columns, **row)
     return out
 
 
@@ -193,11 +236,12 @@ def decode_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """q (B, Hq, D), k_cache and v_cache (B, S, Hkv, D), lengths (B,) int32 in [0, S] -> (B, Hq, D). No gradient.
+    """q (B, Hq, D), k_cache and v_cache (B, S, Hkv, D), lengths (B,) int32 in [0, S] -> (B, Hq, D), without a gradient.
 
     The cache may hold anything past a row's length. A row of length 0 gives 0. scale defaults to D ** -0.5.
-    Raises ValueError for shapes, dtypes, devices or options that do not fit, and with torch for lengths outside [0, S];
-    Triton takes those as the nearest of 0 and S, as looking at them would make the CPU wait for the GPU.
+    Raises ValueError for shapes, dtypes, devices or options that do not fit. The torch path also raises it for lengths
+    outside [0, S]. Triton takes those as the nearest of 0 and S, because a look at them would make the CPU wait for
+    the GPU.
     """
     check_floating("q", q)
     if q.dim() != 3:
@@ -219,9 +263,9 @@ def decode_attention(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap: expected a positive number or None, found {softcap}")
     scale = max(1, dim) ** -0.5 if scale is None else scale
-    if backend == "triton" and dim > LARGEST:
-        raise ValueError(f"q: backend 'triton' takes heads of at most {LARGEST} dimensions, found {dim}")
-    if choose("decode_attention", backend, q) == "triton" and dim <= LARGEST:
+    if backend == "triton" and dim > MAX_HEAD_DIM:
+        raise ValueError(f"q: backend 'triton' takes heads of at most {MAX_HEAD_DIM} dimensions, found {dim}")
+    if choose("decode_attention", backend, q) == "triton" and dim <= MAX_HEAD_DIM:
         return _triton(q, k_cache, v_cache, lengths, softcap, window, scale)
     if batch == 0:
         return torch.zeros_like(q)

@@ -109,7 +109,8 @@ def test_links_and_no_initialisers(floor: str) -> None:
 
 # Files that are only reached through another one, whose tests they share: their path without suffix -> its tests.
 TESTED_WITH = {
-    "kernels/attention_blocks": "kernels/test_attention",
+    "kernels/attention_torch": "kernels/test_attention",
+    "kernels/attention_triton": "kernels/test_attention",
     "kernels/cases": "kernels/test_selftest",
     "kernels/cross_entropy_chunks": "kernels/test_cross_entropy",
     "kernels/cross_entropy_torch": "kernels/test_cross_entropy",

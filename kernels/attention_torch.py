@@ -1,9 +1,9 @@
-"""Attention as blocked matrix products in torch: what runs on CPUs, in float64, and where no kernel can.
+"""The torch path of attention: blocked matrix products, on CPUs, in float64 and wherever no kernel can run.
 
 Scores exist for one block of queries at a time, of all heads that share keys at once, so memory is linear in length.
 
-Packed documents of like length are padded on the right to a rectangle (which a causal query never sees) and go
-through as one batch; a rectangle takes its padding from the document itself, so no document can touch another.
+Packed documents of like length are padded on the right to a rectangle and go through as one batch. A causal query never
+sees the padding, and it is taken from the document itself, so no document can touch another.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from afina.kernels.backend import wide_dtype
 
-# Queries of one block, and the scores (of all heads, of several documents) that exist at a time: they stay in cache.
-BLOCK_ROWS = 64
-BLOCK_SCORES = 1 << 20
+BLOCK_ROWS = 64  # Queries of one block.
+BLOCK_SCORES = 1 << 20  # Scores of all heads and several documents that exist at a time, few enough to stay in cache.
 
 
 class Options(NamedTuple):
+    """The options of `attention`, with the window None where it hides nothing, and the scale a number."""
+
     causal: bool
     window: int | None
     softcap: float | None
@@ -30,18 +31,18 @@ class Options(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Documents laid out as a rectangle (documents, length); where they lie so already, it is a view of the tokens."""
+    """Documents laid out as a rectangle (documents, length). Without `gather` they lie so already: it is a view."""
 
     documents: int
     length: int
     start: int  # the first token of a view
-    gather: Tensor | None  # (documents * length,) token of each place; padding repeats its document's last token
-    padding: Tensor | None  # the places that are padding
-    places: Tensor | None  # and those that are not, if there is padding
+    gather: Tensor | None  # (documents * length,): the token of each place; padding repeats its document's last token
+    padding: Tensor | None  # the places that are padding, None if there are none
+    places: Tensor | None  # the places that are not padding, None if all are
     tokens: Tensor | None  # the tokens of `places`
 
     def take(self, x: Tensor, zero: bool = False) -> Tensor:
-        """(tokens, H, D) -> (documents, length, H, D), its padding 0 on request."""
+        """x (tokens, H, D) as (documents, length, H, D). With `zero` the padding is 0."""
         if self.gather is None:
             rows = x[self.start : self.start + self.documents * self.length]
         else:
@@ -51,7 +52,7 @@ class Bucket(NamedTuple):
         return rows.unflatten(0, (self.documents, self.length))
 
     def put(self, rectangle: Tensor, x: Tensor) -> None:
-        """The reverse, without the padding."""
+        """Write a rectangle (documents, length, H, D), without its padding, to its tokens in x (tokens, H, D)."""
         rows = rectangle.flatten(0, 1)
         if self.gather is None:
             x[self.start : self.start + rows.shape[0]] = rows
@@ -63,7 +64,7 @@ class Bucket(NamedTuple):
 
 @lru_cache(maxsize=32)
 def plan_buckets(offsets: tuple[int, ...], exact: bool, device: torch.device) -> tuple[Bucket, ...]:
-    """Buckets of documents whose lengths are within a quarter of the longest's (equal with `exact`)."""
+    """Divide documents into buckets, in each of which lengths are within a quarter of the longest, equal if `exact`."""
     documents = sorted(((end - start, start) for start, end in pairwise(offsets) if end > start), reverse=True)
     buckets = []
     while documents:
@@ -90,7 +91,7 @@ def plan_buckets(offsets: tuple[int, ...], exact: bool, device: torch.device) ->
 
 
 def visible(rows: int, columns: int, shift: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """Which keys (columns) each query (rows) sees; query i stands at position i + shift."""
+    """Which of the keys each query sees, as (rows, columns) of bool. Query i stands at position i + shift."""
     i = torch.arange(shift, rows + shift, device=device).unsqueeze(1)
     j = torch.arange(columns, device=device)
     seen = (j <= i) if causal else torch.ones(rows, columns, dtype=torch.bool, device=device)
@@ -98,7 +99,7 @@ def visible(rows: int, columns: int, shift: int, causal: bool, window: int | Non
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> o (n, T, Hq, D)."""
+    """q (n, T, Hq, D), k and v (n, S, Hkv, D) -> out (n, T, Hq, D)."""
     wide, heads = wide_dtype(q.dtype), k.shape[2]
     tiles, blocks, size = _tiles(q, k, options)
     out = _empty(q, blocks)
@@ -113,7 +114,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 
 
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as in `_forward` -> dq, dk, dv."""
+    """do like the output of `_forward`, and its inputs -> dq, dk, dv."""
     wide, heads = wide_dtype(q.dtype), k.shape[2]
     tiles, blocks, size = _tiles(q, k, options)
     dq = _empty(q, blocks)
@@ -122,7 +123,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
     for documents in tiles:
         keys, values = _heads(k[documents], wide), _heads(v[documents], wide)
         sums: list[Tensor] = []
-        # The last block comes first: mostly it sees all keys, and what it writes the others add to.
+        # The last block comes first, because mostly it sees all keys: the others add to what it has written.
         for rows, columns in reversed(blocks):
             queries, g = (_group(x[documents, rows], heads, wide) for x in (q, do))
             queries = queries * options.scale
@@ -147,13 +148,16 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
 
 
 def _empty(q: Tensor, blocks: list[tuple[slice, slice]]) -> Tensor:
-    """Memory like q for results of the blocks; 0 if they do not cover it."""
+    """Memory like q for the results of the blocks, filled with 0 if they do not cover it."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out if blocks and blocks[0][0].start == 0 else out.zero_()
 
 
 def _tiles(q: Tensor, k: Tensor, options: Options) -> tuple[list[slice], list[tuple[slice, slice]], int]:
-    """Groups of documents; blocks of queries, each with the columns of the keys that it sees; scores of the largest."""
+    """How the work is cut: groups of documents, blocks of queries and the largest number of scores at a time.
+
+    Each block comes with the range of the keys that its queries see.
+    """
     (n, length, heads, _), keys = q.shape, k.shape[1]
     shift = keys - length
     rows = BLOCK_ROWS if length > 2 * BLOCK_ROWS else max(1, length)
@@ -180,8 +184,11 @@ def _probabilities(
     k: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """queries (n * Hkv, G * rows, D), keys (n * Hkv, columns, D) -> softmax of their scores (n * Hkv, G * rows,
-    columns), inside the buffer `scores`, and with a softcap its derivative 1 - (s / softcap)^2."""
+    """The softmax p of the scores of queries (n * Hkv, G * rows, D) and keys (n * Hkv, columns, D).
+
+    p (n * Hkv, G * rows, columns) lies in the buffer `scores`. Second comes a softcap's slope 1 - (s / softcap)^2, or
+    None without a softcap.
+    """
     shape = (queries.shape[0], queries.shape[1], keys.shape[1])
     s = scores[: shape[0] * shape[1] * shape[2]].view(shape)
     torch.bmm(queries, keys.transpose(1, 2), out=s)
@@ -192,19 +199,19 @@ def _probabilities(
         s.mul_(options.softcap)
     if options.causal:
         size, shift = rows.stop - rows.start, k.shape[1] - q.shape[1]
-        # Without a window only the square at the diagonal hides anything.
+        # Without a window only keys in the square at the diagonal are hidden.
         first = columns.start if options.window is not None else rows.start + shift
         by_head = s.unflatten(1, (-1, size))
         by_head[..., first - columns.start :] += _mask(
             size, columns.stop - first, rows.start + shift - first, options.window, s.dtype, s.device
         )
-    # In place: the softmax kernels read a row's maximum and sum before they write it (a test watches this).
+    # This is in place, as the softmax kernels read a row's maximum and sum before they write it. A test watches that.
     return torch.softmax(s, dim=-1, out=s), slope
 
 
 @lru_cache(maxsize=64)
 def _mask(rows: int, columns: int, shift: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where query i at position i + shift sees key j, -inf elsewhere."""
+    """(rows, columns): 0 where query i, at position i + shift, sees key j, and -inf elsewhere."""
     seen = visible(rows, columns, shift, True, window, device)
     return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
@@ -220,18 +227,18 @@ def _by_key_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _group(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """(n, T, Hq, D) -> (n * Hkv, G * T, D): the queries that share a key head are the rows of one matrix."""
+    """(n, T, Hq, D) -> (n * Hkv, G * T, D), where the queries that share a key head are the rows of one matrix."""
     return _by_key_head(x, heads).flatten(2, 3).flatten(0, 1).to(dtype)
 
 
 def _put(out: Tensor, grouped: Tensor, heads: int) -> None:
-    """The reverse of `_group`, into `out` (n, T, Hq, D)."""
+    """Write what `_group` has laid out so into `out` (n, T, Hq, D)."""
     target = _by_key_head(out, heads)
     target.copy_(grouped.view(target.shape))
 
 
 class BlockedAttention(torch.autograd.Function):
-    """q (n, T, Hq, D), or (T, Hq, D) with the plan of a packed batch."""
+    """Takes q, k and v (n, T, H, D), or with the plan of a packed batch (T, H, D), and gives a tensor like q."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
@@ -254,7 +261,7 @@ class BlockedAttention(torch.autograd.Function):
             return (*_backward(do, q, k, v, ctx.options), None, None)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         for bucket in ctx.plan:
-            # Padding is no output: no gradient comes from it.
+            # No gradient comes from padding, because it is no output.
             do_rows, q_rows, k_rows, v_rows = (bucket.take(x, zero=x is do) for x in (do, q, k, v))
             for rectangle, grad in zip(_backward(do_rows, q_rows, k_rows, v_rows, ctx.options), grads):
                 bucket.put(rectangle, grad)
@@ -262,7 +269,7 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
-    """q (B, T, Hq, D), k and v (B, S, Hkv, D) -> (B, T, Hq, D); with a plan (T, H, D) and (T, Hq, D)."""
+    """q (B, T, Hq, D), k and v (B, S, Hkv, D) -> (B, T, Hq, D). With a plan all are packed, without their B."""
     if plan is not None and len(plan) == 1 and plan[0].gather is None:
         out = BlockedAttention.apply(*(plan[0].take(x) for x in (q, k, v)), options, None)
         return out.flatten(0, 1)
