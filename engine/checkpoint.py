@@ -1,23 +1,16 @@
 """Durable checkpoints and the best model: a crash at any moment leaves the newest complete one whole.
 
 A checkpoint is a folder ``checkpoint-N`` (N: optimizer steps done): one safetensors file a group of tensors,
-``state.json`` for what is not a tensor, and ``manifest.json`` with the size and SHA-256 of each. It is written beside
-its place, its files and folder are fsynced, and only then renamed into place and its parent fsynced, so a folder of
-that name is complete (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). The manifest finds what
-changed afterwards. Older checkpoints go last. There is no pickle anywhere.
-
-Working names: ``X.tmp-PID`` is unfinished or being removed; ``X.old-PID`` is what a replacement moves aside, and goes
-back to its place when the crash fell between the two renames. ``recover`` sees to both; only the holder of the run
-folder's lock may call it or write.
+``state.json`` for what is not a tensor, and ``manifest.json`` with the size and SHA-256 of each. `afina/durable.py`
+puts it in place in one piece, so a folder of that name is complete; the manifest finds what changed afterwards. Older
+checkpoints go last. There is no pickle anywhere. Only the holder of the run folder's lock may write.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
+from afina.durable import publish, remove, sync
 from afina.errors import AfinaError, RunError
 from afina.loaders.weights.safetensors import read_safetensors, write_safetensors
 
 FORMAT = "afina-checkpoint-1"
 MANIFEST, STATE = "manifest.json", "state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-WORKING_NAME = re.compile(r"(.+)\.(tmp|old)-[0-9]+")
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -80,7 +73,7 @@ def save_checkpoint(
     def write(folder: Path) -> None:
         for path in run_dir.iterdir():  # the logs first: a checkpoint must not outlive the lines of its steps
             if path.is_file():
-                fsync_path(path)
+                sync(path)
         for group, members in tensors.items():
             write_safetensors(folder / f"{group}.safetensors", members)
         state = {"format": FORMAT, "step": step, "groups": sorted(tensors), "meta": meta}
@@ -154,64 +147,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, step, tuple(groups), meta)
 
 
-def recover(run_dir: Path) -> None:
-    """Finish or undo what a crash left: put back what a replacement had moved aside, remove the unfinished."""
-    for path in sorted(run_dir.iterdir()):
-        if match := WORKING_NAME.fullmatch(path.name):
-            target = run_dir / match[1]
-            if match[2] == "old" and not target.exists():
-                path.rename(target)
-            else:
-                remove(path)
-    fsync_path(run_dir)
-
-
-def fsync_path(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _publish(final: Path, writer: Callable[[Path], None]) -> Path:
-    """Fill a working folder by ``writer``, make it durable, put it at ``final``; a failure leaves things as before."""
-    working = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    aside = final.with_name(f"{final.name}.old-{os.getpid()}")
+    """Let ``writer`` fill a folder and put it at ``final``; what the disk refuses becomes a SaveError."""
     try:
-        working.mkdir()
-        writer(working)
-        for path in (*working.iterdir(), working):
-            fsync_path(path)
-        if final.exists():
-            final.rename(aside)
-        working.rename(final)
-        fsync_path(final.parent)
-    except BaseException as error:
-        if aside.exists() and not final.exists():
-            aside.rename(final)
-        shutil.rmtree(working, ignore_errors=True)
-        cause = error.__cause__ if isinstance(error, AfinaError) else error  # how writers below report a full disk
-        if isinstance(cause, OSError):
-            reason = cause.strerror or cause
-            failure = SaveError(f"{final} could not be written: {reason}; what was there before is unchanged")
-            failure.errno = cause.errno
-            raise failure from error
-        raise
-    if aside.exists():
-        shutil.rmtree(aside)
+        with publish(final) as working:
+            working.mkdir()
+            writer(working)
+    except (OSError, AfinaError) as error:
+        cause = error.__cause__ if isinstance(error, AfinaError) else error  # how writers report a full disk
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or cause
+        failure = SaveError(f"{final} could not be written: {reason}; what was there before is unchanged")
+        failure.errno = cause.errno
+        raise failure from error
     return final
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder so that a crash leaves no half of it under its own name."""
-    if path.is_dir() and not path.is_symlink():
-        if not WORKING_NAME.fullmatch(path.name):
-            path = path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}"))
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _sha256(path: Path) -> str:

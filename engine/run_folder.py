@@ -34,16 +34,8 @@ from typing import Any, Self
 
 import yaml
 
-from afina.engine.checkpoint import (
-    CHECKPOINT_NAME,
-    WORKING_NAME,
-    Checkpoint,
-    find_latest,
-    fsync_path,
-    read_json,
-    recover,
-    remove,
-)
+from afina.durable import WORKING_NAME, recover, remove, write_text
+from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest, read_json
 from afina.errors import RunError
 
 FORMAT = "afina-run-1"
@@ -145,8 +137,8 @@ class RunFolder:
             for path in sorted(self.path.iterdir()):
                 if _is_own(path.name) and path.name not in (LOCK, RUN):
                     remove(path)
-        _replace(self.path / RUN, json.dumps({**record, "config": config, "facts": facts}, indent=1) + "\n")
-        _replace(self.path / RECIPE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(self.path / RUN, json.dumps({**record, "config": config, "facts": facts}, indent=1) + "\n")
+        write_text(self.path / RECIPE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self._cut_metrics(self.checkpoint.step if self.checkpoint else -1)
         self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
@@ -263,7 +255,7 @@ class RunFolder:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, or not ours
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + "\n")
-        _replace(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
 class StopRequest:
@@ -347,16 +339,3 @@ def _show(config: Mapping[str, Any], key: str) -> str:
 
 def _is_own(name: str) -> bool:
     return name in OWN_NAMES or bool(CHECKPOINT_NAME.fullmatch(name) or WORKING_NAME.fullmatch(name))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, whole."""
-    working = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        working.write_text(text, encoding="utf-8")
-        fsync_path(working)
-        working.rename(path)
-    except OSError:
-        working.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from afina.durable import open_file
 from afina.engine.lora import load_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
@@ -28,7 +29,7 @@ from afina.loaders.jsonfile import read_json
 from afina.loaders.weights.bitsandbytes import QuantizedTensor, quantized_tensors, read_quantized
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import base_format, find_base, is_adapter
-from afina.loaders.weights.safetensors import Later, SafetensorsFolder, atomic_write, save_tensors
+from afina.loaders.weights.safetensors import Later, SafetensorsFolder, save_tensors
 
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) -> N
     dtype = str(kind).removeprefix("torch.")
     for key in [k for k in ("dtype", "torch_dtype") if k in hf] or ["dtype"]:
         hf[key] = dtype
-    with atomic_write(folder / "config.json") as file:
+    with open_file(folder / "config.json", error=WeightsError) as file:
         file.write(json.dumps(hf, indent=2, ensure_ascii=False).encode() + b"\n")
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -12,10 +12,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from afina.durable import cache_folder, write_text
 from afina.kernels import launch
 from afina.kernels.backend import requested, verified
 from afina.kernels.cases import CASES, Case, Draw, allowed_error
@@ -155,7 +154,7 @@ def _source() -> str:
 
 def _file(key: dict[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(os.environ.get("AFINA_CACHE") or "~/.cache/afina").expanduser() / f"selftest-{name}.json"
+    return cache_folder() / f"selftest-{name}.json"
 
 
 def _remembered(key: dict[str, Any]) -> list[str]:
@@ -169,15 +168,7 @@ def _remembered(key: dict[str, Any]) -> list[str]:
 
 def _remember(key: dict[str, Any], passed: list[str]) -> None:
     """Best effort: where nothing can be written, the next process checks again."""
-    text = json.dumps({**key, "passed": passed}, indent=1)
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         path = _file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        write_text(path, json.dumps({**key, "passed": passed}, indent=1))

@@ -43,7 +43,9 @@ def test_settings_lists_every_schema_and_environment_variable() -> None:
     for keys in SCHEMAS.values():
         assert re.search("^.*".join(f"`{key}`.*" for key in keys).replace("^", ""), SETTINGS), keys
     code = [
-        p.read_text(encoding="utf-8") for room in ("engine", "kernels", "loaders") for p in (REPO / room).rglob("*.py")
+        p.read_text(encoding="utf-8")
+        for room in ("afina", "engine", "kernels", "loaders")
+        for p in (REPO / room).rglob("*.py")
     ]
     used = set(re.findall(r"environ(?:\.get)?[\[(]\"(AFINA_\w+)\"", "\n".join(code)))
     assert used == set(re.findall(r"^\| `(AFINA_\w+)` \|", SETTINGS, re.MULTILINE))

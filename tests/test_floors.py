@@ -58,6 +58,13 @@ def test_imports_stay_on_their_floors(floor: str) -> None:
                 assert room in FLOORS[floor] | {floor.rpartition("/")[2]}, f"{file} imports {name}"
 
 
+@pytest.mark.parametrize("name", ["errors", "durable"])
+def test_the_ground_floor_stands_on_the_standard_library(name: str) -> None:
+    for target in imported(REPO / "afina" / f"{name}.py"):
+        top = target.split(".")[0]
+        assert top in sys.stdlib_module_names or target.startswith("afina.errors"), f"{name} imports {target}"
+
+
 def modules() -> dict[str, Path]:
     """Our modules by dotted name."""
     found = {}

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 import afina
+from afina.durable import cache_folder
 from afina.engine.weights import choose_device
 from afina.errors import ConfigError, nearest
 from afina.kernels import launch
 from afina.kernels.cases import CASES
 from afina.kernels.selftest import DTYPES, Result, check
-from afina.loaders.data.token_cache import cache_folder
 
 
 def examine(ops: Sequence[str] = (), device: str = "auto") -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from afina.cli.options import Parser, Verb, model_options, open_adapted, option, sampling_of, sampling_options, to_json
+from afina.durable import open_file
 from afina.engine.sampling import Sampling
 from afina.engine.settings import checked
 from afina.engine.train_config import TrainConfig
-from afina.errors import ConfigError
+from afina.errors import ConfigError, WeightsError
 
 
 def add_options(parser: Parser) -> None:
@@ -73,7 +74,6 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
     from afina.engine.lora import set_adapter
     from afina.loaders.data.rows import read_rows
     from afina.loaders.text.tokenizer import load_tokenizer
-    from afina.loaders.weights.safetensors import atomic_write
 
     rows = list(
         read_rows(
@@ -88,7 +88,8 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
     prompts = [encode_prompt(model, tokenizer, row.example, where=row.example.where) for row in rows]
     started, tokens = time.perf_counter(), 0
     texts: dict[str, list[str]] = {}
-    with atomic_write(output) as file, tqdm(total=len(rows) * len(adapters), unit="row", disable=None) as bar:
+    total = len(rows) * len(adapters)
+    with open_file(output, error=WeightsError) as file, tqdm(total=total, unit="row", disable=None) as bar:
         for name, adapter in adapters.items():
             set_adapter(model, adapter)
             found = texts[name] = []

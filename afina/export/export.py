@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.engine.checkpoint import fsync_path
+from afina.durable import open_file, publish
 from afina.engine.model import GPT
 from afina.engine.nf4_weight import NF4Weight
 from afina.engine.settings import SYNONYMS
@@ -38,7 +37,7 @@ from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from afina.loaders.weights.gguf import check_architecture, differences, write_gguf
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile, is_adapter
-from afina.loaders.weights.safetensors import SafetensorsFolder, atomic_write, write_safetensors
+from afina.loaders.weights.safetensors import SafetensorsFolder, write_safetensors
 
 FORMATS: dict[str, tuple[str, ...]] = {  # and the dtypes of each
     "hf": ("auto", *DTYPES),
@@ -162,7 +161,7 @@ def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str 
     with _published(place) as working:
         working.mkdir()
         write_safetensors(working / WEIGHTS, tensors, adapter.metadata)
-        with atomic_write(working / CONFIG) as file:
+        with open_file(working / CONFIG, error=WeightsError) as file:
             file.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
         tokenizer.save(working)
         found = AdapterFile(working)
@@ -293,22 +292,14 @@ def _write_gguf(model: GPT, tokenizer: Tokenizer, rows: Rows, path: Path, dtype:
 @contextlib.contextmanager
 def _published(place: Path) -> Iterator[Path]:
     """A path beside ``place`` for a folder or file, which gets the name when the block ends well and else is gone."""
-    working = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     missing = [folder for folder in place.parents if not folder.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield working
-        for path in (*(working.iterdir() if working.is_dir() else ()), working):
-            fsync_path(path)
-        _refuse_existing(place)  # again: it may have come meanwhile, and a file would be replaced
-        working.rename(place)
+        with publish(place, replace=False) as working:
+            yield working
+            _refuse_existing(place)  # again: it may have come meanwhile
         missing.clear()
-        fsync_path(place.parent)
     finally:
-        if working.is_dir():
-            shutil.rmtree(working, ignore_errors=True)
-        else:
-            working.unlink(missing_ok=True)
         for folder in missing:
             with contextlib.suppress(OSError):  # someone else put something there: it stays
                 folder.rmdir()

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from afina.durable import cache_folder
 from afina.errors import DataError
 from afina.loaders.data.files import Source
 from afina.loaders.data.rows import Row, read_rows
-from afina.loaders.data.token_cache import TokenCache, cache_folder
+from afina.loaders.data.token_cache import TokenCache
 from afina.loaders.data.token_pass import ON_LONG, DataSource, Tokenise, sha256, summary
 from afina.loaders.text.tokenizer import Tokenizer
 

@@ -1,7 +1,8 @@
 """Tokens on disk: every file of rows is tokenised once, into flat arrays that are mapped into memory.
 
-A cache folder is named after the SHA-256 of all that decides its content. It is built under another name and renamed
-when complete, so that several processes may build the same one, and its manifest holds each array's size and checksum.
+A cache folder is named after the SHA-256 of all that decides its content. It is built under another name and put in
+place when complete (`afina/durable.py`), so that several processes may build the same one, and its manifest holds each
+array's size and checksum.
 """
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from afina.durable import put, remove, working_path
 from afina.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -31,11 +30,6 @@ TOKENS = {"ids": "<u4", "loss_mask": "|b1"}
 ROWS = {"start": "<i8", "length": "<i4", "loss_tokens": "<i4", "file": "<i4", "line": "<i8", "unit": "<i8"}
 ROWS |= {"digest": "|S16"}
 COLUMNS = TOKENS | ROWS
-
-
-def cache_folder() -> Path:
-    """Where token caches lie: AFINA_CACHE, else ~/.cache/afina."""
-    return Path(os.environ.get("AFINA_CACHE") or "~/.cache/afina").expanduser()
 
 
 class TokenCache:
@@ -84,7 +78,7 @@ class Writer:
     def __enter__(self) -> Writer:
         with _disk(self.folder.parent):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=self.folder.parent))
+            self.temporary = _new_folder(self.folder)
             self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in COLUMNS}
         return self
 
@@ -94,7 +88,8 @@ class Writer:
         for file in self.files.values():
             with contextlib.suppress(OSError):  # a full disk refuses the rest of a buffer once more
                 file.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(self.temporary)
 
     def append(self, columns: Mapping[str, Any]) -> None:
         """Add values to each column."""
@@ -114,19 +109,25 @@ class Writer:
             (self.temporary / MANIFEST).write_text(json.dumps({"columns": columns, "report": report}))
             while True:
                 try:
-                    self.temporary.rename(self.folder)
+                    put(self.temporary, self.folder, replace=False)
                 except OSError as problem:
                     if problem.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
                     if (cache := open_cache(self.folder)) is not None:
                         return cache
-                    # Damaged: move it aside under a name of our own, then try again.
-                    aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=self.folder.parent))
-                    with contextlib.suppress(FileNotFoundError):  # another process did
-                        self.folder.rename(aside)
-                    shutil.rmtree(aside, ignore_errors=True)
+                    with contextlib.suppress(FileNotFoundError):  # damaged; another process may have removed it
+                        remove(self.folder)
                 else:
                     return TokenCache(self.folder)
+
+
+def _new_folder(folder: Path) -> Path:
+    """Make a folder of a working name beside ``folder``, where other threads and processes may build the same cache."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            working = working_path(folder)
+            working.mkdir()
+            return working
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afina.durable import open_file
 from afina.errors import ConfigError, WeightsError
 from afina.loaders.jsonfile import read_json, show
 from afina.loaders.weights.hub import resolve
-from afina.loaders.weights.safetensors import SafetensorsFile, atomic_write, write_safetensors
+from afina.loaders.weights.safetensors import SafetensorsFile, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -202,7 +203,7 @@ def write_adapter(
     except OSError as problem:
         raise WeightsError(f"{folder}: cannot be made ({problem.strerror}): choose another folder") from problem
     write_safetensors(folder / WEIGHTS, {PREFIX + n: x for n, x in tensors.items()}, {"format": "pt", **metadata})
-    with atomic_write(folder / CONFIG) as file:
+    with open_file(folder / CONFIG, error=WeightsError) as file:
         file.write(json.dumps(config.to_peft(), indent=2, ensure_ascii=False).encode() + b"\n")
 
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from afina.durable import open_file
 from afina.errors import WeightsError, nearest
 from afina.loaders.jsonfile import parse_json, read_json, show
 
@@ -331,7 +332,7 @@ def write_safetensors(
     raw += b" " * (-len(raw) % 8)  # the data begin at a multiple of 8
     if len(raw) > MAX_HEADER or len(tensors) > MAX_TENSORS:
         raise WeightsError(f"{path}: {len(tensors):,} tensors, header {len(raw):,} bytes: too many for one file")
-    with atomic_write(Path(path)) as file:
+    with open_file(Path(path), error=WeightsError) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, x in ordered:
             _write(file, x.make() if isinstance(x, Later) else x)
@@ -369,34 +370,12 @@ def save_tensors(
         places = {name: path.name for path, shard in zip(files, shards) for name in sorted(shard)}
         files.append(folder / INDEX)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        with atomic_write(files[-1]) as file:
+        with open_file(files[-1], error=WeightsError) as file:
             file.write(json.dumps(index, indent=2).encode() + b"\n")
     stale = {folder / SINGLE, folder / INDEX, *folder.glob("model-[0-9]*-of-[0-9]*.safetensors")}
     for path in stale - set(files):
         path.unlink(missing_ok=True)
     return files
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing; it changes only when the block ends well and its bytes are on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)  # the rename itself is durable only when the folder is
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as problem:
-        mend = "free space there or choose another folder"
-        raise WeightsError(f"{path}: cannot be written ({problem.strerror}): {mend}") from problem
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, x: Tensor) -> None:

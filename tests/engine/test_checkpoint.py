@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from afina.durable import WORKING_NAME, recover
 from afina.engine import checkpoint as saving
 from afina.engine.checkpoint import (
     MANIFEST,
@@ -29,7 +30,6 @@ from afina.engine.checkpoint import (
     find_latest,
     load_checkpoint,
     publish_best,
-    recover,
     save_checkpoint,
 )
 from afina.errors import RunError
@@ -220,7 +220,7 @@ def test_replacing_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch:
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if ".tmp-" in self.name:
+        if ".tmp-" in self.name and self.is_dir():
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -293,7 +293,7 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         for _, path in saving.checkpoints(run_dir):
             load_checkpoint(path)  # none is half removed
         assert tree(run_dir / "best") == best
-        assert not any(saving.WORKING_NAME.fullmatch(p.name) for p in run_dir.iterdir())
+        assert not any(WORKING_NAME.fullmatch(p.name) for p in run_dir.iterdir())
         shutil.rmtree(run_dir)
         if status == 0:
             break
@@ -330,7 +330,8 @@ KILL_LOOP = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from afina.engine.checkpoint import find_latest, publish_best, recover, save_checkpoint
+from afina.durable import recover
+from afina.engine.checkpoint import find_latest, publish_best, save_checkpoint
 
 torch.set_num_threads(1)
 run_dir, kills = Path(sys.argv[1]), int(sys.argv[2])

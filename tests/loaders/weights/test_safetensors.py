@@ -205,20 +205,20 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, rename = os.fsync, Path.rename
 
     def logged_fsync(descriptor: int) -> None:
         events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         fsync(descriptor)
 
-    def logged_replace(path: Path, target: Path) -> Path:
+    def logged_rename(path: Path, target: Path) -> Path:
         events.append(f"rename to {target.name}")
-        return replace(path, target)
+        return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
-    monkeypatch.setattr(Path, "replace", logged_replace)
+    monkeypatch.setattr(Path, "rename", logged_rename)
     save_tensors([("x", torch.ones(1))], tmp_path)
-    assert events == [f".{SINGLE}.{os.getpid()}.tmp", f"rename to {SINGLE}", tmp_path.name]
+    assert events == [f"{SINGLE}.tmp-{os.getpid()}", f"rename to {SINGLE}", tmp_path.name]
 
 
 # Reading into existing memory

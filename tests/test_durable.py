@@ -1,0 +1,193 @@
+"""afina/durable.py: a file or a folder is whole or absent, and what a crash leaves is cleared up.
+
+Crashes at every call that changes the disk are in tests/engine/test_checkpoint.py, kills in tests/cli/test_faults.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from disk import files_limited_to, tree
+
+from afina.durable import cache_folder, open_file, publish, put, recover, remove, sync, working_path, write_text
+from afina.errors import DataError
+
+PID = os.getpid()
+
+
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is forced to the disk and what is renamed, in order, by name."""
+    seen: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def logged_fsync(handle: int) -> None:
+        seen.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def logged_rename(path: Path, target: Path) -> Path:
+        seen.append(f"{path.name} -> {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    return seen
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, events: list[str]) -> None:
+    write_text(tmp_path / "a", "ä")
+    assert (tmp_path / "a").read_bytes() == "ä".encode()
+    assert events == [f"sync a.tmp-{PID}", f"a.tmp-{PID} -> a", f"sync {tmp_path.name}"]
+
+
+def test_so_is_a_folder_with_all_that_lies_in_it(tmp_path: Path, events: list[str]) -> None:
+    with publish(tmp_path / "a") as working:
+        folder_with(working, "text")
+        folder_with(working / "inner", "text")
+    renamed = events.index(f"a.tmp-{PID} -> a")
+    assert sorted(events[:renamed]) == sorted(["sync file", "sync file", "sync inner", f"sync a.tmp-{PID}"])
+    assert events[renamed - 1] == f"sync a.tmp-{PID}"  # a folder's entries after what they name
+    assert events[renamed + 1 :] == [f"sync {tmp_path.name}"]
+
+
+def test_what_is_replaced_goes_last(tmp_path: Path, events: list[str]) -> None:
+    before = folder_with(tmp_path / "a", "old")
+    with publish(before) as working:
+        folder_with(working, "new")
+        assert (before / "file").read_text() == "old"
+    assert tree(tmp_path) == {"a": None, "a/file": b"new"}
+    assert events[-3:] == [f"a -> a.old-{PID}", f"a.tmp-{PID} -> a", f"sync {tmp_path.name}"]
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "file": lambda path: path.write_text("half"),  # type: ignore[dict-item, return-value]
+    "folder": lambda path: folder_with(path, "half"),  # type: ignore[dict-item, return-value]
+    "nothing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("writer's own"), OSError(28, "No space left")])
+def test_a_writer_that_fails_changes_nothing(tmp_path: Path, kind: str, error: BaseException) -> None:
+    folder_with(tmp_path / "a", "old")
+    before = tree(tmp_path)
+
+    def fail() -> None:
+        with publish(tmp_path / "a") as working:
+            WRITERS[kind](working)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_rename_that_fails_changes_nothing(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("old") if kind == "file" else folder_with(tmp_path / "a", "old")
+    before, rename = tree(tmp_path), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if ".tmp-" in path.name:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"), publish(tmp_path / "a") as working:
+        WRITERS[kind](working)
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_is_said_as_the_caller_wants_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+
+    def save(error: type[DataError] | None) -> None:
+        with open_file(tmp_path / "a", error=error) as file:
+            file.write(b"x" * 100_000)
+
+    with files_limited_to(1000), pytest.raises(OSError, match="File too large"):
+        save(None)
+    line = f"{tmp_path}/a: cannot be written (File too large): free space there or choose another folder"
+    with files_limited_to(1000), pytest.raises(DataError) as caught:
+        save(DataError)
+    assert str(caught.value) == line
+    assert isinstance(caught.value.__cause__, OSError)
+    assert tree(tmp_path) == {"a": b"old"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nothing"])
+def test_what_must_not_be_replaced_is_not(tmp_path: Path, kind: str) -> None:
+    if kind == "link to nothing":
+        (tmp_path / "a").symlink_to("absent")
+    else:
+        WRITERS[kind](tmp_path / "a")
+    with pytest.raises(FileExistsError), publish(tmp_path / "a", replace=False) as working:
+        folder_with(working, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+    folder_with(tmp_path / "elsewhere", "kept")
+    (tmp_path / "a").symlink_to("elsewhere")
+    with publish(tmp_path / "a") as working:
+        folder_with(working, "new")
+    assert not (tmp_path / "a").is_symlink()
+    assert tree(tmp_path) == {"a": None, "a/file": b"new", "elsewhere": None, "elsewhere/file": b"kept"}
+
+
+def test_names_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A working name that is taken, by a thread or by a killed process of the same number, is not used again."""
+    (tmp_path / f"a.tmp-{PID}").write_text("another's")
+    write_text(tmp_path / "a", "mine")
+    assert tree(tmp_path) == {"a": b"mine", f"a.tmp-{PID}": b"another's"}
+    assert working_path(tmp_path / "a").name == f"a.tmp-{PID + 1}"
+    recover(tmp_path)
+    assert tree(tmp_path) == {"a": b"mine"}
+
+
+def test_recover_puts_back_and_clears_up(tmp_path: Path) -> None:
+    folder_with(tmp_path / "best.old-7", "moved aside, and never replaced")
+    folder_with(tmp_path / "other", "new")
+    folder_with(tmp_path / "other.old-7", "replaced")
+    folder_with(tmp_path / "third.tmp-7", "unfinished")
+    (tmp_path / "run.json.tmp-8").write_text("half")
+    (tmp_path / "notes.tmp").write_text("not ours")
+    recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "notes.tmp", "other"]
+    assert (tmp_path / "other" / "file").read_text() == "new"
+
+
+def test_removing_is_in_one_piece(tmp_path: Path, events: list[str]) -> None:
+    remove(folder_with(tmp_path / "a", "text"))
+    remove(tmp_path / "absent")
+    assert events == [f"a -> a.tmp-{PID}"]
+    assert tree(tmp_path) == {}
+
+
+def test_what_cannot_be_synced_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    working = folder_with(tmp_path / "working", "text")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        put(working, tmp_path / "a")
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(working)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFINA_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.setenv("AFINA_CACHE", "")
+    assert cache_folder() == Path.home() / ".cache" / "afina"
