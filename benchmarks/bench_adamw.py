@@ -21,7 +21,8 @@ import torch
 from harness import Case, Function, main, randn, wide
 from torch import Tensor
 
-from afina.kernels.adamw import State8, adamw_, adamw_reference_
+from afina.kernels.adamw import adamw_, adamw_reference_
+from afina.kernels.blockwise import State8
 
 STEP = 10  # moments of a run under way
 # A rate at which one update shows beside the weight itself.

@@ -40,7 +40,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afina.kernels import activation, adamw, attention, cross_entropy, decode, launch, nf4, norm, rope
+from afina.kernels import activation, adamw, attention, blockwise, cross_entropy, decode, launch, nf4, norm, rope
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -124,10 +124,11 @@ def adamw_steps(size: int, dtype: torch.dtype) -> None:
     """fp32 parameters with a bf16 copy; bf16 parameters, rounded stochastically, with bf16 and with 8-bit moments."""
     options: dict[str, Any] = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     x, master = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(64, 256)
-    adamw.adamw_([master], [x], [master], [master], copies=[x], backend="triton", **options)
+    skip = torch.zeros((), dtype=torch.bool)
+    adamw.adamw_([master], [x], [master], [master], copies=[x], skip=skip, backend="triton", **options)
     adamw.adamw_([x], [x], [x], [x], seed=0, backend="triton", **options)
-    m, v = (adamw.State8.zeros_like(x, signed=signed) for signed in (True, False))
-    adamw.adamw_([x], [x], [m], [v], seed=0, backend="triton", **options)
+    m, v = (blockwise.State8.zeros_like(x, signed=signed) for signed in (True, False))
+    adamw.adamw_([x], [x], [m], [v], seed=0, skip=skip, backend="triton", **options)
 
 
 def dequantize(size: int, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from afina.engine.generate import complete, encode_prompt
+from afina.engine.objectives import Objective, sft
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
 from afina.loaders.data.batches import eval_batches
@@ -30,16 +31,16 @@ def evaluate_loss(
     *,
     batch_size: int = 8,
     packing: bool = True,
+    objective: Objective = sft,
     text_bytes: int | None = None,
     poll: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Mean loss (nats per trained token) over all rows, with ``tokens``, ``perplexity`` and, given the UTF-8 size of
-    what is predicted, ``bits_per_byte``.
+    """Mean of the objective's loss (nats per loss token) over all rows, with ``tokens``, ``perplexity`` and, given the
+    UTF-8 size of what is predicted, ``bits_per_byte``.
 
     Each token weighs the same whatever batch it falls in. Logits are never kept, no random number is drawn, gradients
     and the model's train or eval mode stay as they were. ``poll`` is called before each batch and may raise to stop.
     """
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -47,9 +48,9 @@ def evaluate_loss(
         for batch in eval_batches(token_set, batch_size=batch_size, packing=packing):
             if poll:
                 poll()
-            ids = batch.input_ids.to(device, non_blocking=True)
-            total += model.loss(ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="sum").item()
-            tokens += batch.loss_tokens
+            losses, count = objective(model, batch)
+            total += losses.item()
+            tokens += count
     finally:
         model.train(was_training)
     loss = total / tokens

@@ -94,13 +94,11 @@ def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int) -> Memo
     base = {p for p in model.parameters() if p not in lora}
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
     quantized = sum(linear.quantized.nbytes for linear in linears if linear.quantized is not None)
-    own = {p.untyped_storage().data_ptr() for p in optimizer.params.values()}
-    state = [tensor for group in optimizer.state().values() for tensor in group.values()]
     return MemoryPlan(
         weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
         adapters=_nbytes(lora),
         gradients=_nbytes(optimizer.params.values()),
-        optimizer=sum(tensor.nbytes for tensor in state if tensor.untyped_storage().data_ptr() not in own),
+        optimizer=optimizer.nbytes,
         activations=_Walk(model, tokens, loss_tokens).peak(),
     )
 

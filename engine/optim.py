@@ -1,28 +1,79 @@
-"""AdamW over a model's parameters: decay on matrices only, fp32 master weights where the model computes in bf16.
+"""AdamW over a model's parameters: decay on matrices only, and what the optimizer holds for each of them.
 
 Decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) shrinks matrices; norms, biases
 and embeddings are left alone. A bf16 weight has 8 bits of mantissa, so an update under 1/512 of it is rounded away:
-1,000 updates of -1e-3 from 1.0 leave exactly 1.0. Hence the fp32 copy that takes the updates; the bf16 weight is its
-rounding, written in the same pass.
+1,000 updates of -1e-3 from 1.0 leave exactly 1.0. The variants answer that in two ways, and hold for a bf16 parameter:
+    adamw         fp32 weights (masters) that take the updates, and fp32 moments                      4 + 4 + 4 bytes
+    adamw_8bit    masters, and moments of 8 bits with an fp32 absmax for each 256 values        4 + 2 (1 + 4 / 256)
+    adamw_bf16    bf16 moments alone: the parameter takes the updates, rounded stochastically                   2 + 2
+The bf16 weight is the rounded master, written in the same pass. An fp32 parameter is its own master, and `adamw_bf16`
+is not for it. The roundings and the 8-bit codes are explained in kernels/adamw.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 
-from afina.kernels.adamw import adamw_
+from afina.errors import ConfigError
+from afina.kernels.adamw import Moment, adamw_
+from afina.kernels.blockwise import BLOCK8, State8
+
+VARIANTS = ("adamw", "adamw_8bit", "adamw_bf16")
+
+
+def bytes_held(variant: str, dtype: torch.dtype, numel: int) -> int:
+    """Return the bytes that the optimizer holds for a parameter of this dtype and size, beside the parameter itself.
+
+    They are those of its master and of both moments, absmax included. Raises ConfigError for an unknown variant, and
+    for a dtype that `adamw_bf16` is not for.
+    """
+    _check(variant, dtype, "the model")
+    if variant == "adamw_bf16":
+        return 2 * 2 * numel
+    master = 0 if dtype == torch.float32 else 4 * numel
+    moment = numel + 4 * ceil(numel / BLOCK8) if variant == "adamw_8bit" else 4 * numel
+    return master + 2 * moment
+
+
+def bytes_per_parameter(variant: str, dtype: torch.dtype) -> float:
+    """Return `bytes_held` for one of the many parameters of a tensor, whose last block of 256 is full."""
+    return bytes_held(variant, dtype, BLOCK8) / BLOCK8
+
+
+def _check(variant: str, dtype: torch.dtype, what: str) -> None:
+    if variant not in VARIANTS:
+        raise ConfigError(f"optim: expected one of {', '.join(VARIANTS)}, found {variant!r}")
+    if variant == "adamw_bf16" and dtype != torch.bfloat16:
+        found = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"optim: adamw_bf16 rounds bfloat16 weights stochastically, but {what} is {found}; train in bfloat16, or "
+            "choose adamw or adamw_8bit"
+        )
 
 
 class AdamW:
     """Optimizer state and update for the trainable parameters of ``model``.
 
-    Attributes: ``params`` (name -> model parameter), ``masters`` (name -> fp32 weights; the parameter's own memory when
-    it is fp32), ``exp_avgs`` and ``exp_avg_sqs`` (name -> fp32 moments), ``num_updates`` (weight updates applied
-    so far). ``decay``: names of the parameters that decay. ``lr_scales``: what multiplies the learning rate of a
-    parameter, by its name (else 1).
+    Attributes:
+        params: name -> parameter of the model.
+        masters: name -> the weights that take the updates, in fp32; the parameter's own memory when it is fp32, and in
+            the variant ``adamw_bf16``.
+        exp_avgs, exp_avg_sqs: name -> moment, fp32, bf16 or `State8`, as the variant says.
+        num_updates: How many updates have been applied.
+
+    Args:
+        model: Those of its parameters that require a gradient are updated.
+        decay: The names of the parameters that decay.
+        lr_scales: What multiplies the learning rate of a parameter, by its name; 1 for the others.
+        variant: One of ``VARIANTS``.
+        seed: From 0 to 2**32 - 1. With ``adamw_bf16``, seed and number of an update give the bits of its roundings, so
+            a resumed run repeats them. The other variants draw nothing.
+
+    Raises ConfigError for an unknown variant, and for parameters that are not bf16 with ``adamw_bf16``.
     """
 
     def __init__(
@@ -34,13 +85,17 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        variant: str = "adamw",
+        seed: int = 0,
     ) -> None:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {
-            name: p.detach() if p.dtype == torch.float32 else p.detach().float() for name, p in self.params.items()
-        }
-        self.exp_avgs = {name: torch.zeros_like(w) for name, w in self.masters.items()}
-        self.exp_avg_sqs = {name: torch.zeros_like(w) for name, w in self.masters.items()}
+        for name, p in self.params.items():
+            _check(variant, p.dtype, name)
+        self.variant, self.seed = variant, seed
+        own = torch.bfloat16 if variant == "adamw_bf16" else torch.float32
+        self.masters = {n: p.detach() if p.dtype == own else p.detach().float() for n, p in self.params.items()}
+        self.exp_avgs = {name: self._zero_moment(w, signed=True) for name, w in self.masters.items()}
+        self.exp_avg_sqs = {name: self._zero_moment(w, signed=False) for name, w in self.masters.items()}
         self.betas, self.eps = betas, eps
         groups: dict[tuple[float, float], list[str]] = {}
         for name in self.params:
@@ -49,23 +104,39 @@ class AdamW:
         self.groups = [(names, *key) for key, names in groups.items()]
         self.num_updates = 0
 
-    def clip_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their global 2-norm is at most ``max_norm`` (0: never).
+    def _zero_moment(self, weight: Tensor, *, signed: bool) -> Moment:
+        if self.variant == "adamw_8bit":
+            return State8.zeros_like(weight, signed=signed)
+        return torch.zeros_like(weight)
 
-        Returns the norm before, fp32 (); call it once, after the last micro-batch of a step.
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are held beside the parameters: masters, moments and absmax."""
+        own = {p.data_ptr() for p in self.params.values()}
+        return sum(x.nbytes for group in self.state().values() for x in group.values() if x.data_ptr() not in own)
+
+    def clip_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their global 2-norm is at most ``max_norm``; 0 leaves them as they are.
+
+        Returns the norm before that, fp32 (). It is called once, after the last micro-batch of a step.
         """
         grads = [p.grad for p in self.params.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
         if max_norm > 0:
-            # Same formula as torch's clip_grad_norm_, so that losses can be compared with its users'.
+            # The formula is that of torch's clip_grad_norm_, so that losses can be compared with its users'.
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay."""
+    def step(self, lr: float, *, skip: Tensor | None = None) -> None:
+        """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay.
+
+        Where ``skip``, bool () on the parameters' device, is true, weights and moments stay as they are, which on a GPU
+        is decided there. The update is counted nevertheless: whoever learns that it was skipped takes 1 from
+        ``num_updates`` before the next one.
+        """
         self.num_updates += 1
-        for names, weight_decay, lr_scale in self.groups:
+        for i, (names, weight_decay, lr_scale) in enumerate(self.groups):
             grads = {n: g for n in names if (g := self.params[n].grad) is not None}
             live = list(grads)
             adamw_(
@@ -78,32 +149,53 @@ class AdamW:
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=weight_decay,
-                copies=[None if self.params[n].dtype == torch.float32 else self.params[n] for n in live],
+                skip=skip,
+                copies=[self.params[n] if self._has_copy(n) else None for n in live],
+                # Groups draw from seeds of their own, so that the roundings of one do not repeat those of another.
+                seed=(self.seed + i) % 2**32 if self.variant == "adamw_bf16" else None,
             )
 
-    def _round_masters(self) -> None:
-        rounded = [n for n, p in self.params.items() if p.dtype != torch.float32]
-        if rounded:
-            torch._foreach_copy_([self.params[n].data for n in rounded], [self.masters[n] for n in rounded])
+    def _has_copy(self, name: str) -> bool:
+        """Return whether the parameter is the rounded copy of a master."""
+        return self.params[name].dtype != self.masters[name].dtype
 
     def zero_grad(self) -> None:
         for p in self.params.values():
             p.grad = None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint holds: the fp32 weights and both moments, by parameter name."""
-        return {"weights": self.masters, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
+        """Return what a checkpoint holds, by parameter name: the masters and both moments.
+
+        Moments of 8 bits are two groups each, the codes and their absmax.
+        """
+        groups: dict[str, dict[str, Tensor]] = {"weights": self.masters}
+        for group, moments in (("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)):
+            groups[group] = {n: m.codes if isinstance(m, State8) else m for n, m in moments.items()}
+            if absmax := {n: m.absmax for n, m in moments.items() if isinstance(m, State8)}:
+                groups[f"{group}_absmax"] = absmax
+        return groups
 
     @torch.no_grad()
     def load_state(self, state: dict[str, dict[str, Tensor]], num_updates: int) -> None:
-        """Take back what ``state()`` returned; names and shapes must be this model's (ValueError otherwise)."""
-        for group, ours in self.state().items():
+        """Take back what ``state()`` returned.
+
+        Raises ValueError, before anything is changed, where names and shapes are not this model's, or where the groups
+        and dtypes are not this variant's.
+        """
+        ours = self.state()
+        for group, members in ours.items():
             theirs = state.get(group, {})
-            if theirs.keys() != ours.keys() or any(theirs[n].shape != ours[n].shape for n in ours):
+            if group in state and any(theirs[n].dtype != members[n].dtype for n in members.keys() & theirs.keys()):
+                raise ValueError(f"optimizer state {group!r} is not of {self.variant}: resume with the optim it is of")
+            if theirs.keys() != members.keys() or any(theirs[n].shape != members[n].shape for n in members):
                 raise ValueError(
                     f"optimizer state {group!r} belongs to another model or another set of trained weights"
                 )
-            for name, tensor in ours.items():
-                tensor.copy_(theirs[name])
+        if more := state.keys() - ours.keys():
+            raise ValueError(f"optimizer state {min(more)!r} is not of {self.variant}: resume with the optim it is of")
+        for group, members in ours.items():
+            for name, tensor in members.items():
+                tensor.copy_(state[group][name])
         self.num_updates = num_updates
-        self._round_masters()
+        if rounded := [n for n in self.params if self._has_copy(n)]:
+            torch._foreach_copy_([self.params[n].data for n in rounded], [self.masters[n] for n in rounded])

@@ -1,7 +1,7 @@
 """Fine-tuning: the loop, top to bottom.
 
-One step: its micro-batches run through the model, each loss is a sum over loss tokens divided by the loss tokens of
-the *whole step* (so the result does not depend on how rows fall into micro-batches), gradients add up, are clipped
+One step: its micro-batches run through the model and the objective, whose sum of losses is divided by the loss tokens
+of the *whole step* (so the result does not depend on how rows fall into micro-batches), gradients add up, are clipped
 once, and move the weights once. A held-out dev set is measured before the first step, every ``eval_steps`` and at the
 end; the weights with the best dev loss are kept in ``best/``. Everything needed to go on bit for bit is in
 ``checkpoint-N/``.
@@ -27,7 +27,9 @@ from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
 from afina.engine.evaluate import evaluate_loss
 from afina.engine.lora import choose_patterns, default_trainable, freeze, new_adapter, save_adapter
 from afina.engine.memory import MemoryPlan, plan
+from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
+from afina.engine.objectives import Objective, sft
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
@@ -58,26 +60,6 @@ class RunResult:
     output_dir: Path
     best: Path
     metrics: dict[str, Any]
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint as JSON."""
-
-    step: int = 0  # steps of the data order done, skipped ones included
-    trained_tokens: int = 0
-    seconds: float = 0.0  # spent in training steps
-    tokens: int = 0  # real ones in training steps, padding aside
-    processed_tokens: int = 0  # padding included
-    loss_sum: float = 0.0  # of the steps that moved the weights
-    bad_in_a_row: int = 0
-    skipped: int = 0
-    evaluated_step: int = -1  # last step whose dev loss was measured
-    dev_loss_before: float = math.nan
-    best_dev_loss: float = math.inf
-    best_step: int = -1
-    evals_since_best: int = 0
-    stopped_early: bool = False
 
 
 def finetune(
@@ -186,23 +168,46 @@ def refuse_adapter(source: str, base: str | None) -> None:
     )
 
 
-def accumulate(model: GPT, micro_batches: list[MicroBatch], *, poll: Callable[[], None] | None = None) -> Tensor:
-    """Add the gradient of a step's loss, the mean over all its loss tokens, to ``.grad``; return that loss, ().
+def accumulate(
+    model: GPT,
+    micro_batches: list[MicroBatch],
+    objective: Objective = sft,
+    *,
+    poll: Callable[[], None] | None = None,
+) -> Tensor:
+    """Add the gradient of a step's loss, the mean over all its loss tokens, to ``.grad``; return that loss, fp32 ().
 
     ``poll`` is called before each micro-batch and may raise to stop.
     """
     loss_tokens = sum(mb.loss_tokens for mb in micro_batches)
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=next(model.parameters()).device)
     for mb in micro_batches:
         if poll:
             poll()
-        # Labels and boundaries stay on the CPU: what they say about shapes is read there, not off the GPU.
-        ids = mb.input_ids.to(device, non_blocking=True)
-        loss = model.loss(ids, mb.labels, cu_seqlens=mb.cu_seqlens, reduction="mean") * (mb.loss_tokens / loss_tokens)
+        loss, _ = objective(model, mb, divisor=loss_tokens)
         loss.backward()
         total += loss.detach()
     return total
+
+
+class LaunchedStep:
+    """A training step on its way: on a GPU its ``figures``, the loss and the gradient's norm, fp32 (2,), are still to
+    come. Their copy to the host starts at once, behind the step's own work, and nothing waits for it but ``result``."""
+
+    def __init__(self, micro_batches: list[MicroBatch], lr: float, figures: Tensor) -> None:
+        self.micro_batches, self.lr = micro_batches, lr
+        self.figures = figures.to("cpu", non_blocking=True)  # into pinned memory, where they come from a GPU
+        self.arrival: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record(torch.cuda.current_stream(figures.device))
+
+    def result(self) -> tuple[float, float]:
+        """The loss and the gradient's norm, once they are there."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        loss, grad_norm = self.figures.tolist()
+        return loss, grad_norm
 
 
 @dataclass
@@ -215,6 +220,7 @@ class Run:
     data: Data
     folder: RunFolder
     log: Callable[[str], None]
+    objective: Objective = sft
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -241,7 +247,9 @@ class Run:
         self.warmup = c.warmup_steps if c.warmup_steps is not None else math.ceil(c.warmup_ratio * self.total)
         self.eval_steps = c.eval_steps or math.ceil(self.total / 10)
         self.save_steps = c.save_steps or self.eval_steps
-        self.writer = _tensorboard_writer(self.folder.path) if c.report_to == "tensorboard" else None
+        self.writer = MetricsWriter(self.folder, c.report_to)
+        self.launched: LaunchedStep | None = None  # the step whose result nobody has looked at yet
+        self.clock = 0.0  # when it was last looked at one, or a step began after a pause
         self.saved_step = 0
 
     def begin(self) -> None:
@@ -276,7 +284,7 @@ class Run:
     def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
         """Measure, save and step until the last step; on a signal save what there is and raise Interrupted."""
         self.stop, progress = stop, self.progress
-        with tqdm(total=self.total, initial=progress.step, unit="step", disable=not show_bar) as bar:
+        with tqdm(total=self.total, initial=progress.step, unit="step", disable=not show_bar) as self.bar:
             try:
                 while True:
                     ended = progress.step >= self.total or progress.stopped_early
@@ -287,7 +295,7 @@ class Run:
                         self._save()
                     if ended:
                         return
-                    self._show(bar, self._step())
+                    self._step()
             except Interrupted:
                 if self.saved_step != progress.step:
                     self._save()
@@ -299,71 +307,78 @@ class Run:
         if self.stop.requested:
             raise Interrupted
 
-    def _show(self, bar: tqdm[Any], row: dict[str, Any]) -> None:
+    def _show(self, row: dict[str, Any]) -> None:
         line = f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s"
-        bar.set_postfix_str(line, refresh=False)
-        bar.update()
-        if bar.disable and (row["step"] % self.config.logging_steps == 0 or row["step"] == self.total):
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (row["step"] % self.config.logging_steps == 0 or row["step"] == self.total):
             self.log(f"step {row['step']:,}/{self.total:,}: {line}")
 
-    def _step(self) -> dict[str, Any]:
-        """Run one training step, log it and return its line. Raises Interrupted with nothing changed."""
-        progress, started = self.progress, time.perf_counter()
+    @property
+    def deferred(self) -> bool:
+        """Whether a step's result is looked at one step later. On a CPU it is there as soon as it is asked for."""
+        return self.device.type == "cuda"
+
+    def _step(self) -> None:
+        """Run one training step. Raises Interrupted with nothing changed.
+
+        Whether the step moves the weights is decided on the device, and on a GPU the host never waits for that: it
+        looks at the result of a step when the next step's backward pass is under way.
+        """
+        progress = self.progress
+        if self.launched is None:
+            self.clock = time.perf_counter()
         micro_batches = self.batches.step(progress.step)
-        loss_tokens = sum(mb.loss_tokens for mb in micro_batches)
         try:
-            loss = accumulate(self.model, micro_batches, poll=self._poll)
+            loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)
         except Interrupted:
             self.optimizer.zero_grad()
             raise
+        self._settle()  # the last step, of which the optimizer must know whether it was skipped
         grad_norm = self.optimizer.clip_(self.config.max_grad_norm)
         lr = self.config.learning_rate * lr_factor(
             self.config.lr_scheduler_type, progress.step, self.total, self.warmup, self.config.min_lr_ratio
         )
-        row: dict[str, Any] = {"step": progress.step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-        if finite:
-            self.optimizer.step(lr)
+        figures = torch.stack([loss, grad_norm])
+        self.optimizer.step(lr, skip=~figures.isfinite().all())
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        tokens, processed = sum(mb.tokens for mb in micro_batches), sum(mb.input_ids.numel() for mb in micro_batches)
         progress.step += 1
-        progress.seconds += seconds
-        progress.tokens += tokens
-        progress.processed_tokens += processed
-        if finite:
-            progress.bad_in_a_row = 0
-            progress.trained_tokens += loss_tokens
-            progress.loss_sum += row["loss"]
-        row |= {
-            "trained_tokens": loss_tokens,
-            "tokens": tokens,
-            "processed_tokens": processed,  # padding included
-            "seconds": seconds,
-            "tokens_per_second": round(tokens / seconds, 1),
-            "trained_tokens_per_second": round(loss_tokens / seconds, 1),
-        }
-        if finite:
-            self._record(row)
-        else:
-            self._skipped(row, micro_batches)
-        return row
+        self.launched = LaunchedStep(micro_batches, lr, figures)
+        if not self.deferred:
+            self._settle()
 
-    def _skipped(self, row: dict[str, Any], micro_batches: list[MicroBatch]) -> None:
-        """Account for a step whose loss or gradient is not finite: weights and moments were left as they were."""
-        progress = self.progress
-        progress.bad_in_a_row += 1
-        progress.skipped += 1
-        rows = [self.data.train.where(r) for mb in micro_batches for r in mb.rows]
-        row |= {"skipped": True, "rows": rows}
-        self._record(row)
+    def _settle(self) -> None:
+        """Account for the step that was launched last, if its result has not been looked at yet: log it, and count it.
+
+        Raises NonFiniteError when too many steps in a row were skipped.
+        """
+        step, progress = self.launched, self.progress
+        if step is None:
+            return
+        self.launched = None
+        loss, grad_norm = step.result()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        row = step_row(progress.step, loss, step.lr, grad_norm, step.micro_batches, seconds)
+        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if skipped:
+            self.optimizer.num_updates -= 1
+            row |= {"skipped": True, "rows": [self.data.train.where(r) for mb in step.micro_batches for r in mb.rows]}
+        progress.count(row)
+        self.writer.write(row)
+        if skipped:
+            self._report_skipped(row["rows"])
+        self._show(row)
+
+    def _report_skipped(self, rows: list[str]) -> None:
+        """Name the rows of a step whose loss or gradient is not finite; too many such steps in a row end the run."""
+        step = self.progress.step
         where = f"{', '.join(rows[:10])}{' ...' if len(rows) > 10 else ''}"
-        self.log(f"step {progress.step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
-        if progress.bad_in_a_row >= MAX_BAD_STEPS:
+        self.log(f"step {step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
+        if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(
-                f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step "
-                f"{progress.step:,} with {where}; look at those rows, or lower learning_rate (now "
-                f"{self.config.learning_rate:g})"
+                f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step {step:,} with "
+                f"{where}; look at those rows, or lower learning_rate (now {self.config.learning_rate:g})"
             )
 
     def _evaluate(self) -> None:
@@ -371,13 +386,14 @@ class Run:
 
         The weights, gradients and random numbers of training are not touched.
         """
+        self._settle()
         c, progress = self.config, self.progress
         loss = evaluate_loss(self.model, self.data.dev, batch_size=c.batch_size, packing=c.packing, poll=self._poll)[
             "loss"
         ]
         progress.evaluated_step = progress.step
         better = progress.step > 0 and loss < progress.best_dev_loss
-        self._record({"step": progress.step, "dev_loss": loss, "best": better})
+        self.writer.write({"step": progress.step, "dev_loss": loss, "best": better})
         self.log(f"step {progress.step:,}: dev loss {loss:.4f}" + (" (best so far)" if better else ""))
         if progress.step == 0:
             progress.dev_loss_before = loss
@@ -396,6 +412,7 @@ class Run:
             )
 
     def _save(self) -> None:
+        self._settle()
         meta = {
             "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.progress).items()},
             "updates": self.optimizer.num_updates,
@@ -434,42 +451,9 @@ class Run:
         metrics = {
             "output_dir": str(self.folder.path),
             "best": str(best),
-            "steps": progress.step,
-            "train_loss": progress.loss_sum / max(1, progress.step - progress.skipped),
-            "dev_loss_before": progress.dev_loss_before,
-            "dev_loss": progress.best_dev_loss,
-            "best_step": progress.best_step,
-            "stopped_early": progress.stopped_early,
-            "skipped_steps": progress.skipped,
-            "trained_tokens": progress.trained_tokens,
-            "tokens": progress.tokens,
-            "processed_tokens": progress.processed_tokens,
-            "tokens_per_second": round(progress.tokens / progress.seconds, 1) if progress.seconds else 0.0,
-            "trained_tokens_per_second": round(progress.trained_tokens / progress.seconds, 1)
-            if progress.seconds
-            else 0.0,
-            "train_seconds": round(progress.seconds, 2),
+            **run_metrics(progress),
             "peak_memory_gb": round(peak_memory_gb(self.device), 3),
             "predicted_memory": self.memory.to_dict(),
         }
-        if self.writer:
-            self.writer.close()
+        self.writer.close()
         return RunResult(self.folder.path, best, metrics)
-
-    def _record(self, row: dict[str, Any]) -> None:
-        self.folder.log(row)
-        if self.writer:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, float) and math.isfinite(value):
-                    self.writer.add_scalar(name, value, row["step"])
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    """Return a SummaryWriter for ``folder``/tensorboard; the package is an optional extra."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "report_to is 'tensorboard', which is not installed: pip install 'afina[tensorboard]'"
-        ) from error
-    return SummaryWriter(folder / "tensorboard")

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from afina.kernels import launch
 from afina.kernels.activation import geglu, geglu_reference, swiglu, swiglu_reference
-from afina.kernels.adamw import State8, adamw_, adamw_reference_
+from afina.kernels.adamw import adamw_, adamw_reference_
 from afina.kernels.attention import attention, attention_reference
+from afina.kernels.blockwise import State8
 from afina.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_reference,

@@ -2,14 +2,15 @@
 
     w[i] ~ code[c[i]] * absmax[i // 64]                          c: 4 bits, of the flattened weight
     absmax[j] ~ nested_code[a[j]] * nested_absmax[j // 256] + offset           a: 8 bits, double quantisation
-code holds 16 quantiles of the normal distribution (appendix E). Two codes share a byte, the first in its high half.
+`code` holds 16 quantiles of the normal distribution (appendix E). Two codes share a byte, the first in its high half.
 A parameter takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits, or 4.5 without double quantisation.
 
-Quantising happens once, at load, in torch. Dequantising is one pass, 0.5 bytes read and 2 written an element. Each
-product and sum is rounded to fp32 and the result to its type, as in bitsandbytes: the bits are the same. So are the
-codes; a value at the midpoint of two takes the lower one. Where its backends differ we do as its portable
-one: a block of zeros is code 7 (its CUDA kernel has 0 / 0 there, and code 0), and nested codes are exactly the nearest
-(its CPU library rounds to 16 bits first and misses 1 in 600).
+Quantising happens once, when a model is loaded, in torch. Dequantising is one pass, which reads 0.5 bytes and writes 2
+for an element. The codes are those of bitsandbytes, where a value at the midpoint of two codes takes the lower one. So
+are the bits of the weights, because each product and each sum is rounded to fp32, and the result to its type, as there.
+Where the backends of bitsandbytes differ, this follows its portable one. A block of zeros has code 7 (its CUDA kernel
+divides 0 by 0 there and takes code 0), and nested codes are exactly the nearest (its CPU library rounds to 16 bits
+first and misses 1 in 600).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,18 +34,26 @@ CODE = (
 )  # fmt: skip
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256
-PIECE = 1 << 22  # elements quantised at once: about 50 MB of temporary memory
+PIECE = 1 << 22  # So many elements are quantised at once, which takes about 50 MB of temporary memory.
 
 
 @dataclass(frozen=True, eq=False)
 class NF4State:
-    """What the packed codes of a weight mean; in brackets, the key of a checkpoint written by bitsandbytes.
+    """What the packed codes of a weight mean. In brackets stand the keys of a checkpoint that bitsandbytes has written.
 
-    Attributes: ``absmax`` (blocks,), fp32, or uint8 codes with double quantisation [absmax]; ``shape`` and ``dtype`` of
-    the weight [shape, dtype]; ``blocksize``, weights a block [blocksize]; ``code``, fp32 (16,) [quant_map]; and for
-    double quantisation, else None: ``offset``, fp32 (), the mean of the absmax [nested_offset]; ``nested_absmax``, fp32
-    (ceil(blocks / nested_blocksize),) [nested_absmax]; ``nested_code``, fp32 (256,) [nested_quant_map];
-    ``nested_blocksize`` [nested_blocksize].
+    Attributes:
+        absmax: The largest magnitude of each block, fp32 (blocks,), or its codes, uint8, with double quantisation
+            [absmax].
+        shape, dtype: Those of the weight [shape, dtype].
+        blocksize: How many weights are a block [blocksize].
+        code: The values of the 16 codes, fp32 (16,) [quant_map].
+        offset: The mean of the absmax, fp32 () [nested_offset].
+        nested_absmax: The largest magnitudes of blocks of absmax - offset, fp32 (ceil(blocks / nested_blocksize),)
+            [nested_absmax].
+        nested_code: The values of the 256 codes of absmax, fp32 (256,) [nested_quant_map].
+        nested_blocksize: How many absmax are a block [nested_blocksize].
+
+    Without double quantisation offset, nested_absmax and nested_code are None.
     """
 
     absmax: Tensor
@@ -58,7 +67,7 @@ class NF4State:
     nested_blocksize: int = NESTED
 
     def to(self, device: torch.device | str) -> NF4State:
-        """The same state with its tensors on `device`."""
+        """Return the same state with its tensors on `device`."""
         members = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: dict[str, Any] = {name: x.to(device) for name, x in members.items() if isinstance(x, Tensor)}
         return replace(self, **tensors)
@@ -71,9 +80,10 @@ def _code(device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> tuple[Tensor, NF4State]:
-    """Pack a weight of any shape, fp32, fp16 or bf16, into uint8 (ceil(numel / 2), 1) and the state that unpacks it.
+    """Pack a weight of any shape, fp32, fp16 or bf16, into uint8 (ceil(numel / 2), 1), and return the state with it.
 
-    Raises ValueError for another dtype, for NaN or infinite weights, and for a block size bitsandbytes does not know.
+    Raises ValueError for another dtype, for NaN or infinite weights, and for a block size that bitsandbytes does not
+    know.
     """
     if weight.dtype not in TRITON_DTYPES:
         raise ValueError(f"weight: expected float32, float16 or bfloat16, found {weight.dtype}")
@@ -93,7 +103,7 @@ def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     state = NF4State(absmax, tuple(weight.shape), weight.dtype, blocksize, code)
     if not double_quant or not len(absmax):
         return packed, state
-    offset = absmax.double().mean().float()  # whatever the order of the sum
+    offset = absmax.double().mean().float()  # The sum is fp64, so that its order does not show after rounding.
     nested_code = dynamic_code(True, weight.device)
     codes, nested_absmax = to_blocks(absmax - offset, midpoints(nested_code), NESTED)
     codes = codes.view(-1)[: len(absmax)].to(torch.uint8)
@@ -101,10 +111,12 @@ def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
 
 
 def nf4_reference(packed: Tensor, state: NF4State, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the weight by the formulas above, in `dtype`, which is `state.dtype` where it is None."""
     absmax = state.absmax
     if state.nested_absmax is not None and state.nested_code is not None and state.offset is not None:
         absmax = from_blocks(absmax, state.nested_absmax, state.nested_code, state.nested_blocksize) + state.offset
-    # Both codes of a byte are looked up at once; blocks are scaled in place, but for a last one that is not full.
+    # Both codes of a byte are looked up at once. Whole blocks are scaled in place, and a last one that is not full
+    # apart.
     byte, count = torch.arange(256, device=packed.device), prod(state.shape)
     pairs = state.code[torch.stack([byte >> 4, byte & 15], dim=1)]
     values = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
@@ -114,53 +126,61 @@ def nf4_reference(packed: Tensor, state: NF4State, dtype: torch.dtype | None = N
     return values.to(dtype or state.dtype).view(state.shape)
 
 
+class Scales(NamedTuple):
+    """What the codes of a weight mean, as `NF4State` holds it; the last three are None without double quantisation."""
+
+    code: Any
+    absmax: Any
+    offset: Any
+    nested_absmax: Any
+    nested_code: Any
+
+
 @jit
 def _nf4_dequantize(
-    packed,
-    absmax,
-    code,
-    offset,
-    nested_absmax,
-    nested_code,
-    out,
-    count,
-    size,
-    NESTED_BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """ROWS blocks of 2 HALF weights: packed (size,) -> out (count,). NESTED_BLOCK 0: absmax is fp32."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    held = row * (2 * HALF) < count
-    scale = tl.load(absmax + row, mask=held, other=0)
+    packed, scales, out, count, size, NESTED_BLOCK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Dequantise ROWS blocks of 2 HALF weights: packed (size,) -> out (count,).
+
+    NESTED_BLOCK is how many absmax share a nested one, and 0 without double quantisation.
+    """
+    # Load the absmax of each block, and dequantise it where it is a code itself.
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    held = block * (2 * HALF) < count
+    absmax = tl.load(scales.absmax + block, mask=held, other=0)
     if NESTED_BLOCK:
-        outer = tl.load(nested_absmax + row // NESTED_BLOCK, mask=held, other=0.0)
-        scale = tl.load(nested_code + scale.to(tl.int32)) * outer + tl.load(offset)
-    place = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        nested = tl.load(scales.nested_absmax + block // NESTED_BLOCK, mask=held, other=0.0)
+        absmax = tl.load(scales.nested_code + absmax.to(tl.int32)) * nested + tl.load(scales.offset)
+
+    # Load the codes, two in a byte, and look them up.
+    place = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     byte = tl.load(packed + place, mask=place < size, other=0).to(tl.int32)
-    high = tl.load(code + (byte >> 4)) * scale[:, None]
-    low = tl.load(code + (byte & 15)) * scale[:, None]
-    element = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    high = tl.load(scales.code + (byte >> 4)) * absmax[:, None]
+    low = tl.load(scales.code + (byte & 15)) * absmax[:, None]
+
+    # Store the weights of high and low halves in turn.
+    element = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     tl.store(out + element, tl.interleave(high, low).to(out.dtype.element_ty), mask=element < count)
 
 
 def _triton(packed: Tensor, state: NF4State, out: Tensor) -> None:
     options = config("nf4", packed.device, size=state.blocksize)
-    # Product and sum fused into one rounding would differ from bitsandbytes' in the last bit.
+    scales = Scales(state.code, state.absmax, state.offset, state.nested_absmax, state.nested_code)
+    # A product and a sum fused into one rounding would differ from those of bitsandbytes in the last bit.
     launch(
-        _nf4_dequantize, (cdiv(len(state.absmax), options["ROWS"]),), packed.contiguous(), state.absmax, state.code,
-        state.offset, state.nested_absmax, state.nested_code, out, out.numel(), packed.numel(),
-        NESTED_BLOCK=0 if state.nested_absmax is None else state.nested_blocksize, HALF=state.blocksize // 2,
-        enable_fp_fusion=False, **options,
+        _nf4_dequantize, (cdiv(len(state.absmax), options["ROWS"]),), packed.contiguous(), scales, out, out.numel(),
+        packed.numel(), NESTED_BLOCK=0 if state.nested_absmax is None else state.nested_blocksize,
+        HALF=state.blocksize // 2, enable_fp_fusion=False, **options,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def dequantize_nf4(packed: Tensor, state: NF4State, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """The weight that `packed` and `state` stand for: `state.shape`, `state.dtype`; not differentiable.
+    """Return the weight that `packed` and `state` stand for, of `state.shape` and `state.dtype`; it has no gradient.
 
-    `out`: a contiguous tensor of that shape, of any floating point type, to write into, so that layers can share one
-    buffer. Raises ValueError where the sizes, types or devices of packed, state and out do not fit together.
+    With `out`, a contiguous tensor of that shape and of any floating point type, the weight is written there, so that
+    layers can share one buffer. Raises ValueError where the sizes, types or devices of packed, state and out do not fit
+    together, and for a backend that is unknown or cannot run.
     """
     _check(packed, state, out)
     if choose("nf4", backend, state.code) == "torch":

@@ -116,6 +116,8 @@ def test_links_and_no_initialisers(floor: str) -> None:
 
 # Files that are only reached through another one, whose tests they share: their path without suffix -> its tests.
 TESTED_WITH = {
+    "kernels/adamw_torch": "kernels/test_adamw",
+    "kernels/adamw_triton": "kernels/test_adamw",
     "kernels/attention_torch": "kernels/test_attention",
     "kernels/attention_triton": "kernels/test_attention",
     "kernels/cases": "kernels/test_selftest",
@@ -123,23 +125,25 @@ TESTED_WITH = {
     "kernels/cross_entropy_torch": "kernels/test_cross_entropy",
     "kernels/cross_entropy_triton": "kernels/test_cross_entropy",
     "kernels/norm_triton": "kernels/test_norm",
+    "kernels/rope_torch": "kernels/test_rope",
+    "kernels/rope_triton": "kernels/test_rope",
     "engine/rope_tables": "engine/test_model_config",
     "engine/sampling": "engine/test_generate",
     "engine/settings": "engine/test_train_config",
-    "loaders/data/token_pass": "loaders/data/test_dataset",
     "loaders/data/token_cache": "loaders/data/test_dataset",
+    "loaders/data/token_pass": "loaders/data/test_dataset",
     "loaders/weights/bitsandbytes": "engine/test_nf4_weight",
-    "afina/export/compare": "export/test_export",
     "afina/cli/chat": "cli/test_main",
-    "afina/cli/demo_story": "cli/test_demo",
     "afina/cli/demo": "cli/test_main",
-    "afina/cli/doctor_checks": "cli/test_doctor",
+    "afina/cli/demo_story": "cli/test_demo",
     "afina/cli/doctor": "cli/test_main",
+    "afina/cli/doctor_checks": "cli/test_doctor",
     "afina/cli/eval": "cli/test_main",
     "afina/cli/export": "cli/test_main",
     "afina/cli/generate": "cli/test_main",
     "afina/cli/options": "cli/test_main",
     "afina/cli/train": "cli/test_main",
+    "afina/export/compare": "export/test_export",
 }
 
 

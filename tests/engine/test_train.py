@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_model import CONFIG, saved, tiny_tokenizer
+from tqdm import tqdm
 
 import afina
-from afina.engine import train
+from afina.engine import optim, train
 from afina.engine.checkpoint import load_checkpoint
 from afina.engine.optim import AdamW
+from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.train import NonFiniteError, RunResult, finetune
 from afina.errors import AfinaError
+from afina.kernels.adamw import adamw_
 from afina.loaders.data.batches import Batches
 from afina.loaders.data.dataset import prepare
 from afina.loaders.text.tokenizer import load_tokenizer
@@ -149,6 +153,15 @@ def test_from_scratch(rows: str, tmp_path: Path) -> None:
     assert result.metrics["dev_loss"] < 5.0
 
 
+@pytest.fixture(params=["at once", "one step later"])
+def result_read(request: pytest.FixtureRequest) -> Iterator[str]:
+    """When a step's result is looked at: as on a CPU, and as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "at once":
+            patch.setattr(train.Run, "deferred", True)
+        yield request.param
+
+
 class Stop:
     """Asks to stop at the n-th poll."""
 
@@ -166,6 +179,7 @@ class Stop:
         return self.left < 0
 
 
+@pytest.mark.usefixtures("result_read")
 @pytest.mark.parametrize("polls", [0, 1, 6, 9, 17])
 def test_stopped_anywhere_and_resumed_is_the_same_run_bit_for_bit(
     model: str, rows: str, tmp_path: Path, polls: int, monkeypatch: pytest.MonkeyPatch
@@ -201,6 +215,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(train, "accumulate", poisoned)
 
 
+@pytest.mark.usefixtures("result_read")
 def test_a_non_finite_step_moves_nothing_and_names_its_rows(
     model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +233,7 @@ def test_a_non_finite_step_moves_nothing_and_names_its_rows(
     assert all(row.startswith(f"{rows}: line ") for row in first)
 
 
+@pytest.mark.usefixtures("result_read")
 def test_three_non_finite_steps_in_a_row_stop_the_run(
     model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +243,96 @@ def test_three_non_finite_steps_in_a_row_stop_the_run(
     assert all(
         torch.isfinite(t).all() for t in load_checkpoint(tmp_path / "run/checkpoint-5").tensors("weights").values()
     )
+
+
+def test_when_a_result_is_looked_at_changes_nothing(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same lines in the same order, and the same checkpoints, skipped steps included."""
+    left = []
+    for deferred in (False, True):
+        monkeypatch.setattr(train.Run, "deferred", deferred)
+        with monkeypatch.context() as patch:
+            poison(patch, {2, 3, 5})
+            result = fit(model, rows, tmp_path / str(deferred), eval_steps=3, save_steps=2, save_total_limit=9)
+        text = (result.output_dir / "metrics.jsonl").read_text()
+        written = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in text.splitlines()]
+        ends = [load_checkpoint(path) for path in sorted(result.output_dir.glob("checkpoint-*"))]
+        left.append((written, [end.meta["updates"] for end in ends], [end.tensors("weights") for end in ends]))
+    assert left[0][:2] == left[1][:2]
+    assert left[0][1] == [2, 2, 3, 5]  # of steps 2, 4, 6 and 8
+    for before, after in zip(left[0][2], left[1][2], strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")  # these wait for a GPU
+
+
+def test_on_a_gpu_nothing_is_read_between_backward_and_update(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the host reads there would stop it until the GPU is done. The result of the step before, which has long come
+    by then, is all that it looks at."""
+    read: list[torch.Tensor] = []
+    between: list[list[torch.Tensor]] = []  # what was read before each update, after the last backward pass
+    results: list[torch.Tensor] = []
+    backward, launched = torch.Tensor.backward, train.LaunchedStep.__init__
+
+    def watched(name: str) -> Any:
+        method = getattr(torch.Tensor, name)
+        return lambda tensor, *args: (read.append(tensor), method(tensor, *args))[1]
+
+    def ran_backward(tensor: torch.Tensor) -> None:
+        backward(tensor)
+        read.clear()
+
+    def updated(*args: Any, **kwargs: Any) -> None:
+        between.append(list(read))
+        adamw_(*args, **kwargs)
+
+    def launch(step: train.LaunchedStep, *args: Any) -> None:
+        launched(step, *args)
+        results.append(step.figures)
+
+    monkeypatch.setattr(train.Run, "deferred", True)
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    monkeypatch.setattr(torch.Tensor, "backward", ran_backward)
+    monkeypatch.setattr(optim, "adamw_", updated)
+    monkeypatch.setattr(train.LaunchedStep, "__init__", launch)
+    fit(model, rows, tmp_path / "run", gradient_accumulation_steps=2, eval_steps=4, weight_decay=0.0)
+    assert len(between) == len(results) == 8
+    for step, tensors in enumerate(between):
+        # An evaluation begins with a look at the last step, so after it nothing is left to read.
+        expected = [results[step - 1]] if step not in (0, 4) else []
+        assert [id(tensor) for tensor in tensors] == [id(tensor) for tensor in expected], step
+
+
+@pytest.mark.gpu
+def test_steps_never_wait_for_the_gpu(model: str, rows: str, tmp_path: Path) -> None:
+    config = afina.TrainConfig(
+        model=model, data=rows, output_dir=str(tmp_path / "run"), max_length=64, max_steps=8, batch_size=4,
+        gradient_accumulation_steps=2, device="cuda",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(model)
+    with RunFolder(tmp_path / "run") as folder:
+        data = train.read_data(config, tokenizer, progress=False)
+        loaded = afina.load_model(model, device="cuda").train()
+        run = train.Run(config, loaded, tokenizer, data, folder, lambda text: None)
+        run.begin()
+        run.stop, run.bar = StopRequest(), tqdm(disable=True)
+        run._step()  # compiles the kernels and makes what is made once
+        run._step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                run._step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        run._settle()
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == list(range(1, 7))
+    assert all(math.isfinite(line["loss"]) and line["seconds"] > 0 for line in written)
 
 
 def test_finetune_takes_a_config_or_settings_but_not_both(model: str, rows: str, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from kernel_checks import DEVICE, DRAWN, assert_near, draw, strided
 from torch import Tensor
 
 from afina.kernels import launch
-from afina.kernels.adamw import State8, _plans, adamw_, adamw_reference_
-from afina.kernels.blockwise import dynamic_code
+from afina.kernels.adamw import _plans, adamw_, adamw_reference_
+from afina.kernels.adamw_torch import _stochastic
+from afina.kernels.adamw_triton import _tables
+from afina.kernels.blockwise import State8, dynamic_code
 
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.2}
 
@@ -118,6 +120,9 @@ def test_validation() -> None:
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=r"^seed: "):
             call(good, seed=seed)
+    for skip in (torch.zeros(1, dtype=torch.bool), torch.zeros(()), torch.zeros((), dtype=torch.bool, device="meta")):
+        with pytest.raises(ValueError, match=r"^skip: "):
+            call(good, skip=skip)
     with pytest.raises(ValueError, match=r"^params: 1 tensors, but .*2 copies"):
         call(good, copies=[None, None])
     eight = State8.zeros_like(torch.ones(2), signed=True)
@@ -246,6 +251,49 @@ def test_triton_chunks_do_not_matter(seed: int | None, kind: Any, monkeypatch: p
         assert all(torch.equal(values(a), values(b)) for a, b in zip(got, want))
     monkeypatch.undo()
     launch._config.cache_clear()
+
+
+@BACKENDS
+@pytest.mark.parametrize("types", [*TYPES, (torch.bfloat16, State8, torch.bfloat16, None)])
+def test_a_skipped_update_changes_nothing(types: tuple[Any, ...], backend: str) -> None:
+    """Not even by gradients that are not finite; and where `skip` is false, the bits are those of an update without."""
+    sizes, seed = [700, 3], 1 if types[3] is None and types[0] == torch.bfloat16 else None
+    yes, no = (torch.tensor(flag, device=DEVICE) for flag in (True, False))
+    plain, taken = (run(sizes, types, backend, seed=seed, **options) for options in ({}, {"skip": no}))
+    assert all(torch.equal(values(a), values(b)) for a, b in zip(plain, taken))
+    params = [draw(n, seed=n, dtype=types[0]).to(DEVICE) for n in sizes]
+    moments = list(zip(*(states(p, types[1]) for p in params)))
+    copies = [None if types[3] is None else p.to(types[3]) for p in params]
+    held = [*params, *moments[0], *moments[1], *(c for c in copies if c is not None)]
+    grads = [draw(n, seed=n + 1, dtype=types[2]).to(DEVICE) for n in sizes]
+    arguments: dict[str, Any] = {"copies": copies, "seed": seed, "backend": backend} | OPTIONS
+    adamw_(params, grads, *moments, step=1, **arguments)  # moments that are not zero
+    before = [x.clone() if isinstance(x, Tensor) else (x.codes.clone(), x.absmax.clone()) for x in held]
+    for grad in grads:
+        grad[1] = torch.nan
+    adamw_(params, grads, *moments, step=2, skip=yes, **arguments)
+    for now, then in zip(held, before):
+        pairs = [(now, then)] if isinstance(now, Tensor) else [(now.codes, then[0]), (now.absmax, then[1])]
+        assert all(torch.equal(a, b) for a, b in pairs)
+    adamw_(params, grads, *moments, step=2, skip=no, **arguments)
+    assert params[0].isnan().any()
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_skip() -> None:
+    types = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
+    param, grad, copy = (draw(900, seed=1, dtype=types[i]).cuda() for i in (0, 2, 3))
+    m, v = states(param, types[1])
+
+    def update(step: int) -> None:
+        adamw_([param], [grad], [m], [v], step=step, copies=[copy], skip=grad.isnan().any(), **OPTIONS)
+
+    update(1)  # compiles, and makes the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @BACKENDS
@@ -384,9 +432,30 @@ def test_state8_second_moment_stays_off_zero(backend: str) -> None:
     assert (m.dequantize() == 0).any()
 
 
+def test_stochastic_rounding_takes_one_of_both_neighbours() -> None:
+    x = torch.cat([draw(5000, dtype=torch.float32), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    got = _stochastic(x, torch.Generator().manual_seed(0))
+    below = (x.view(torch.int32) & -65536).view(torch.float32)  # cut off
+    above = (below.view(torch.int32) + 65536).view(torch.float32)
+    exact = below == x
+    assert torch.equal(got[exact].float(), x[exact])
+    assert got[-1].isnan()
+    drawn = ~exact & x.isfinite()
+    assert ((got == below) | (got == above))[drawn].all()
+    assert (got == below)[drawn].any()
+    assert (got == above)[drawn].any()
+
+
+def test_tables_name_each_chunk_once() -> None:
+    lines = [(0,) * 4 + (numel,) + (0,) * 3 for numel in (0, 1, 1024, 1025, 5000)]
+    tensors, chunks = _tables(lines, 1024, DEVICE)
+    assert tensors.tolist() == [list(line) for line in lines]
+    assert chunks.tolist() == [[1, 0], [2, 0], [3, 0], [3, 1], *([4, i] for i in range(5))]
+
+
 def test_wide_loads_are_for_aligned_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(launch, "recorder", lambda kernel, arguments: seen.append(arguments["ALIGNED"]))
+    monkeypatch.setattr(launch, "recorder", lambda kernel, arguments: seen.append(arguments["variant"].ALIGNED))
     for odd in range(6):
         tensors = [torch.ones(65, dtype=torch.bfloat16, device=DEVICE)[i == odd :][:64] for i in range(5)]
         p, g, m, v, copy = tensors

@@ -1,0 +1,37 @@
+"""What training minimises. An objective is a function of a model and a batch; the loop knows nothing else about it.
+
+It returns the sum of the batch's losses and the number of loss tokens that the sum runs over. Training divides by the
+loss tokens of a whole step and evaluation by those of a whole set, so neither depends on how rows fall into batches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from afina.engine.model import GPT
+    from afina.loaders.data.batches import MicroBatch
+
+
+class Objective(Protocol):
+    """``objective(model, batch)`` -> (the sum of the losses, fp32 (); the number of loss tokens).
+
+    ``divisor``: what the sum is divided by before it is returned. It is known before the batch runs, so that the
+    gradient comes out of the backward pass with its final scale.
+    """
+
+    def __call__(self, model: GPT, batch: MicroBatch, *, divisor: int | None = None) -> tuple[Tensor, int]: ...
+
+
+def sft(model: GPT, batch: MicroBatch, *, divisor: int | None = None) -> tuple[Tensor, int]:
+    """Supervised fine-tuning: the cross-entropy (nats) of each loss token, given the tokens before it."""
+    # Labels and boundaries stay on the CPU: what they say about shapes is read there, not off the GPU.
+    ids = batch.input_ids.to(model.embed.weight.device, non_blocking=True)
+    if divisor is None:
+        return model.loss(ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="sum"), batch.loss_tokens
+    # The head computes its gradients together with the loss, and multiplies them by the upstream gradient afterwards.
+    # For a mean that is exactly 1 where a step has one micro-batch, and the pass over the gradients is left out.
+    mean = model.loss(ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="mean")
+    return mean * (batch.loss_tokens / divisor), batch.loss_tokens
