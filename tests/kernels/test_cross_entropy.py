@@ -67,7 +67,7 @@ LOGITS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 @contextmanager
 def chunks(rows: int) -> Iterator[None]:
-    """At most so many rows at a time, and in the lean mode tiles of 20 (fp64) to 80 (16 bits) columns."""
+    """Make chunks of at most so many rows, and in the lean mode tiles of 20 (fp64) to 80 (16 bits) columns."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CHUNK_ROWS", "GPU_CHUNK_ROWS", "SUM_ROWS"):
             patch.setattr(chunked, name, (rows, rows))
@@ -76,7 +76,7 @@ def chunks(rows: int) -> Iterator[None]:
 
 
 def assert_right(function: Any, reference: Any, inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """In fp64 near the reference, else no worse than the reference computed in `dtype`; so are the gradients.
+    """Results and gradients are near the reference in fp64, and else no worse than the reference is in `dtype`.
 
     In fp64 1e-10 holds for every order of summation: a sum of at most 5,003 exponentials is off by as many roundings,
     1.1e-12 of it, and logits of order 10,000 by one rounding each, 1e-12.
@@ -125,7 +125,7 @@ def test_linear(
     lean: bool,
     options: dict[str, Any],
 ) -> None:
-    """With more rows than a chunk holds, and fewer; tiles of the lean mode in one row or column, and several."""
+    """There are more rows than a chunk holds, or fewer; the lean mode has one row or column of tiles, or several."""
     inputs = [draw(rows, width) * 2, draw(vocab, width, seed=1), *([draw(vocab, seed=2)] if bias else [])]
     targets = labels(rows, vocab, ignored, options["ignore_index"])
 
@@ -224,7 +224,7 @@ def test_no_gradient_is_made_for_what_is_frozen(
     leaves = [x.to(DEVICE, dtype, copy=True).requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
 
     def formula(wide: torch.dtype) -> list[Tensor]:
-        """The mean, then its gradients."""
+        """Compute the mean, then its gradients."""
         own = [x.detach().to(wide, copy=True).requires_grad_() for x in leaves]
         mean = linear_cross_entropy_reference(*own[:2], targets.to(DEVICE), bias=own[2])
         return [mean.detach(), *torch.autograd.grad(mean, own)]
@@ -256,7 +256,7 @@ def test_no_gradient_is_made_for_what_is_frozen(
 
 @HEADS
 def test_without_gradients_only_losses_are_made(head: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad, though the parameters ask for them; the logits stay as the product left them."""
+    """Under no_grad no gradient is made, though the parameters want one; the logits stay as the product left them."""
     inputs = [draw(6, 4, dtype=dtype), draw(9, 4, seed=1, dtype=dtype)]
     h, w = (x.to(DEVICE).requires_grad_() for x in inputs)
     targets = labels(6, 9, "some")
@@ -300,7 +300,7 @@ def test_the_logits_are_never_whole(reduction: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 9.0}, {"label_smoothing": 0.1}, {"z_loss": 1e-3}], ids=str)
 def test_rows_of_logits_that_are_longer_than_the_vocabulary(options: dict[str, float]) -> None:
-    """Large vocabularies that are no round number: what fills the rows up must not count, in any chunk."""
+    """Rows of a large vocabulary that is no round number are filled up, and the filling must not count in any chunk."""
     vocab = chunked.CPU_PITCH + 27
     h, w, targets = draw(20, 5), draw(vocab, 5, seed=1), labels(20, vocab, "some")
     with chunks(3):
@@ -334,7 +334,7 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
 
 
 def test_wide_rows_and_repeats() -> None:
-    """Rows much wider than a vector register, whose softmax is taken in place."""
+    """The softmax of rows much wider than a vector register is taken in place."""
     h, w, targets = draw(9, 8), draw(5003, 8, seed=1), labels(9, 5003, "some")
     with chunks(4):
         got = evaluate(lambda h, w: linear_cross_entropy(h, w, targets), [h, w])
@@ -478,7 +478,7 @@ def test_triton_logits(
 @HEADS
 @pytest.mark.parametrize("vocab", [1, 2])
 def test_one_class_and_two(head: Any, dtype: torch.dtype, vocab: int) -> None:
-    """Where there is but one, the loss and all gradients are 0."""
+    """Where there is one class only, the loss and all gradients are 0."""
     inputs = [draw(3, 4, dtype=dtype).to(DEVICE), draw(vocab, 4, seed=1, dtype=dtype).to(DEVICE)]
     for smoothing in (0.0, 0.3):
         options = {"targets": labels(3, vocab, "some").to(DEVICE), "label_smoothing": smoothing}
@@ -561,7 +561,7 @@ def test_backward_twice(reduction: str) -> None:
 
 
 def test_wide_rows_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the tile of the launch table's GPUs: a row shorter than a tile, one a tile longer, one of many."""
+    """The tile is that of GPUs, and the rows are shorter than it, exactly as long, and of many tiles."""
     monkeypatch.setattr(in_triton, "config", lambda *a, **k: {"DEPTH": 4, "LANES": 2048} if k else {"BLOCK": 8192})
     targets = torch.tensor([0, -100, 5000])
     for vocab in (8191, 8192, 40_003):
@@ -588,7 +588,7 @@ def test_rows_of_a_chunk_on_a_gpu() -> None:
 
 
 def test_sums_of_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best way that gives the right sum, of the three that a torch may have on a GPU."""
+    """Of the three ways that a torch may have on a GPU, the best one that gives the right sum is taken."""
     a, b, before = (
         draw(5, 3, dtype=torch.bfloat16),
         draw(3, 4, seed=1, dtype=torch.bfloat16),
@@ -637,7 +637,7 @@ class _NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("lean", [True, False])
 def test_nothing_waits_for_the_gpu(reduction: str, lean: bool) -> None:
-    """With the targets on the CPU. (On a GPU torch itself watches, where nothing is read for the first time.)"""
+    """Nothing waits when the targets are on the CPU. (On a GPU torch itself watches, from the second call on.)"""
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     h, w, b = (draw(*shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in ((6, 4), (70, 4), (70,)))
     targets = labels(6, 70, "some")
@@ -690,7 +690,7 @@ class _Peak(TorchDispatchMode):
 def test_the_lean_mode_holds_little(
     backend: str, dtype: torch.dtype, ignored: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sixteenth of what it may hold, at a sixteenth of the sizes it is for; a chunk's logits would be twice that."""
+    """At a sixteenth of its sizes it holds a sixteenth of what it may; a chunk's logits alone would be twice that."""
     monkeypatch.setattr(chunked, "SUM_BYTES", chunked.SUM_BYTES // 16)
     monkeypatch.setattr(chunked, "TILE_BYTES", {name: size // 16 for name, size in chunked.TILE_BYTES.items()})
     monkeypatch.setattr(in_triton, "config", lambda *a, **k: {"DEPTH": 4, "LANES": 2048} if k else {"BLOCK": 8192})

@@ -32,7 +32,7 @@ SHAPES = st.tuples(st.lists(st.integers(0, 4), max_size=2), st.integers(1, 40)).
 
 
 def tolerance(x: Tensor, eps: float, layer: bool, dtype: torch.dtype = torch.float64) -> float:
-    """How far apart two right results of one norm may be, gradients included, whatever order they sum in.
+    """Return how far apart two right results of a norm and its gradients may be, whatever order they sum in.
 
     An error of one rounding in x becomes one of rstd * |x| in the normalised row, and dx is rstd times such a row. The
     rows here have at most 100 columns, and weights, gradients and their products are of order 1.
@@ -125,7 +125,7 @@ def test_mixed_dtypes_keep_their_own() -> None:
 
 
 def test_statistics_are_wide() -> None:
-    """The squares of these overflow fp16."""
+    """The squares of these values overflow fp16."""
     x = torch.full((2, 64), 1000.0, dtype=torch.float16)
     assert torch.equal(rms_norm(x, torch.ones(64, dtype=torch.float16)), torch.ones_like(x))
 
@@ -166,7 +166,7 @@ def test_validation_of_the_bias() -> None:
 
 
 def formula(x: Tensor, w: Tensor, *, eps: float = 1e-6, weight_offset: float = 0.0) -> Tensor:
-    """RMSNorm as torch computes it in x's dtype."""
+    """Compute RMSNorm as torch does it in x's dtype."""
     return (w + weight_offset) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
@@ -187,7 +187,7 @@ def torch_layer_norm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: floa
 def test_triton(
     rows: int, width: int, dtype: torch.dtype, kind: str, residual: bool, option: bool, layer: bool
 ) -> None:
-    """Rows shorter and longer than a tile, one and several to a program; the option is a bias or a weight offset."""
+    """Rows are shorter and longer than a tile, a program has one and several; `option` is a bias or a weight offset."""
     x, r = (3 * draw(rows, width, seed=i).float() + 1 for i in range(2))
     affine = [draw(width, seed=2).float(), draw(width, seed=3).float()][: 1 + (layer and option)]
     offset = 1.0 if option and not layer else 0.0
@@ -210,7 +210,7 @@ def test_triton(
 @pytest.mark.parametrize("width", [24, 70])
 @pytest.mark.parametrize("norm", [rms_norm, layer_norm])
 def test_triton_heads_of_a_fused_buffer(norm: Any, width: int) -> None:
-    """Rows evenly apart within a token only; neither x nor an odd residual or gradient may be misread."""
+    """These rows lie evenly apart only within a token, in x, residual and gradient; none of them may be misread."""
     qkv = draw(2, 3, 7, width, dtype=torch.float32).to(DEVICE)
     q, r, w = qkv[:, :, :4], qkv[:, :, 3:], draw(width, seed=1, dtype=torch.float32).to(DEVICE)
     for kind in ("dense", "strided"):
@@ -300,7 +300,7 @@ def test_triton_extreme_values(width: int) -> None:
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_triton_any_number_of_programs_sums_all_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program for all rows, fewer than there are tiles of rows, and more."""
+    """One program takes all rows; or there are fewer programs than tiles of rows, or more."""
     inputs = [draw(11, width), draw(width, seed=1), draw(width, seed=2)]
     for count in (1, 2, 100):
         monkeypatch.setattr(norm_triton, "programs", lambda device, count=count: count)
