@@ -36,17 +36,17 @@ from typing import Any, NamedTuple
 
 import torch
 import triton  # before the kernels: they take the compiler only where something will use it
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from afina.kernels import activation, adamw, attention, blockwise, cross_entropy, decode, launch, nf4, norm, rope
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one block can have
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
-NAMES |= {torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1"}
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -154,19 +154,12 @@ OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
 }
 
 
-class Constant(NamedTuple):
-    """What is compiled in: an argument, at place (i,), or a field of one that is a NamedTuple, at place (i, j)."""
-
-    place: tuple[int, ...]
-    name: str
-    value: Any
-
-
 class Job(NamedTuple):
-    """One compilation: a kernel, its signature, its constants and its options, for one target.
+    """One compilation: a kernel and how Triton specialises its arguments, for one target.
 
     ``signature``: the type of each argument by name; of a NamedTuple, a tuple of the same kind with its fields' types.
-    ``aligned``: the places of the pointers and integers that 16 divides.
+    ``constants`` (values compiled in) and ``attributes`` (such as a divisibility by 16) stand at a place: (i,) is
+    argument i, and (i, j) is field j of an argument that is a NamedTuple.
     """
 
     op: str
@@ -174,16 +167,18 @@ class Job(NamedTuple):
     kernel: str
     target: int
     signature: tuple[tuple[str, Any], ...]
-    constants: tuple[Constant, ...]
-    aligned: tuple[tuple[int, ...], ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    attributes: tuple[tuple[tuple[int, ...], tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, int], ...]
 
     def label(self) -> str:
         """The constants that tell one variant of a kernel from another."""
         named: dict[str, Any] = {}
-        for constant in self.constants:
-            value = constant.value
-            named |= value._asdict() if hasattr(value, "_asdict") else {constant.name: value}
+        for (i, *fields), value in self.constants:
+            name, kind = self.signature[i]
+            for j in fields:
+                name, kind = f"{name}.{getattr(kind, '_fields', range(len(kind)))[j]}", kind[j]
+            named |= value._asdict() if hasattr(value, "_asdict") else {name: value}
         return " ".join(f"{name}={value}" for name, value in named.items() if value is not None)
 
 
@@ -235,49 +230,23 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _job(op: str, kernel: Any, target: int, arguments: dict[str, Any]) -> Job:
-    """Specialise as Triton does at a launch: pointers and integers that 16 divides, and integers that are 1."""
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
-    options = {name: arguments.pop(name) for name in names if name in arguments}
-    constants: list[Constant] = []
-    aligned: list[tuple[int, ...]] = []
-
-    def kind(place: tuple[int, ...], name: str, value: Any, special: bool) -> Any:
-        if isinstance(value, tuple):
-            fields = getattr(value, "_fields", range(len(value)))
-            # What stands in a tuple is always specialised, whatever do_not_specialize says.
-            kinds = [kind((*place, i), f"{name}.{f}", x, True) for i, (f, x) in enumerate(zip(fields, value))]
-            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
-        constant = isinstance(value, triton.language.constexpr)
-        if constant or value is None or (special and type(value) is int and value == 1):
-            constants.append(Constant(place, name, value.value if constant else value))
-            return "constexpr"
-        if isinstance(value, float):
-            return "fp32"
-        if special and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
-            aligned.append(place)
-        if isinstance(value, Tensor):
-            return "*" + NAMES[value.dtype]
-        return "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    signature = {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr:
-            value = triton.language.constexpr(value)
-        signature[parameter.name] = kind((i,), parameter.name, value, not parameter.do_not_specialize)
+    """Let Triton's own launch specialise the arguments, as for a GPU of capability `target`."""
+    backend = make_backend(GPUTarget("cuda", target, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**arguments)
+    _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, options)
+    plain = tuple((place, x.value if isinstance(x, tl.constexpr) else x) for place, x in constants.items())
     return Job(
-        op, kernel.fn.__module__, kernel.fn.__name__, target, tuple(signature.items()), tuple(constants),
-        tuple(aligned), tuple(sorted(options.items())),
+        op, kernel.fn.__module__, kernel.fn.__name__, target, tuple(signature.items()), plain,
+        tuple((place, tuple(map(tuple, found))) for place, found in attributes.items() if found),
+        tuple(sorted(options.items())),
     )  # fmt: skip
 
 
 def compiled(job: Job) -> Result:
     kernel = getattr(sys.modules[job.module], job.kernel)
     source = ASTSource(
-        fn=kernel,
-        signature=dict(job.signature),
-        constexprs={constant.place: constant.value for constant in job.constants},
-        attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
+        fn=kernel, signature=dict(job.signature), constexprs=dict(job.constants), attrs=dict(job.attributes)
     )
     started = time.perf_counter()
     made = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=dict(job.options))

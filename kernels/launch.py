@@ -108,7 +108,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if recorder is not None:
         recorder(kernel, dict(zip(kernel.arg_names, args)) | options)
         return
-    flat = [y for x in args for y in (x if isinstance(x, tuple) else (x,))]
+    flat = (field for x in args for field in (x if isinstance(x, tuple) else (x,)))
     device = next(x.device for x in flat if isinstance(x, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

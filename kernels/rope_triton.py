@@ -298,8 +298,8 @@ class TritonRope(torch.autograd.Function):
             tile, options = _tile("rope_norm_backward", sizes, q.device)
             launch(
                 _rope_norm_backward, (shares,), _view(dq), _view(dk), _view(q), _view(k), q_grad, k_grad, sums,
-                Angles(cos, sin, cos.stride(0)), Norm(q_weight, k_weight, ctx.eps, ctx.offset), tokens, q.shape[1], sizes,
-                tile=tile, **options,
+                Angles(cos, sin, cos.stride(0)), Norm(q_weight, k_weight, ctx.eps, ctx.offset), tokens, q.shape[1],
+                sizes, tile=tile, **options,
             )  # fmt: skip
             if sums is not None:
                 whole = sums.sum(0)

@@ -76,6 +76,45 @@ print(list(complaints(job, Result(32, 0, 0, 0, 1.0, wgmma={wgmma}, dots=True, ah
         assert ("no load runs ahead" in done.stdout) != wgmma
 
 
+# A kernel that takes a view: a pointer and a stride, a constant that is wrapped and one that is an integer equal to 1.
+TUPLE = """
+from typing import Any, NamedTuple
+import torch, triton
+import triton.language as tl
+class View(NamedTuple):
+    ptr: Any
+    stride: Any
+    step: Any
+    SCALE: Any
+@triton.jit(do_not_specialize=["length"])
+def kernel(x, out, length, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x.ptr + at * x.stride, mask=at * x.step < length) * x.SCALE)
+"""
+
+
+def test_fields_of_tuples_are_specialised_as_arguments_are(tmp_path: Path) -> None:
+    """A place in a tuple says which field is constant, or divisible by 16; an unspecialised length is neither."""
+    (tmp_path / "tuples.py").write_text(TUPLE)
+    code = f"""
+import sys
+sys.path[:0] = ["benchmarks", {str(tmp_path)!r}]
+import torch
+from compile_gate import _job, compiled
+from tuples import View, kernel, tl
+x = torch.zeros(4096)
+for stride, length in ((32, 16), (33, 1)):
+    view = View(x[stride % 2:], stride, 1, tl.constexpr(3))
+    job = _job("op", kernel, 90, dict(x=view, out=x, length=length, BLOCK=64, num_warps=1))
+    places = [place for place, _ in job.attributes]
+    print(tuple(job.signature[0][1]), dict(job.signature)["length"], "|", job.label(), "|", places)
+    print(compiled(job).registers > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=240)
+    kinds = "('*fp32', 'i32', 'constexpr', 'constexpr') i32 | x.step=1 x.SCALE=3 BLOCK=64 | "
+    assert done.stdout.splitlines() == [f"{kinds}[(0, 0), (0, 1), (1,)]", "True", f"{kinds}[(1,)]", "True"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("sass", "count"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from conftest import REPO
 
 from afina.kernels import launch
-from afina.kernels.activation import swiglu
+from afina.kernels.activation import View, swiglu
 
 CPU = torch.device("cpu")
 TABLE = {
@@ -89,7 +91,7 @@ def test_without_a_gpu_the_compiler_stays_out_of_the_process() -> None:
 import sys, torch
 torch.cuda.is_available = lambda: False
 import afina.engine.model, afina.kernels.decode, afina.kernels.adamw
-from afina.kernels.activation import swiglu
+from afina.kernels.activation import View, swiglu
 assert "triton" not in sys.modules
 swiglu(torch.ones(2, 4))
 try:
@@ -99,6 +101,21 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("backend: 'triton' needs a GPU, found a tensor on cpu; use 'torch', or set")
+
+
+@pytest.mark.parametrize("first", [(), (3,)])
+def test_the_device_is_found_inside_tuples(first: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first tensor, wherever it stands: there the kernel runs, whatever GPU is the current one."""
+    on_second = SimpleNamespace(device=torch.device("cuda", 1))
+    current: list[Any] = []
+    ran: list[Any] = []
+    monkeypatch.setattr(launch.torch, "Tensor", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(current.append(device)))
+    kernel = {(2,): lambda *args, **options: ran.append((args, options))}
+    args = (*first, View(on_second, 8), SimpleNamespace(device=torch.device("cpu")), 5)
+    launch.launch(kernel, (2,), *args, BLOCK=16)
+    assert (current, ran) == ([on_second.device], [(args, {"BLOCK": 16})])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not used where there is a GPU")
