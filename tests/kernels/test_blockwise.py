@@ -44,7 +44,11 @@ def test_every_value_takes_the_nearest_code(count: int, size: int, signed: bool,
         largest = block.abs().max()
         assert absmax[start // size] == largest
         nearest = (block[:, None] - code.double() * largest).abs().min(dim=1).values
-        assert ((got[start : start + size].double() - block).abs() <= nearest + 1e-6 * largest).all()
+        held = got[start : start + size].double()
+        # A value is scaled by a rounded reciprocal and compared with a rounded midpoint, and its code times absmax is
+        # rounded: four roundings of half an eps, some of which count twice.
+        rounding = 4 * torch.finfo(torch.float32).eps * (block.abs() + held.abs())
+        assert ((held - block).abs() <= nearest + rounding).all()
 
 
 def test_zeros_and_denormal_blocks_stay_finite() -> None:
@@ -55,4 +59,4 @@ def test_zeros_and_denormal_blocks_stay_finite() -> None:
     assert got.isfinite().all()
     assert torch.equal(got[:2], values[:2])
     assert (got[2:4].abs() <= 1e-42).all()
-    assert torch.allclose(got[4:], values[4:], rtol=0.02)
+    assert (got[4:] - values[4:]).abs().max() <= 3.0 * (code[1:] - code[:-1]).max() / 2
