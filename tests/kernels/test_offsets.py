@@ -81,4 +81,6 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 def test_rows_beyond_32_bits(name: str, far: Tensor) -> None:
     ours, reference = CASES[name]
     want = reference(far.float().contiguous())
-    torch.testing.assert_close(ours(far).float(), want, rtol=2e-3, atol=2e-3)
+    # The kernels round their result to fp16, and attention also p. A row read from elsewhere would differ by about 1.
+    tolerance = 2 * torch.finfo(torch.float16).eps
+    torch.testing.assert_close(ours(far).float(), want, rtol=tolerance, atol=tolerance)
