@@ -54,6 +54,8 @@ from afina.engine.optim import AdamW
 from afina.kernels import cross_entropy_chunks
 from afina.kernels.backend import choose, wide_dtype
 
+LEAN_BYTES = 100_000_000  # the most that the lean mode of linear_cross_entropy holds
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -86,9 +88,9 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.3g}" if size >= 1e8 else f"{size / 1e9:.3f}"
 
 
-def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int) -> MemoryPlan:
+def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int, lean_loss: bool = False) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
-    ``loss_tokens`` have a loss."""
+    ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     lora = {p for linear in linears if linear.lora is not None for p in linear.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
@@ -99,7 +101,7 @@ def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int) -> Memo
         adapters=_nbytes(lora),
         gradients=_nbytes(optimizer.params.values()),
         optimizer=optimizer.nbytes,
-        activations=_Walk(model, tokens, loss_tokens).peak(),
+        activations=_Walk(model, tokens, loss_tokens, lean_loss).peak(),
     )
 
 
@@ -125,11 +127,13 @@ class _Value:
 class _Walk:
     """The forward pass of ``GPT.loss``, of sizes alone: the functions from ``_layer`` on stand for the model's own."""
 
-    def __init__(self, model: GPT, tokens: int, loss_tokens: int) -> None:
+    def __init__(self, model: GPT, tokens: int, loss_tokens: int, lean_loss: bool = False) -> None:
         weight, config = model.embed.weight, model.config
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.lean_loss = model, tokens, lean_loss
         self.size, self.wide = weight.element_size(), wide_dtype(weight.dtype).itemsize
         self.triton = {op: choose(op, None, weight) == "triton" for op in ("attention", "rope", "linear_cross_entropy")}
+        if model.attention_backend is not None:  # torch's own attention ("sdpa") keeps what Triton's does
+            self.triton["attention"] = model.attention_backend != "torch"
         # Whether the last layer's o and MLP, and the head, take the loss positions alone.
         self.only_loss_positions = loss_tokens <= DENSE * tokens
         self.rows = loss_tokens if self.only_loss_positions else tokens
@@ -177,7 +181,8 @@ class _Walk:
         """The most at any time: at the loss, or where a layer is computed again."""
         dense = max((m.in_features * m.out_features for m in self.model.modules()
                      if isinstance(m, Linear) and m.quantized is not None), default=0) * self.size  # fmt: skip
-        peaks = [self.kept() + max(dense, self._logits())]
+        head = min(self._logits(), LEAN_BYTES) if self.lean_loss else self._logits()
+        peaks = [self.kept() + max(dense, head)]
         if self.recompute:
             peaks += [sum(self.inputs[: i + 1]) + layer + self.ends + dense for i, layer in enumerate(self.layers)]
         return max(peaks)
@@ -247,6 +252,9 @@ class _Walk:
             self._keep(moved, v)
         if out.grad and self.triton["attention"]:
             self._keep(out, self._new(x.rows, attn.heads, itemsize=self.wide))
+        if out.grad and self.model.attention_backend == "sdpa":
+            # torch may copy k and v to as many heads as q has.
+            self._keep(self._new(x.rows, 2 * (attn.heads - attn.kv_heads) * dim))
         return self._linear(attn.o, _Value(self.rows, out.width, out.grad) if cut else out)
 
     def _mlp(self, mlp: MLP, x: _Value, recompute_from: _Value | None) -> _Value:

@@ -25,6 +25,7 @@ from afina.engine.rope_tables import RopeTables, packed_positions
 from afina.errors import ConfigError
 from afina.kernels.activation import geglu, swiglu
 from afina.kernels.attention import attention
+from afina.kernels.backend import requested
 from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.kernels.norm import layer_norm, rms_norm
 from afina.kernels.rope import rope
@@ -44,6 +45,7 @@ class ForwardContext:
     cu_seqlens: Tensor | None
     cache: KVCache | None
     slots: Slots | None
+    attention_backend: str | None  # as attention() takes it
 
 
 class Norm(nn.Module):
@@ -113,9 +115,12 @@ class Attention(nn.Module):
         if context.cache is not None and context.slots is not None:
             out = context.cache.attend(self.index, q, k, v, context.slots, **self.options)
         elif context.cu_seqlens is not None:
-            out = attention(q[0], k[0], v[0], cu_seqlens=context.cu_seqlens, **self.options)[None]
+            packed = q[0], k[0], v[0]
+            out = attention(*packed, cu_seqlens=context.cu_seqlens, backend=context.attention_backend, **self.options)[
+                None
+            ]
         else:
-            out = attention(q, k, v, **self.options)
+            out = attention(q, k, v, backend=context.attention_backend, **self.options)
         out = out.flatten(2)
         return self.o(out if positions is None else out.flatten(0, 1).index_select(0, positions))
 
@@ -189,7 +194,8 @@ class GPT(nn.Module):
     """A decoder-only language model (see ``ModelConfig``).
 
     ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. With ``gradient_checkpointing`` set,
-    training computes each layer again in the backward pass instead of keeping its activations. ``hf_config`` is the
+    training computes each layer again in the backward pass instead of keeping its activations. ``attention_backend``
+    is what ``attention`` takes, None for its own choice (see ``set_attention_backend``). ``hf_config`` is the
     config.json it came from, for export; ``adapter`` is the active one (see ``set_adapter``).
     """
 
@@ -203,6 +209,7 @@ class GPT(nn.Module):
         self.sample_source: Callable[[], str] = str
         self.adapter: Adapter | None = None
         self.gradient_checkpointing = False
+        self.attention_backend: str | None = None
         device = torch.device("cpu" if device is None else device)
         # On meta first: the layers' own initialisation would cost time and draw from the global random state.
         with torch.device("meta"):
@@ -307,7 +314,8 @@ class GPT(nn.Module):
                     "positions: lower max_length"
                 )
             residual = residual + self.pos_embed(positions)
-        context = ForwardContext([table(positions, lengths) for table in self.ropes], cu_seqlens, cache, slots)
+        tables = [table(positions, lengths) for table in self.ropes]
+        context = ForwardContext(tables, cu_seqlens, cache, slots, self.attention_backend)
         branch: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         dropout = self.adapter is not None and self.adapter.config.dropout > 0
@@ -322,15 +330,45 @@ class GPT(nn.Module):
                 residual, branch = layer(residual, branch, context, only)
         return self.norm.add(residual, branch)[0]
 
+    def set_attention_backend(self, backend: str, *, longest: int, device: torch.device) -> None:
+        """Choose what computes attention to sequences of at most ``longest`` tokens on ``device``: "triton", "sdpa",
+        "torch", or "auto", which leaves it to ``kernels/attention.py``. Decoding with a cache has kernels of its own.
+
+        Raises ``ConfigError`` where the backend cannot compute this model's attention, or not on that device.
+        """
+        if backend == "sdpa":
+            windows = [w for w in self.config.layer_windows if w is not None and w < longest]
+            if windows or self.config.attention_softcap is not None:
+                found = f"a window of {min(windows)} tokens" if windows else "capped scores"
+                raise ConfigError(
+                    f"attention_backend is sdpa, but the attention of this model has {found}, which torch's own cannot "
+                    "compute: use auto"
+                )
+        elif backend != "auto":
+            try:
+                requested(backend, device)
+            except ValueError as error:
+                raise ConfigError(f"attention_{error}") from None
+        self.attention_backend = None if backend == "auto" else backend
+
     def loss(
-        self, input_ids: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, reduction: str = "mean"
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        lean: bool = False,
     ) -> Tensor:
         """Cross-entropy (nats, fp32) of predicting labels (B, T) from the tokens before them; logits are never built.
 
         Labels are aligned with input_ids and shifted here, as in HF; -100 is ignored, and so is each document's first
         token, which nothing predicts. ``reduction``: "mean" over the loss tokens, "sum", or "none": (B, T), at each
         label its own loss, 0 where ignored. Labels and ``cu_seqlens`` may be on the CPU, whatever the model's device:
-        the positions that have a loss are then found there, and nothing waits for the GPU.
+        the positions that have a loss are then found there, and nothing waits for the GPU. ``label_smoothing``,
+        ``z_loss`` and ``lean`` are those of ``linear_cross_entropy``.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {tuple(input_ids.shape)}, found {tuple(labels.shape)}")
@@ -348,8 +386,16 @@ class GPT(nn.Module):
             targets = targets[loss_positions]
             loss_positions = loss_positions.to(input_ids.device, non_blocking=True)
             hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, positions=loss_positions)
-        cap = self.config.logit_softcap
-        losses = linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction, softcap=cap)
+        losses = linear_cross_entropy(
+            hidden,
+            self.head_weight,
+            targets,
+            reduction=reduction,
+            softcap=self.config.logit_softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            lean=lean,
+        )
         if reduction != "none":
             return losses
         return losses.new_zeros(labels.numel()).index_put((loss_positions + 1,), losses).view(labels.shape)

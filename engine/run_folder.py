@@ -43,8 +43,9 @@ LOCK, RUN, RECIPE, METRICS = ".lock", "run.json", "recipe.yaml", "metrics.jsonl"
 OWN_NAMES = {LOCK, RUN, RECIPE, METRICS, "best", "report.html", "tensorboard"}
 
 # Settings that may differ when a run is resumed: how long it goes on, how often it reports, evaluates and saves, and
-# how (not what) it computes. All others would make it another run. A longer run follows its own, stretched schedule
-# from there on.
+# how (not what) it computes. Another number of threads or another attention backend rounds otherwise, but may be all
+# that another machine has. All other settings would make it another run. A longer run follows its own, stretched
+# schedule from there on.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir",
@@ -56,6 +57,8 @@ FREE_ON_RESUME = frozenset(
         "save_total_limit",
         "early_stopping_patience",
         "gradient_checkpointing",
+        "lean_loss",
+        "attention_backend",
         "threads",
         "report_to",
     }

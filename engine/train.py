@@ -29,7 +29,7 @@ from afina.engine.lora import choose_patterns, default_trainable, freeze, new_ad
 from afina.engine.memory import MemoryPlan, plan
 from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
-from afina.engine.objectives import Objective, sft
+from afina.engine.objectives import Objective, sft, training_objective
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
@@ -220,12 +220,13 @@ class Run:
     data: Data
     folder: RunFolder
     log: Callable[[str], None]
-    objective: Objective = sft
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         c, model = self.config, self.model
         self.device = next(model.parameters()).device
+        model.set_attention_backend(c.attention_backend, longest=c.max_length, device=self.device)
+        self.objective = training_objective(c)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         ratio = c.loraplus_lr_ratio or 1.0
         self.optimizer = AdamW(
@@ -235,6 +236,8 @@ class Run:
             betas=(c.adam_beta1, c.adam_beta2),
             eps=c.adam_epsilon,
             weight_decay=c.weight_decay,
+            variant=c.optim,
+            seed=c.seed,
         )
         self.batches = Batches(
             self.data.train,
@@ -257,9 +260,10 @@ class Run:
         c, model = self.config, self.model
         count = model.config.num_parameters()
         facts = {"data_sha256": self.data.fingerprint, "model_sha256": model.fingerprint, "parameters": count}
-        # Weights and two moments in fp32 for every checkpoint kept and the one being written, and the best model.
+        # The optimizer's state for every checkpoint kept and the one being written, and the best model in fp32.
+        state = sum(tensor.nbytes for group in self.optimizer.state().values() for tensor in group.values())
         best = self.trainable if model.adapter else count
-        self.folder.begin(c.to_dict(), facts, bytes_needed=12 * self.trainable * (c.save_total_limit + 1) + 4 * best)
+        self.folder.begin(c.to_dict(), facts, bytes_needed=state * (c.save_total_limit + 1) + 4 * best)
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         some = "" if c.method == "full" else f", {self.trainable:,} train ({c.method})"
         self.log(
@@ -279,7 +283,13 @@ class Run:
         longest = heapq.nlargest(count, rows.lengths.tolist())
         tokens = sum(longest) if packing else longest[0] * len(longest)
         loss_tokens = sum(heapq.nlargest(count, rows.loss_tokens.tolist()))
-        return plan(self.model, self.optimizer, tokens=tokens, loss_tokens=min(tokens, loss_tokens))
+        return plan(
+            self.model,
+            self.optimizer,
+            tokens=tokens,
+            loss_tokens=min(tokens, loss_tokens),
+            lean_loss=self.config.lean_loss,
+        )
 
     def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
         """Measure, save and step until the last step; on a signal save what there is and raise Interrupted."""

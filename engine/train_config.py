@@ -121,10 +121,21 @@ class TrainConfig(Settings):
     weight_decay: float = setting(
         None, "decoupled decay of the weight matrices (default: 0.01, with adapters 0)", limit=NOT_NEGATIVE
     )
+    optim: str = setting(
+        "adamw",
+        "what AdamW holds: fp32 weights and moments, moments of 8 bits, or bf16 weights and moments alone",
+        choices=("adamw", "adamw_8bit", "adamw_bf16"),
+    )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", limit=POSITIVE)
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this (0: no clipping)", limit=NOT_NEGATIVE)
+    label_smoothing: float = setting(
+        0.0, "share of a target's weight in the training loss that is spread over the vocabulary", limit=BETA
+    )
+    z_loss: float = setting(
+        0.0, "adds this times logsumexp(logits)^2 to the training loss of a token", limit=NOT_NEGATIVE
+    )
     val_size: float = setting(0.1, "share of the rows held out as dev rows (at least one)", limit=INNER_FRACTION)
     eval_steps: int | None = setting(None, "steps between evaluations (default: ten in the run)", limit=POSITIVE)
     save_steps: int | None = setting(None, "steps between checkpoints (default: at each evaluation)", limit=POSITIVE)
@@ -138,6 +149,14 @@ class TrainConfig(Settings):
     )
     packing: bool = setting(True, "concatenate rows instead of padding them; rows stay isolated, the maths is the same")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    lean_loss: bool = setting(
+        False, "compute the loss in tiles of the logits: 100 MB at most, a third to two thirds more work"
+    )
+    attention_backend: str = setting(
+        "auto",
+        "what computes attention in training: the fastest here, our Triton kernels, torch's own, or plain torch",
+        choices=("auto", "triton", "sdpa", "torch"),
+    )
     dtype: str = setting("auto", "auto is float32 on a CPU, bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", limit=DEVICE)
     seed: int = setting(42, "seed of the split, the order of the rows and a random start", limit=SEED)
@@ -172,6 +191,11 @@ class TrainConfig(Settings):
         for name, value in self._method_defaults().items():
             if getattr(self, name) is None:
                 self._set(name, value)
+        if self.attention_backend == "sdpa" and self.packing:
+            raise ConfigError(
+                "attention_backend is sdpa, which cannot keep packed rows apart, but packing is true: set packing to "
+                "false, or use attention_backend auto"
+            )
         if self.method != "full" and self.init == "random":
             raise ConfigError(f"method {self.method} needs pretrained weights, but init is random: use method full")
         if self.init == "pretrained":

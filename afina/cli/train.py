@@ -52,9 +52,10 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
     config with what depended on the model."""
     from afina.engine.model import GPT
     from afina.engine.model_config import ModelConfig
+    from afina.engine.optim import bytes_per_parameter
     from afina.engine.run_folder import RunFolder
     from afina.engine.train import choose_trained, refuse_adapter
-    from afina.engine.weights import choose_device, read_config
+    from afina.engine.weights import choose_device, choose_dtype, read_config
     from afina.loaders.data.rows import read_rows
     from afina.loaders.jsonfile import read_json
     from afina.loaders.text.tokenizer import check_vocab, load_tokenizer
@@ -63,7 +64,8 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
     from afina.loaders.weights.safetensors import SafetensorsFolder
 
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite):  # leaves the folder as it was
-        choose_device(config.device)
+        device = choose_device(config.device)
+        bytes_per_parameter(config.optim, choose_dtype(config.dtype, device))  # refuses dtypes that optim is not for
         sources = {str(config.tokenizer or config.model), str(config.model or config.tokenizer)}
         chat = False
         if remote := [s for s in sources if s.count("/") == 1 and s[0] not in "./~" and not Path(s).exists()]:
@@ -84,6 +86,7 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
                 model = GPT(fields, device="meta")
                 model.hf_config = hf
                 config = choose_trained(config, model)
+                model.set_attention_backend(config.attention_backend, longest=config.max_length, device=device)
         for source in filter(None, (config.data, config.val_file)):
             for _ in read_rows(source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, chat=chat):
                 pass

@@ -259,6 +259,13 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(
         (["--method", "lora", "--modules_to_save", "lm_hed"], "'lm_hed' is no module of this model"),
         (["--method", "freeze", "--trainable", "layers.99"], "'layers.99' is no tensor of this model"),
         (["--lora_r", "8"], "lora_r is for method lora and qlora, but method is full"),
+        (
+            ["--optim", "adamw_bf16", "--dtype", "float32"],
+            "optim: adamw_bf16 rounds bfloat16 weights stochastically, but",
+        ),
+        (["--optim", "adam"], "(did you mean 'adamw'?)"),
+        (["--label_smoothing", "1"], "--label_smoothing is 1.0; expected a number from 0 to below 1"),
+        (["--attention_backend", "sdpa"], "sdpa, which cannot keep packed rows apart, but packing is true"),
         (["--columns", "prompt"], "pairs like prompt=question"),
         (["--init", "random"], "leave out model"),
         (["--config", "c.json"], "config is for init random"),

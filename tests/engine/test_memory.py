@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from afina.engine.lora import choose_targets, freeze, new_adapter
-from afina.engine.memory import MemoryPlan, kept, plan
+from afina.engine.memory import LEAN_BYTES, MemoryPlan, kept, plan
 from afina.engine.model import GPT, IGNORE
 from afina.engine.optim import AdamW
 from afina.engine.weights import load_model
@@ -131,6 +132,28 @@ def test_activations_of_adapters_with_gradient_checkpointing(method: str) -> Non
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_activations_in_bf16(method: str) -> None:
     assert error(prepared("llama", method, "bfloat16"), *batch(0.4)) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_activations_with_torchs_own_attention(name: str) -> None:
+    """With heads that share keys and values, and without: nearly, as what torch keeps depends on which kernel it takes."""
+    model = prepared(name, "full")
+    model.set_attention_backend("sdpa", longest=max(LENGTHS), device=torch.device("cpu"))
+    assert abs(error(model, *batch(1.0, packed=False))) < 0.05
+
+
+def test_a_lean_loss_takes_little_room_for_the_head() -> None:
+    """In a model with a large vocabulary; in a small one no more than the chunk of logits that it does without."""
+    model = prepared("llama", "full")
+    optimizer = AdamW(model, decay=set())
+    large = GPT(dataclasses.replace(model.config, vocab_size=200_000), device="meta").train()
+    for tested, most in ((large, LEAN_BYTES), (model, 1_000_000)):
+        chunks, lean = (
+            plan(tested, optimizer, tokens=4096, loss_tokens=4096, lean_loss=flag).activations for flag in (False, True)
+        )
+        held = kept(tested, tokens=4096, loss_tokens=4096)
+        assert lean - held <= most
+        assert lean < chunks if tested is large else lean == chunks
 
 
 def planned(model: GPT, optimizer: AdamW) -> MemoryPlan:

@@ -16,6 +16,7 @@ from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig, RopeConfig
 from afina.engine.weights import load_model
 from afina.errors import ConfigError
+from afina.kernels import backend as backends
 
 TINY = ModelConfig(
     vocab_size=16,
@@ -256,6 +257,23 @@ def test_embedding_scale_is_rounded_to_the_dtype() -> None:
         model(ids)
         assert torch.equal(seen[0], hf(ids))
     hf.to(torch.float32)
+
+
+def test_attention_backends_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    model, windowed = GPT(TINY), GPT(dataclasses.replace(TINY, layer_windows=(8, None)))
+    capped = GPT(dataclasses.replace(TINY, attention_softcap=5.0))
+    for backend in ("sdpa", "torch", "auto"):
+        model.set_attention_backend(backend, longest=100, device=cpu)
+        assert model.attention_backend == (None if backend == "auto" else backend)
+    windowed.set_attention_backend("sdpa", longest=8, device=cpu)  # no window is shorter than a sequence
+    with pytest.raises(ConfigError, match=r"attention_backend is sdpa, .* a window of 8 tokens"):
+        windowed.set_attention_backend("sdpa", longest=9, device=cpu)
+    with pytest.raises(ConfigError, match=r"attention_backend is sdpa, .* capped scores"):
+        capped.set_attention_backend("sdpa", longest=9, device=cpu)
+    monkeypatch.setattr(backends, "runnable", lambda device: device.type == "cuda")  # as without the interpreter
+    with pytest.raises(ConfigError, match=r"^attention_backend: 'triton' needs a GPU"):
+        model.set_attention_backend("triton", longest=9, device=cpu)
 
 
 @pytest.mark.gpu

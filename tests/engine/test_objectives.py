@@ -66,6 +66,27 @@ def test_sft_is_the_sum_over_loss_tokens(model: GPT, token_set: TokenSet, packin
     assert divided.item() == pytest.approx(expected.sum().item() / 1000, rel=1e-5)
 
 
+def test_smoothing_and_z_loss_by_their_formulas(model: GPT, token_set: TokenSet) -> None:
+    rows, smoothing, z = range(2, 8), 0.2, 0.01
+    expected, count = 0.0, 0
+    for row in rows:
+        ids, loss_mask = token_set.row(row)
+        with torch.no_grad():
+            logits = model(torch.as_tensor(ids).long()[None])[0].double()
+        for t in range(1, len(ids)):
+            if loss_mask[t]:
+                x, lse = logits[t - 1], logits[t - 1].logsumexp(0)
+                expected += (lse - (1 - smoothing) * x[ids[t]] - smoothing * x.mean() + z * lse.square()).item()
+                count += 1
+    batch = collate(token_set, rows, packing=True)
+    for lean in (False, True):
+        loss, found = sft(model, batch, label_smoothing=smoothing, z_loss=z, lean=lean)
+        assert found == count
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        divided, _ = sft(model, batch, divisor=1000, label_smoothing=smoothing, z_loss=z, lean=lean)
+        assert divided.item() == pytest.approx(expected / 1000, rel=1e-5)
+
+
 def test_a_step_of_one_micro_batch_has_the_bits_of_the_mean(model: GPT, token_set: TokenSet) -> None:
     batch = collate(token_set, range(9), packing=True)
     loss = accumulate(model, [batch])

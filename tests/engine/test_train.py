@@ -15,6 +15,7 @@ from tiny_model import CONFIG, saved, tiny_tokenizer
 from tqdm import tqdm
 
 import afina
+from afina.engine import model as engine_model
 from afina.engine import optim, train
 from afina.engine.checkpoint import load_checkpoint
 from afina.engine.optim import AdamW
@@ -22,6 +23,8 @@ from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.train import NonFiniteError, RunResult, finetune
 from afina.errors import AfinaError
 from afina.kernels.adamw import adamw_
+from afina.kernels.attention import attention
+from afina.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
 from afina.loaders.data.batches import Batches
 from afina.loaders.data.dataset import prepare
 from afina.loaders.text.tokenizer import load_tokenizer
@@ -333,6 +336,145 @@ def test_steps_never_wait_for_the_gpu(model: str, rows: str, tmp_path: Path) -> 
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written] == list(range(1, 7))
     assert all(math.isfinite(line["loss"]) and line["seconds"] > 0 for line in written)
+
+
+def test_smoothing_and_z_loss_are_in_the_training_loss_alone(model: str, rows: str, tmp_path: Path) -> None:
+    changed: dict[str, Any] = {"label_smoothing": 0.2, "z_loss": 0.01}
+    plain = fit(model, rows, tmp_path / "plain", max_steps=1)
+    result = fit(model, rows, tmp_path / "changed", max_steps=1, **changed)
+    assert lines(result, "dev_loss")[0] == lines(plain, "dev_loss")[0]
+    config = afina.TrainConfig.resolve(result.output_dir / "recipe.yaml")
+    assert (config.label_smoothing, config.z_loss) == (0.2, 0.01)
+    data = train.read_data(config, load_tokenizer(model), progress=False)
+    (batch,) = Batches(data.train, batch_size=4, seed=42).step(0)
+    with torch.no_grad():
+        logits = afina.load_model(model)(batch.input_ids, cu_seqlens=batch.cu_seqlens)[0]
+    targets = batch.labels[0].roll(-1)
+    for run, options in ((plain, {}), (result, changed)):
+        expected = cross_entropy_reference(logits.double(), targets, **options).item()
+        assert lines(run, "loss") == [pytest.approx(expected, rel=1e-5)]
+
+
+STATE = {
+    "adamw": {"weights": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32},
+    "adamw_8bit": {
+        "weights": torch.float32,
+        "exp_avg": torch.uint8,
+        "exp_avg_absmax": torch.float32,
+        "exp_avg_sq": torch.uint8,
+        "exp_avg_sq_absmax": torch.float32,
+    },
+    "adamw_bf16": {"weights": torch.bfloat16, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("variant", STATE)
+def test_each_optim_learns_holds_what_it_says_and_resumes_bit_for_bit(
+    model: str, rows: str, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"optim": variant, "dtype": "bfloat16", "max_steps": 12, "save_steps": 3, "eval_steps": 6}
+    straight = fit(model, rows, tmp_path / "straight", **options)
+    assert straight.metrics["dev_loss"] < straight.metrics["dev_loss_before"]
+    end = load_checkpoint(straight.output_dir / "checkpoint-12")
+    assert {group: {t.dtype for t in end.tensors(group).values()} for group in end.groups} == {
+        group: {dtype} for group, dtype in STATE[variant].items()
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopRequest", lambda: Stop(12))
+        with pytest.raises(train.Interrupted):
+            fit(model, rows, tmp_path / "run", **options)
+    resumed = fit(model, rows, tmp_path / "run", resume=True, **options)
+    for key in ("loss", "grad_norm", "dev_loss"):
+        assert lines(resumed, key) == lines(straight, key)
+    for group in end.groups:
+        ours = load_checkpoint(resumed.output_dir / "checkpoint-12").tensors(group)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in end.tensors(group).items())
+
+
+def test_stochastic_rounding_draws_from_the_seed(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        seeds.append(kwargs["seed"])
+        adamw_(*args, **kwargs)
+
+    monkeypatch.setattr(optim, "adamw_", watched)
+    options: dict[str, Any] = {"dtype": "bfloat16", "max_steps": 1, "seed": 2**40 + 7}
+    fit(model, rows, tmp_path / "bf16", optim="adamw_bf16", **options)
+    assert min(seeds) == 7  # of the first group of parameters, in the 32 bits that the kernel takes
+    seeds.clear()
+    fit(model, rows, tmp_path / "fp32", optim="adamw", **options)
+    assert set(seeds) == {None}
+
+
+def test_disk_space_is_what_the_optimizer_holds(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = []
+    begin = RunFolder.begin
+
+    def watched(*args: Any, bytes_needed: int) -> None:
+        needed.append(bytes_needed)
+        begin(*args, bytes_needed=bytes_needed)
+
+    monkeypatch.setattr(RunFolder, "begin", watched)
+    count = afina.load_model(model).num_parameters()
+    for variant, held in (("adamw", 12), ("adamw_8bit", 6), ("adamw_bf16", 6)):
+        out = tmp_path / variant
+        fit(model, rows, out, optim=variant, dtype="bfloat16", max_steps=1, save_total_limit=2)
+        expected = 3 * held * count + 4 * count  # three checkpoints, and the best model in fp32
+        assert expected <= needed[-1] <= 1.02 * expected  # one absmax in 256 values, and in each small tensor
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "sdpa", "torch"])
+def test_the_attention_backend_is_the_one_that_runs(
+    model: str, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[str | None] = set()
+
+    def watched(*args: Any, backend: str | None, **kwargs: Any) -> torch.Tensor:
+        used.add(backend)
+        return attention(*args, backend=backend, **kwargs)
+
+    # Few and short rows: Triton's interpreter takes its time.
+    pairs = [{"prompt": f"{i}", "completion": (" five", " lazy dog")[i % 2]} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options: dict[str, Any] = {"max_steps": 1, "batch_size": 2, "packing": backend != "sdpa"}
+    plain = fit(model, str(tmp_path / "rows.jsonl"), tmp_path / "plain", **options)
+    monkeypatch.setattr(engine_model, "attention", watched)
+    result = fit(model, str(tmp_path / "rows.jsonl"), tmp_path / backend, attention_backend=backend, **options)
+    assert used == {None if backend == "auto" else backend}
+    for key in ("loss", "dev_loss"):
+        assert lines(result, key) == pytest.approx(lines(plain, key), rel=1e-5)
+
+
+def test_lean_loss_is_for_training_and_gives_the_same_loss(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def watched(*args: Any, lean: bool, **kwargs: Any) -> torch.Tensor:
+        used.append((lean, torch.is_grad_enabled()))
+        return linear_cross_entropy(*args, lean=lean, **kwargs)
+
+    plain = fit(model, rows, tmp_path / "plain", max_steps=2)
+    monkeypatch.setattr(engine_model, "linear_cross_entropy", watched)
+    lean = fit(model, rows, tmp_path / "lean", max_steps=2, lean_loss=True)
+    assert set(used) == {(True, True), (False, False)}  # training steps, evaluations
+    for key in ("loss", "dev_loss"):
+        assert lines(lean, key) == pytest.approx(lines(plain, key), rel=1e-5)
+
+
+def test_what_a_resumed_run_may_change(model: str, rows: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(model, rows, out, max_steps=2)
+    for name, value in (("label_smoothing", 0.1), ("z_loss", 1e-4), ("optim", "adamw_8bit")):
+        with pytest.raises(AfinaError, match=f"cannot be resumed.*{name}: .* -> {value!r}"):
+            fit(model, rows, out, max_steps=3, resume=True, **{name: value})
+    resumed = fit(model, rows, out, max_steps=3, resume=True, attention_backend="torch", lean_loss=True)
+    assert resumed.metrics["steps"] == 3
 
 
 def test_finetune_takes_a_config_or_settings_but_not_both(model: str, rows: str, tmp_path: Path) -> None:
