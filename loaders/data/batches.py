@@ -53,10 +53,6 @@ class Batches:
         self.steps_per_epoch = math.ceil(len(token_set) / self.rows_per_step)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def steps(self, epochs: float) -> int:
-        """Optimizer steps in so many epochs, at least 1."""
-        return max(1, math.ceil(epochs * self.steps_per_epoch))
-
     def step(self, index: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step ``index``, counted from 0 over all epochs."""
         rows = self.rows(index)

@@ -24,7 +24,7 @@ from afina.loaders.text.tokenizer import Tokenizer
 class TokenSet:
     """Rows of token ids, memory-mapped: all of a cache, or those that ``index`` numbers.
 
-    ``lengths``, ``loss_tokens`` (how many tokens have a loss) and ``lines`` (line of the source file): one value a row.
+    ``lengths`` (tokens) and ``loss_tokens`` (how many of them have a loss): int32 arrays, one value a row.
     ``fingerprint``: SHA-256 of everything that decides the rows and their order.
     """
 
@@ -42,10 +42,6 @@ class TokenSet:
     @cached_property
     def loss_tokens(self) -> NDArray[np.int32]:
         return self._cache.loss_tokens[self._index]
-
-    @cached_property
-    def lines(self) -> NDArray[np.int64]:
-        return self._cache.line[self._index]
 
     def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the ids (T,) int32 of a row and which of them have a loss (T,) bool, never the first."""

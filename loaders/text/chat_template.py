@@ -214,7 +214,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """A compiled chat template. ``names``: what it may read besides the messages (`bos_token`, `eos_token`, ...).
 
-    ``problems``: what it does badly, one line each; ``turn_end``: what it writes after an assistant turn.
+    ``turn_end``: what it writes after an assistant turn.
     TokenizerError when it cannot be compiled or does not write a user's and an assistant's message exactly once.
     """
 
@@ -230,7 +230,6 @@ class ChatTemplate:
         except _FAILURES as problem:
             line = f", line {problem.lineno}" if isinstance(problem, jinja2.TemplateSyntaxError) else ""
             raise TokenizerError(f"{where}: the chat template{line} cannot be compiled: {_brief(problem)}") from problem
-        self.problems: list[str] = []
         try:
             talk = self._canary("user", "assistant")
             opened, closed = (self.render(numbered(["user"]), add_generation_prompt=flag) for flag in (True, False))
@@ -242,11 +241,6 @@ class ChatTemplate:
             # The template knows no generation prompt: open the turn as it is opened before an answer.
             header = talk[len(opened) : answer.start()]
             self._header = header if header.strip() else ""
-        for roles in (("system", "user"), ("user", "assistant", "user", "assistant")):
-            try:
-                self._canary(*roles)
-            except DataError as problem:
-                self.problems.append(f"conversation {', '.join(roles)}: {problem}")
 
     def _canary(self, *roles: str) -> str:
         text = self.render(numbered(roles))

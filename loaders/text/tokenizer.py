@@ -385,36 +385,6 @@ class Tokenizer:
             (folder / name).write_bytes(data)
 
 
-class StreamDecoder:
-    """Ids in, text out as soon as it is certain: never half a UTF-8 character.
-
-    ``push(id)`` returns the text that became certain (often one token's, sometimes ""), ``flush()`` the rest.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special
-        self._ids: list[int] = []
-        self._fresh = self._sent = 0  # ids before `_fresh` are context; `_sent` characters are out already
-
-    def push(self, number: int) -> str:
-        self._ids.append(number)
-        text = self._tokenizer.decode(self._ids, skip_special=self._skip)
-        certain = len(text.rstrip("\ufffd"))
-        new = text[self._sent : certain]
-        self._sent = max(self._sent, certain)
-        if certain == len(text) and new:
-            # Keep only the last piece as context: decoders strip the space off a first word.
-            self._ids = self._ids[self._fresh :]
-            self._fresh = len(self._ids)
-            self._sent = len(self._tokenizer.decode(self._ids, skip_special=self._skip))
-        return new
-
-    def flush(self) -> str:
-        text = self._tokenizer.decode(self._ids, skip_special=self._skip)[self._sent :]
-        self._sent += len(text)
-        return text
-
-
 def check_vocab(tokenizer: Tokenizer, embedding_rows: int) -> None:
     """Raise TokenizerError when the tokenizer has ids that a model with ``embedding_rows`` embeddings lacks."""
     if tokenizer.vocab_size > embedding_rows:

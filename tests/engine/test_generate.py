@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metaspace import SCHEMES, metaspace_files
 from tiny_model import tiny_model, tiny_tokenizer
 
 from afina.engine import generate as module
@@ -246,6 +249,36 @@ def test_streaming_never_shows_half_a_character_or_part_of_a_stop_string(
     ids = tokenizer.encode("ab 🙂", add_special=False)
     scripted(monkeypatch, ids)
     assert generate(model, tokenizer, "x", max_new_tokens=len(ids) - 1) == "ab "
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 319), min_size=1, max_size=30))
+def test_streams_of_any_tokens_are_what_generating_gives(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Bytes that make no character among them."""
+    prompt = encode_prompt(model, tokenizer, "he")
+    ids = [token for token in ids if token not in tokenizer.eos_ids] or [5]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scripted(monkeypatch, ids)
+        pieces = list(stream(model, tokenizer, "he", max_new_tokens=len(ids)))
+        scripted(monkeypatch, ids)
+        assert "".join(pieces) == generate(model, tokenizer, "he", max_new_tokens=len(ids))
+    assert "he" + "".join(pieces) == tokenizer.decode(prompt + ids, skip_special=True).rstrip("\ufffd")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=20), st.sampled_from([None, *SCHEMES]))
+def test_streams_give_whole_characters(model: GPT, tokenizer: Tokenizer, text: str, scheme: str | None) -> None:
+    """``scheme``: with a tokenizer whose decoding strips the space of a first word."""
+    if scheme:
+        tokenizer = Tokenizer(metaspace_files(scheme), "x")
+    prompt = encode_prompt(model, tokenizer, "he")
+    ids = tokenizer.encode("x " + text, add_special=False)
+    ids = [token for token in ids if token not in tokenizer.eos_ids]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scripted(monkeypatch, ids)
+        pieces = list(stream(model, tokenizer, "he", max_new_tokens=len(ids)))
+    assert "he" + "".join(pieces) == tokenizer.decode(prompt + ids, skip_special=True).rstrip("\ufffd")
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
 def test_streaming_equals_generating(model: GPT, tokenizer: Tokenizer) -> None:

@@ -48,6 +48,11 @@ def pairs(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"question {i}?", "completion": f" answer {i}"} for i in range(count)]
 
 
+def lines(token_set: TokenSet) -> list[int]:
+    """The line of the file that each row was read from."""
+    return [int(token_set.where(number).rpartition("line ")[2]) for number in range(len(token_set))]
+
+
 def texts(token_set: TokenSet, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The whole text of each row, and what is learnt of it."""
     rows = [token_set.row(i) for i in range(len(token_set))]
@@ -65,14 +70,13 @@ def test_prompts_are_read_and_completions_learnt(tmp_path: Path, prepared: Prepa
         ids, trained = data.train.row(number)
         assert (ids.dtype, trained.dtype) == (np.int32, np.bool_)
         assert len(ids) == len(trained) == data.train.lengths[number]
-        assert trained.sum() == data.train.trained_counts[number]
+        assert trained.sum() == data.train.loss_tokens[number]
         i = int(tokenizer.decode(ids).split()[1].rstrip("?"))
-        assert data.train.lines[number] == i + 1
         assert data.train.where(number) == f"{tmp_path / 'a.jsonl'}: line {i + 1}"
     report = data.report
     assert (report["rows"], report["usable"], report["train_rows"], report["dev_rows"]) == (40, 40, 36, 4)
     assert report["train_tokens"] == sum(data.train.lengths)
-    assert report["dev_trained_tokens"] == sum(data.dev.trained_counts)
+    assert report["dev_trained_tokens"] == sum(data.dev.loss_tokens)
     assert data.summary().splitlines()[0] == f"{tmp_path / 'a.jsonl'}: 40 rows of prompt/completion, 40 usable"
 
 
@@ -100,7 +104,7 @@ def test_duplicates_are_removed_before_the_split(tmp_path: Path, prepared: Prepa
     data = prepared(write(tmp_path / "a.jsonl", *rows, *messy, *rows))
     assert (data.report["rows"], data.report["usable"], data.report["duplicates"]) == (90, 30, 60)
     assert not {text for text, _ in texts(data.train, tokenizer)} & {text for text, _ in texts(data.dev, tokenizer)}
-    assert sorted([*data.train.lines, *data.dev.lines]) == list(range(1, 31))
+    assert sorted(lines(data.train) + lines(data.dev)) == list(range(1, 31))
     assert "60 exact duplicates removed" in data.summary()
 
 
@@ -153,7 +157,7 @@ def test_a_completion_that_just_fits_keeps_a_token_before_it(
     learnt = len(tokenizer.encode("one two", add_special=False)) + 1
     if spare:
         data = prepared(path, on_long="truncate", max_length=learnt + spare, val_size=0.0)
-        assert data.train.trained_counts.tolist() == [learnt]
+        assert data.train.loss_tokens.tolist() == [learnt]
     else:  # the completion would fit, but nothing would predict its first token
         with pytest.raises(DataError, match="no row is left to learn from"):
             prepared(path, on_long="truncate", max_length=learnt, val_size=0.0)
@@ -201,17 +205,18 @@ def test_texts_are_split_and_every_token_is_learnt_once(
     assert set(lengths[:-1]) == {64}
     tokens = joined(data.train, list(range(len(data.train))))
     assert tokenizer.decode(tokens) == book + EOS
-    assert data.train.trained_counts.sum() == len(tokens) - 1
+    assert data.train.loss_tokens.sum() == len(tokens) - 1
     assert "1 split into pieces of 64 tokens" in data.summary()
 
     rows = write(tmp_path / "a.jsonl", {"text": book}, {"text": "A short one."}, {"text": book + "!"})
     data = prepared(rows, val_size=0.3)
-    sides = [set(data.train.lines.tolist()), set(data.dev.lines.tolist())]
+    sides = [set(lines(data.train)), set(lines(data.dev))]
     assert not sides[0] & sides[1]  # a row is on one side with all its pieces
     assert sides[0] | sides[1] == {1, 2, 3}
     for token_set in (data.train, data.dev):
-        for line in set(token_set.lines.tolist()):
-            text = tokenizer.decode(joined(token_set, np.flatnonzero(token_set.lines == line).tolist()))
+        for line in set(lines(token_set)):
+            pieces = [number for number, other in enumerate(lines(token_set)) if other == line]
+            text = tokenizer.decode(joined(token_set, pieces))
             assert text == {1: book, 2: "A short one.", 3: book + "!"}[line] + EOS
     assert [row.line for row in data.train.source_rows()] == sorted(sides[0])
 
@@ -235,7 +240,7 @@ def test_one_token_texts_are_dropped_and_counted(tmp_path: Path, prepared: Prepa
     rows = [{"prompt": "", "completion": EOS}, *pairs(5)]  # its only token comes first, where nothing predicts it
     data = prepared(write(tmp_path / "a.jsonl", *rows), val_size=0.0)
     assert (data.report["untrained"], data.report["usable"], len(data.train)) == (1, 5, 5)
-    assert data.train.lines.tolist() == [2, 3, 4, 5, 6]
+    assert lines(data.train) == [2, 3, 4, 5, 6]
     assert [a for a, _ in texts(data.train, tokenizer)] == [f"question {i}? answer {i}{EOS}" for i in range(5)]
     with pytest.raises(
         DataError, match=r"no row is left to learn from .*1 without a token to learn dropped.*: add rows"
@@ -245,7 +250,7 @@ def test_one_token_texts_are_dropped_and_counted(tmp_path: Path, prepared: Prepa
 
 def test_the_split_is_seeded_stable_and_never_empty(tmp_path: Path, prepared: Prepared) -> None:
     path = write(tmp_path / "a.jsonl", *pairs(100))
-    dev = [prepared(path, seed=seed).dev.lines.tolist() for seed in (1, 1, 2)]
+    dev = [lines(prepared(path, seed=seed).dev) for seed in (1, 1, 2)]
     assert dev[0] == dev[1] != dev[2]
     assert dev[0] == [10, 32, 37, 40, 56, 62, 76, 86, 94, 97]  # the same on every machine and with every numpy
     assert len(prepared(path, val_size=0.25).dev) == 25
@@ -424,8 +429,8 @@ def test_the_cache_lies_where_the_environment_says(
     (folder,) = (tmp_path / "elsewhere" / "tokens").iterdir()
     cache = open_cache(folder)
     assert cache is not None
-    assert {name: len(getattr(cache, name)) for name in COLUMNS if name not in ("ids", "trained")} == dict.fromkeys(
-        ("start", "length", "learnt", "file", "line", "unit", "digest"), 4
+    assert {name: len(getattr(cache, name)) for name in COLUMNS if name not in ("ids", "loss_mask")} == dict.fromkeys(
+        ("start", "length", "loss_tokens", "file", "line", "unit", "digest"), 4
     )
     assert cache.ids.dtype == np.uint16
 

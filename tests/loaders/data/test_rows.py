@@ -15,6 +15,7 @@ from tiny_model import saved, tiny_tokenizer
 from afina.cli.main import run
 from afina.errors import DataError
 from afina.loaders.data.rows import Row, read_rows
+from afina.loaders.data.token_cache import COLUMNS
 from afina.loaders.text.render import Example
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -268,7 +269,7 @@ def test_bad_data_on_the_command_line(
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {name}
     assert not left or left == {
         "manifest.json",
-        *(f"{c}.bin" for c in (["ids", "trained", "start", "length", "learnt", "file", "line", "unit", "digest"])),
+        *(f"{column}.bin" for column in COLUMNS),
     }
 
 

@@ -225,11 +225,6 @@ def test_canaries() -> None:
         ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "folder", NAMES)
     with pytest.raises(TokenizerError, match=r"message 1 \(user\) 2 times, not once"):
         ChatTemplate(TALK + "{{ messages[0].content }}", "folder", NAMES)
-    dropping = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
-    found = ChatTemplate(dropping, "folder", NAMES).problems
-    assert found == ["conversation system, user: the chat template writes message 1 (system) 0 times, not once"]
-    two_turns = "{% for m in messages[:2] %}{{ m.content }}{% endfor %}"
-    assert "message 3 (user) 0 times" in ChatTemplate(two_turns, "folder", NAMES).problems[0]
     with pytest.raises(TokenizerError, match=r"of a user's and an assistant's message, .*no thanks"):
         ChatTemplate("{{ raise_exception('no thanks') }}", "folder", NAMES)
 

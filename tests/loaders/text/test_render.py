@@ -171,6 +171,9 @@ def test_rows_that_cannot_be_rendered_are_named(make: Make) -> None:
     dropping = CHATML.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(DataError, match=r"^rows.jsonl:7: .*writes message 1 \(system\) 0 times"):
         render_example(make(dropping), talk("sua", "a", "b", "c"))
+    two_turns = CHATML.replace("in messages", "in messages[:2]")
+    with pytest.raises(DataError, match=r"^rows.jsonl:7: .*writes message 3 \(user\) 0 times"):
+        render_example(make(two_turns), talk("uaua", "a", "b", "c", "d"))
     with pytest.raises(DataError, match="message 2: role and content must be texts"):
         render_example(make(CHATML), Example(messages=({"role": "user", "content": "a"}, {"role": "assistant"})))
     with pytest.raises(DataError, match="expected one of text, prompt with completion, or messages"):

@@ -1,4 +1,4 @@
-"""Tokenizers: the ids that transformers gives, files in and out, streams of text, and wrong files."""
+"""Tokenizers: the ids that transformers gives, files in and out, and wrong files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import tokenizers
 import transformers
 from chat_templates import CHATML, LLAMA3
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from metaspace import SCHEMES, metaspace_files, with_bos
+from tokenizers import normalizers
 
 from afina.errors import AfinaError, DataError, TokenizerError
-from afina.loaders.text.tokenizer import StreamDecoder, Tokenizer, check_vocab, load_tokenizer, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_bpe
 
 CORPUS = ["the quick brown fox answers user one two three", "hello world 12 34, yes! no? ok.\n", "déjà vu 中文 🙂"] * 3
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -81,12 +80,7 @@ def agree(folder: Path, peer: Any = None) -> Tokenizer:
 
 
 def post(tokenizer: tokenizers.Tokenizer) -> None:
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", tokenizer.token_to_id("<s>"))]),
-        ]
-    )
+    tokenizer.post_processor = with_bos(tokenizer)
 
 
 def test_same_ids_as_transformers(write: Write) -> None:
@@ -137,31 +131,11 @@ def test_named_special_tokens_are_control_tokens(write: Write) -> None:
     assert tokenizer.token_id("hello") in tokenizer.special_ids
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_same_ids_for_metaspace_tokenizers(tmp_path: Path, scheme: str) -> None:
-    merges = [("▁", "h"), ("▁h", "e"), ("l", "l"), ("▁he", "ll"), ("▁", "▁")]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdehlnorwy"]
-    tokens += [left + right for left, right in merges]
-    backend = tokenizers.Tokenizer(
-        models.BPE({t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    if scheme == "never":  # the older form: a normalizer that also marks what follows a special token
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens[:3]])
-    post(backend)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, data in metaspace_files(scheme).items():
+        (tmp_path / name).write_bytes(data)
     tokenizer = agree(tmp_path)
-    for text in TEXTS:
-        ids = tokenizer.encode(text)
-        stream = StreamDecoder(tokenizer)
-        assert "".join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids, skip_special=True)
     for text in TEXTS[1:]:  # a BOS in the text, so that there is one renderer, gives the ids of a BOS in front
         if not text.startswith(("<s>", " <s>")):
             assert tokenizer.encode(tokenizer.with_bos(text), add_special=False) == tokenizer.encode(text), text
@@ -252,30 +226,6 @@ def test_fingerprint(write: Write) -> None:
         load_tokenizer(write(additional_special_tokens=["h"])).fingerprint(),
     ]
     assert len({first, *others}) == 5
-
-
-# Streams
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=30), st.booleans())
-def test_streams_give_whole_characters(backend: str, text: str, special: bool) -> None:
-    tokenizer = Tokenizer({"tokenizer.json": backend.encode()}, "x")
-    ids = tokenizer.encode(text)
-    stream = StreamDecoder(tokenizer, skip_special=special)
-    pieces = [stream.push(i) for i in ids]
-    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
-    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special=special)
-    assert stream.flush() == ""
-
-
-def test_streams_of_bytes_and_broken_bytes(backend: str) -> None:
-    tokenizer = Tokenizer({"tokenizer.json": backend.encode()}, "x")
-    rng = random.Random(0)
-    for _ in range(50):
-        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(12)]
-        stream = StreamDecoder(tokenizer, skip_special=False)
-        assert "".join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
 
 
 # Wrong files
