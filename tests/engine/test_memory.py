@@ -136,7 +136,7 @@ def test_activations_in_bf16(method: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_activations_with_torchs_own_attention(name: str) -> None:
-    """With heads that share keys and values, and without: nearly, as what torch keeps depends on which kernel it takes."""
+    """Heads that share keys and values, and that do not: nearly, as what torch keeps depends on the kernel it takes."""
     model = prepared(name, "full")
     model.set_attention_backend("sdpa", longest=max(LENGTHS), device=torch.device("cpu"))
     assert abs(error(model, *batch(1.0, packed=False))) < 0.05
