@@ -120,7 +120,7 @@ def make_random(name: str, folder: Path) -> str:
 def first_adapter(config: dict[str, Any], folder: Path) -> str:
     """Write the adapter that a run of these settings begins with, for PEFT to begin with it too."""
     from afina.engine.lora import save_adapter
-    from afina.engine.train import choose_trained
+    from afina.engine.methods import choose_trained
     from afina.engine.train_config import TrainConfig
     from afina.engine.weights import load_model
 

@@ -172,7 +172,7 @@ def quantize(model: GPT) -> None:
     for name, found in parts.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear)
-        layer.weight, layer.quantized = None, NF4Weight(found)
+        layer.hold(NF4Weight(found))
 
 
 def peer(shape: Shape, attention: str = "sdpa", liger: bool = False) -> Engine:

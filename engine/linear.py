@@ -19,14 +19,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from afina.engine.nf4_weight import NF4Weight
 
 
 class Recompute(NamedTuple):
@@ -138,16 +135,44 @@ class Lora(nn.Module):
         return out
 
 
+class QuantizedWeight(Protocol):
+    """A frozen weight (O, C), held in another format than the one that the layer computes in: ``NF4Weight`` is one.
+
+    It is a module. ``format`` names the format, and the dtype that the weight had before: "nf4-bfloat16". ``nbytes``
+    is all that it holds. ``dense`` and ``rows`` give the weight, or its rows ``start:stop``, in ``dtype`` and in new
+    memory.
+    """
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor: ...
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor: ...
+
+
 class Linear(nn.Module):
-    """y = x W^T + b: x (..., C) -> (..., O). ``weight`` (O, C), or None where ``quantized`` holds it as NF4."""
+    """y = x W^T + b: x (..., C) -> (..., O).
+
+    W (O, C) is either the parameter ``weight`` or frozen in ``quantized``; the other one is None. Callers ask the layer
+    (``dense``, ``rows``, ``nbytes``, ``frozen_format``) and need not know which.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.quantized: NF4Weight | None = None
+        self.quantized: QuantizedWeight | None = None
         self.lora: Lora | None = None
+
+    def hold(self, weight: nn.Parameter | QuantizedWeight | None) -> None:
+        """Replace W (O, C). None lets the present one go, so that another can be made in its memory."""
+        self.weight = weight if isinstance(weight, nn.Parameter) else None
+        self.quantized = None if isinstance(weight, nn.Parameter) else weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W (O, C): the parameter as it is, or dequantised to ``dtype``."""
@@ -155,6 +180,25 @@ class Linear(nn.Module):
             return self.quantized.dense(dtype)
         assert self.weight is not None
         return self.weight
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The rows ``start:stop`` of ``dense(dtype)``, which are those of one or several of the file's matrices."""
+        if self.quantized is not None:
+            return self.quantized.rows(start, stop, dtype)
+        assert self.weight is not None
+        return self.weight[start:stop]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of W as it is held."""
+        held = self.weight if self.quantized is None else self.quantized
+        assert held is not None
+        return held.nbytes
+
+    @property
+    def frozen_format(self) -> str | None:
+        """The format that W is frozen in, such as "nf4-bfloat16"; None where it is a parameter."""
+        return None if self.quantized is None else self.quantized.format
 
     def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
         """``recompute`` computes x a second time, in the backward pass, so that x itself is not kept."""
@@ -227,6 +271,12 @@ class _AdaptedLinear(torch.autograd.Function):
                 dx.addmm_(dh, a)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
         return dx, da, db, None, None, None, None
+
+
+def frozen_format(model: nn.Module) -> str | None:
+    """The format that ``model`` holds its frozen weights in, such as "nf4-bfloat16"; None where all are parameters."""
+    formats = (module.frozen_format for module in model.modules() if isinstance(module, Linear))
+    return next((found for found in formats if found is not None), None)
 
 
 def sums(layer: Linear, rows: int, dtype: torch.dtype) -> bool:

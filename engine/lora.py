@@ -1,17 +1,16 @@
-"""Adapters on a model: which matrices have one, from and to disk, one or several, and which weights train at all."""
+"""Adapters on a model: which matrices have one, from and to disk, one or several on the same base."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from afina.engine.linear import Linear, Lora, Part
+from afina.engine.linear import Linear, Lora, Part, frozen_format
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.loaders.families.common import HFTensor
 from afina.loaders.families.registry import load_family
@@ -27,17 +26,6 @@ HEAD = "lm_head.weight"
 LISTED = 5  # names in one message
 
 
-class Target(NamedTuple):
-    """A linear layer as the checkpoint names it: the rows ``start:stop`` of our module ``ours``. ``heads``: as in
-    ``HFTensor``."""
-
-    name: str
-    ours: str
-    start: int
-    stop: int
-    heads: int | None
-
-
 @dataclass
 class Adapter:
     """A trained or trainable adapter of one model.
@@ -47,24 +35,28 @@ class Adapter:
     """
 
     config: AdapterConfig
-    targets: list[Target]
+    targets: list[HFTensor]
     loras: dict[str, Lora]
     saved: tuple[str, ...] = ()
     inactive: dict[str, Tensor] = field(default_factory=dict)
 
 
-def linears(model: GPT) -> dict[str, Target]:
-    """Every linear layer that can have an adapter, by the checkpoint's name: all but the head."""
+def linears(model: GPT) -> dict[str, HFTensor]:
+    """Every linear layer that can have an adapter, which is all but the head, by the checkpoint's name.
+
+    Each is the checkpoint's tensor with the names of the modules, its own and ours, and never transposed: the rows of
+    an adapter's B and magnitude are the layer's outputs, however the file stores the weight.
+    """
     found = {}
-    for tensor in _table(model):
+    for tensor in model.config.tensors(model.hf_config):
         module, _, kind = tensor.ours.rpartition(".")
         if kind == "weight" and isinstance(model.get_submodule(module), Linear):
             name = tensor.name.removesuffix(".weight")
-            found[name] = Target(name, module, tensor.start, tensor.stop, tensor.heads)
+            found[name] = tensor._replace(name=name, ours=module, transpose=False)
     return found
 
 
-def choose_targets(model: GPT, names: Sequence[str]) -> list[Target]:
+def choose_targets(model: GPT, names: Sequence[str]) -> list[HFTensor]:
     """The linear layers that ``names`` stand for: whole names, ends of names (``q_proj``), or ``all-linear``.
 
     Raises ConfigError for a name that stands for none.
@@ -90,7 +82,7 @@ def choose_whole(model: GPT, names: Sequence[str]) -> tuple[str, ...]:
 
     Raises ConfigError for a name that stands for none, or for part of a matrix that we hold as one.
     """
-    table = _table(model)
+    table = model.config.tensors(model.hf_config)
     head, others = _head(model)
     modules = {t.name.rpartition(".")[0] for t in table}
     chosen: set[str] = set()
@@ -106,45 +98,7 @@ def choose_whole(model: GPT, names: Sequence[str]) -> tuple[str, ...]:
                 f"{', '.join(leaves)}"
             )
         chosen |= hits
-    return _whole(table, chosen, "modules_to_save")
-
-
-def choose_patterns(model: GPT, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Our parameters that ``trainable`` stands for: patterns of the checkpoint's tensor names, with * and ?.
-
-    A pattern stands for whole words between dots: ``layers.2`` is ``model.layers.2.*``, not ``model.layers.20.*``.
-    Raises ConfigError for a pattern that stands for nothing, or for part of a matrix that we hold as one.
-    """
-    table = _table(model)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        words = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "[^.]")
-        hits = {t.name for t in table if re.search(rf"(^|\.){words}(\.|$)", t.name)}
-        if not hits:
-            names = [t.name for t in table]
-            raise ConfigError(
-                f"trainable: {pattern!r} is no tensor of this model{nearest(pattern, names)}; expected names or "
-                f"patterns such as {names[-1]}, layers.{model.config.num_layers - 1} or layers.*.mlp"
-            )
-        chosen |= hits
-    return _whole(table, chosen, "trainable")
-
-
-def default_trainable(model: GPT) -> tuple[str, ...]:
-    """The patterns of method freeze when none are given: the last quarter of the layers, the last norm and the head."""
-    table, count = _table(model), model.config.num_layers
-    first = count - max(1, count // 4)
-    layer = next(t.name for t in table if t.ours.startswith("layers.0."))
-    prefix = layer[: layer.index(".0.") + 1]
-    rest = [t.name for t in table if t.ours.startswith(("norm.", "head."))]
-    return (*(f"{prefix}{i}" for i in range(first, count)), *rest)
-
-
-def freeze(model: GPT, trainable: Iterable[str]) -> None:
-    """Let only the parameters of these names, ours, have gradients."""
-    wanted = set(trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
+    return whole_parameters(table, chosen, "modules_to_save")
 
 
 def new_adapter(
@@ -167,7 +121,7 @@ def new_adapter(
         lora.init(_layer(model, module).dense(lora.A.dtype), generator)
     set_adapter(model, adapter)
     trained = {id(p) for lora in adapter.loras.values() for p in lora.parameters()}
-    freeze(model, (*saved, *(name for name, p in model.named_parameters() if id(p) in trained)))
+    model.train_only((*saved, *(name for name, p in model.named_parameters() if id(p) in trained)))
     return adapter
 
 
@@ -206,9 +160,9 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
         a, b = _place(lora, target)
         with torch.no_grad():
             lora.A[a].copy_(file.read(names["A"]))
-            lora.B[b, : file.config.rank(target.name)].copy_(_ours(file.read(names["B"]), target))
+            lora.B[b, : file.config.rank(target.name)].copy_(target.to_ours(file.read(names["B"])))
             if lora.magnitude is not None:
-                lora.magnitude[b].copy_(_ours(file.read(names["magnitude"]), target))
+                lora.magnitude[b].copy_(target.to_ours(file.read(names["magnitude"])))
     inactive = _read_saved(model, file, chosen)
     return Adapter(_described(model, file.config, chosen, inactive), chosen, loras, tuple(inactive), inactive)
 
@@ -233,9 +187,8 @@ def save_adapter(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) ->
     """
     assert model.adapter is not None
     metadata = {BASE_HASH: model.fingerprint, BASE_SAMPLE: model.sample}
-    parts = [p for m in model.modules() if isinstance(m, Linear) and m.quantized is not None for p in m.quantized.parts]
-    if codes := [part.state for part in parts if part.state is not None]:
-        metadata[BASE_FORMAT] = f"nf4-{str(codes[0].dtype).removeprefix('torch.')}"
+    if (held := frozen_format(model)) is not None:
+        metadata[BASE_FORMAT] = held
     write_adapter(Path(folder), model.adapter.config, adapter_tensors(model), metadata)
     if tokenizer is not None:
         tokenizer.save(Path(folder))
@@ -251,20 +204,20 @@ def adapter_tensors(model: GPT) -> dict[str, Tensor]:
         a, b = _place(lora, target)
         rank = a.stop - a.start
         found[f"{target.name}.lora_A.weight"] = lora.A.detach()[a]
-        found[f"{target.name}.lora_B.weight"] = _theirs(lora.B.detach()[b, :rank], target)
+        found[f"{target.name}.lora_B.weight"] = target.to_file(lora.B.detach()[b, :rank])
         if lora.magnitude is not None:
-            found[f"{target.name}.lora_magnitude_vector"] = _theirs(lora.magnitude.detach()[b], target)
+            found[f"{target.name}.lora_magnitude_vector"] = target.to_file(lora.magnitude.detach()[b])
     head, others = _head(model)
-    for tensor in _table(model):
+    for tensor in model.config.tensors(model.hf_config):
         if tensor.ours in adapter.saved:
             rows = model.get_parameter(tensor.ours).detach()[tensor.start : tensor.stop]
-            found[tensor.name] = rows.t() if tensor.transpose else rows
+            found[tensor.name] = tensor.to_file(rows)
             if tensor.name == head:
                 found |= dict.fromkeys(others, rows)
     return found
 
 
-def _loras(model: GPT, config: AdapterConfig, targets: Sequence[Target]) -> dict[str, Lora]:
+def _loras(model: GPT, config: AdapterConfig, targets: Sequence[HFTensor]) -> dict[str, Lora]:
     """An empty Lora for each of our modules that has one of the targets."""
     dtype, device = model.embed.weight.dtype, model.embed.weight.device
     parts: dict[str, list[Part]] = {}
@@ -291,12 +244,12 @@ def _layer(model: GPT, name: str) -> Linear:
     return layer
 
 
-def _place(lora: Lora, target: Target) -> tuple[slice, slice]:
+def _place(lora: Lora, target: HFTensor) -> tuple[slice, slice]:
     """The target's rows of A and of B."""
     return next((a, b) for part, a, b in lora.blocks() if part.start == target.start)
 
 
-def _described(model: GPT, config: AdapterConfig, targets: Sequence[Target], saved: Iterable[str]) -> AdapterConfig:
+def _described(model: GPT, config: AdapterConfig, targets: Sequence[HFTensor], saved: Iterable[str]) -> AdapterConfig:
     """``config`` with names that stand for exactly what has an adapter and what trains whole, in PEFT too."""
     leaves = tuple(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
     exact = len(choose_targets(model, leaves)) == len(targets)
@@ -304,28 +257,29 @@ def _described(model: GPT, config: AdapterConfig, targets: Sequence[Target], sav
         config,
         target_modules=leaves if exact else tuple(target.name for target in targets),
         modules_to_save=tuple(sorted(_module_names(model, saved))),
-        fan_in_fan_out=any(tensor.transpose for tensor in _table(model)),
+        fan_in_fan_out=any(tensor.transpose for tensor in model.config.tensors(model.hf_config)),
     )
 
 
-def _check_whole(model: GPT, targets: Sequence[Target], saved: Iterable[str], where: str) -> None:
-    """Refuse to train whole what has an adapter, or is held quantised."""
+def _check_whole(model: GPT, targets: Sequence[HFTensor], saved: Iterable[str], where: str) -> None:
+    """Refuse to train whole what has an adapter, or is frozen in a quantised format."""
     adapted = {target.ours for target in targets}
     for name in saved:
         module = name.rpartition(".")[0]
         if module in adapted:
             theirs = next(target.name for target in targets if target.ours == module)
             raise ConfigError(f"{where}: {theirs} has an adapter too: leave it out of one of the two")
-        if getattr(model.get_submodule(module), "quantised", None) is not None:
-            theirs = next(tensor.name for tensor in _table(model) if tensor.ours == name)
+        layer = model.get_submodule(module)
+        if isinstance(layer, Linear) and layer.frozen_format is not None:
+            theirs = next(tensor.name for tensor in model.config.tensors(model.hf_config) if tensor.ours == name)
             raise ConfigError(
                 f"{where}: {theirs} is held in 4 bits and cannot train: leave it out, or load the base unquantised"
             )
 
 
-def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[Target]) -> dict[str, Tensor]:
+def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[HFTensor]) -> dict[str, Tensor]:
     """What the adapter trained whole, by our names, on the model's device and in its dtype."""
-    table = _table(model)
+    table = model.config.tensors(model.hf_config)
     names, base = dict(file.saved), show(file.config.base)
     head, others = _head(model)
     given = [name for name in (head, *others) if name in names]
@@ -355,14 +309,13 @@ def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[Target]) -> dic
             )
     found: dict[str, Tensor] = {}
     where = f"{file.folder}: modules_to_save"
-    whole = _whole(table, set(names), where)
+    whole = whole_parameters(table, set(names), where)
     _check_whole(model, targets, whole, where)
     for ours in whole:
         parameter = model.get_parameter(ours)
         own = found[ours] = torch.empty_like(parameter.data)
         for tensor in (t for t in table if t.ours == ours):
-            rows, value = own[tensor.start : tensor.stop], file.read(names[tensor.name])
-            value = value.t() if tensor.transpose else value
+            rows, value = own[tensor.start : tensor.stop], tensor.to_ours(file.read(names[tensor.name]))
             if value.shape != rows.shape:
                 raise WeightsError(
                     f"{file.folder}: {tensor.name} has shape {tuple(value.shape)}, expected {tuple(rows.shape)}: load "
@@ -372,7 +325,7 @@ def _read_saved(model: GPT, file: AdapterFile, targets: Sequence[Target]) -> dic
     return found
 
 
-def _whole(table: Sequence[HFTensor], chosen: set[str], where: str) -> tuple[str, ...]:
+def whole_parameters(table: Sequence[HFTensor], chosen: set[str], where: str) -> tuple[str, ...]:
     """Our parameters made of the chosen tensors; ConfigError where only some of a parameter's are chosen."""
     found = dict.fromkeys(t.ours for t in table if t.name in chosen)
     for ours in found:
@@ -387,7 +340,7 @@ def _whole(table: Sequence[HFTensor], chosen: set[str], where: str) -> tuple[str
 
 def _module_names(model: GPT, saved: Iterable[str]) -> set[str]:
     """The names of modules_to_save for our parameters, so that PEFT finds these and no others."""
-    wanted, table = set(saved), _table(model)
+    wanted, table = set(saved), model.config.tensors(model.hf_config)
     names = {t.name.rpartition(".")[0] for t in table if t.ours in wanted}
     head, others = _head(model)
     if head.removesuffix(".weight") in names:
@@ -402,17 +355,8 @@ def _head(model: GPT) -> tuple[str, list[str]]:
     other as it was. And transformers calls every model's head lm_head, whatever its file does.
     """
     ours = "embed.weight" if model.config.tie_embeddings else "head.weight"
-    head = next(tensor.name for tensor in _table(model) if tensor.ours == ours)
+    head = next(tensor.name for tensor in model.config.tensors(model.hf_config) if tensor.ours == ours)
     return head, [name for name in dict.fromkeys((load_family(model.hf_config).head, HEAD)) if name != head]
-
-
-def _ours(rows: Tensor, target: Target) -> Tensor:
-    """Rows in the file's order -> in ours: see ``HFTensor.heads``."""
-    return rows if target.heads is None else rows.unflatten(0, (target.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def _theirs(rows: Tensor, target: Target) -> Tensor:
-    return rows if target.heads is None else rows.unflatten(0, (3, target.heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _nearest(name: str, options: Iterable[str]) -> str:
@@ -421,7 +365,3 @@ def _nearest(name: str, options: Iterable[str]) -> str:
 
 def _is_end(name: str, module: str) -> bool:
     return module == name or module.endswith("." + name)
-
-
-def _table(model: GPT) -> list[HFTensor]:
-    return list(load_family(model.hf_config).tensors(model.config.to_dict()))

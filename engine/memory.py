@@ -95,7 +95,7 @@ def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int, lean_lo
     lora = {p for linear in linears if linear.lora is not None for p in linear.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
-    quantized = sum(linear.quantized.nbytes for linear in linears if linear.quantized is not None)
+    quantized = sum(linear.nbytes for linear in linears if linear.frozen_format is not None)
     return MemoryPlan(
         weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
         adapters=_nbytes(lora),
@@ -180,7 +180,7 @@ class _Walk:
     def peak(self) -> int:
         """The most at any time: at the loss, or where a layer is computed again."""
         dense = max((m.in_features * m.out_features for m in self.model.modules()
-                     if isinstance(m, Linear) and m.quantized is not None), default=0) * self.size  # fmt: skip
+                     if isinstance(m, Linear) and m.frozen_format is not None), default=0) * self.size  # fmt: skip
         head = min(self._logits(), LEAN_BYTES) if self.lean_loss else self._logits()
         peaks = [self.kept() + max(dense, head)]
         if self.recompute:

@@ -8,7 +8,7 @@ norm adds it to the residual on its way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -418,6 +418,12 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers the model learns; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def train_only(self, names: Iterable[str]) -> None:
+        """Let the parameters of these names, and no others, have gradients."""
+        wanted = set(names)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in wanted)
 
     def decay_parameters(self) -> set[str]:
         """Names of the parameters that weight decay applies to: matrices, without the embeddings."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from afina.errors import ConfigError
+from afina.loaders.families.common import HFTensor
 from afina.loaders.families.registry import load_family
 
 
@@ -90,6 +91,10 @@ class ModelConfig:
         """From the contents of an HF config.json. Raises ``ConfigError`` naming the key that cannot be honoured."""
         values = load_family(hf).config_fields(hf)
         return cls(**{**values, "ropes": tuple(RopeConfig(**rope) for rope in values.get("ropes", ()))})
+
+    def tensors(self, hf: Mapping[str, Any]) -> list[HFTensor]:
+        """The key table: what the checkpoint of a model with this config.json holds, and where it goes in ours."""
+        return list(load_family(hf).tensors(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dict, nested RoPE settings kept as objects."""

@@ -1,19 +1,23 @@
 """The quantised base of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): weights that the model holds as
-NF4, and dequantises a matrix at a time whenever it computes with them."""
+NF4, and dequantises a matrix at a time whenever it computes with them; and how they come from a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from afina.errors import WeightsError
 from afina.kernels.blockwise import from_blocks
 from afina.kernels.nf4 import NF4State, dequantize_nf4, quantize_nf4
+from afina.loaders.families.common import HFTensor
+from afina.loaders.weights.bitsandbytes import QuantizedTensor, read_quantized
+from afina.loaders.weights.safetensors import SafetensorsFolder
 
-BITS = 4.127  # a parameter with double quantisation (kernels/nf4.py)
+BITS = 4.127  # bits of a weight with double quantisation (kernels/nf4.py)
 
 
 class Part(NamedTuple):
@@ -47,11 +51,6 @@ class NF4Weight(nn.Module):
             rows = part.stop
         self.shape = (rows, width)
 
-    @classmethod
-    def quantize(cls, weight: Tensor) -> NF4Weight:
-        """One part from a weight (out, in), fp32, bf16 or fp16. Raises ValueError for NaN and infinity."""
-        return cls([(0, weight.shape[0], *quantize_nf4(weight))])
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), dequantised anew into its own memory: computed in fp32, rounded once, to ``dtype``."""
         return self.rows(0, self.shape[0], dtype)
@@ -69,6 +68,12 @@ class NF4Weight(nn.Module):
             else:
                 dequantize_nf4(part.packed, part.state, out=room)
         return out
+
+    @property
+    def format(self) -> str:
+        """NF4, and the dtype that the weight had before, as ``load_model(quantize=...)`` takes it: "nf4-bfloat16"."""
+        dtype = next(part.state.dtype for part in self.parts if part.state is not None)
+        return f"nf4-{str(dtype).removeprefix('torch.')}"
 
     @property
     def nbytes(self) -> int:
@@ -98,21 +103,86 @@ def _tensors(part: Part) -> Iterator[Tensor]:
         yield from (value for value in values if isinstance(value, Tensor))
 
 
-def by_heads(packed: Tensor, state: NF4State, heads: int) -> tuple[Tensor, NF4State]:
-    """Sort the rows of a matrix that goes head by head, each with its q, k and v, into all q, all k and all v.
+def read_nf4(
+    files: SafetensorsFolder,
+    tensors: Mapping[str, HFTensor],
+    stored: Mapping[str, QuantizedTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dense: bool,
+) -> NF4Weight:
+    """The weight that ``tensors``, by their names in the file, make up.
+
+    A tensor of ``stored`` is NF4 in the file, and stays as it is. Any other is quantised here from its values in
+    ``dtype``, as transformers has bitsandbytes do it; or it stays as it is, where ``dense`` says so because the file's
+    author left it out. Raises ``WeightsError``.
+    """
+    parts = []
+    state: NF4State | None
+    for name, tensor in tensors.items():
+        if name in stored:
+            packed, state = _stored(files, stored[name], device)
+        else:
+            packed, state = _quantized(files, name, tensor, dtype, device, dense=dense)
+        if state is not None:
+            try:
+                packed, state = by_heads(packed, state, tensor)
+            except ValueError as problem:
+                raise WeightsError(
+                    f"{files.folder}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
+                    f"quantised ({problem}): use the unquantised model, without quantize"
+                ) from problem
+        parts.append(Part(tensor.start, tensor.stop, packed, state))
+    return NF4Weight(parts)
+
+
+def _stored(files: SafetensorsFolder, stored: QuantizedTensor, device: torch.device) -> tuple[Tensor, NF4State]:
+    """A matrix that the file holds as NF4."""
+    found = {name: value.to(device) for name, value in read_quantized(files, stored).items()}
+    dtype = getattr(torch, stored.dtype)
+    state = NF4State(found["absmax"], stored.shape, dtype, stored.blocksize, found["quant_map"])
+    if stored.nested_blocksize is not None:
+        state = replace(
+            state,
+            offset=torch.tensor(stored.offset, dtype=torch.float32, device=device),
+            nested_absmax=found["nested_absmax"],
+            nested_code=found["nested_quant_map"],
+            nested_blocksize=stored.nested_blocksize,
+        )
+    return found["packed"], state
+
+
+def _quantized(
+    files: SafetensorsFolder, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, dense: bool
+) -> tuple[Tensor, NF4State | None]:
+    """A matrix that the file holds dense, as codes, or with ``dense`` as it is."""
+    shape = files.shape(name)
+    weight = torch.empty(shape[::-1] if tensor.transpose else shape, dtype=dtype, device=device)
+    files.read_into(name, weight, transpose=tensor.transpose)
+    if dense:
+        return weight, None
+    try:
+        return quantize_nf4(weight)
+    except ValueError as problem:  # read with allow_nonfinite
+        raise WeightsError(
+            f"{files.folder}: tensor {name} cannot be quantised ({problem}): load it without quantize"
+        ) from problem
+
+
+def by_heads(packed: Tensor, state: NF4State, tensor: HFTensor) -> tuple[Tensor, NF4State]:
+    """The codes with their rows in our order (see ``HFTensor``), where the file has another.
 
     The blocks go with their rows. The codes of 8 bits cannot, since a block of them spans rows: absmax becomes fp32,
     with the same values. Raises ValueError where a block of weights spans rows too.
     """
+    if tensor.heads is None:
+        return packed, state
     out, width = state.shape
     if width % state.blocksize:
         raise ValueError(f"rows of {width} weights do not divide into blocks of {state.blocksize}")
     absmax = state.absmax
     if state.nested_absmax is not None and state.nested_code is not None and state.offset is not None:
         absmax = from_blocks(absmax, state.nested_absmax, state.nested_code, state.nested_blocksize) + state.offset
-
-    def sort(values: Tensor) -> Tensor:
-        return values.view(heads, 3, out // (3 * heads), -1).transpose(0, 1).contiguous()
-
-    plain = replace(state, absmax=sort(absmax).view(-1), offset=None, nested_absmax=None, nested_code=None)
-    return sort(packed).view(-1, 1), plain
+    absmax, packed = (tensor.to_ours(values.view(out, -1)) for values in (absmax, packed))
+    return packed.view(-1, 1), replace(state, absmax=absmax.view(-1), offset=None, nested_absmax=None, nested_code=None)

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
 from afina.engine.evaluate import evaluate_loss
-from afina.engine.lora import choose_patterns, default_trainable, freeze, new_adapter, save_adapter
+from afina.engine.lora import save_adapter
 from afina.engine.memory import MemoryPlan, plan
+from afina.engine.methods import choose_trained
 from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft, training_objective
@@ -34,13 +35,11 @@ from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
-from afina.engine.train_config import ADAPTED, TrainConfig
+from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model, new_model, save_model
-from afina.errors import ConfigError
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from afina.loaders.weights.peft import AdapterConfig
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 
@@ -131,41 +130,6 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     check_vocab(tokenizer, model.config.vocab_size)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model.train()
-
-
-def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
-    """Let train what ``config.method`` says, adding adapters where it asks for them; returns the config with what that
-    depended on the model for. Raises ConfigError for names that the model does not have."""
-    if model.adapter is not None:
-        refuse_adapter(str(config.model), model.adapter.config.base)
-    if config.method == "freeze":
-        config = replace(config, trainable=config.trainable or default_trainable(model))
-        freeze(model, choose_patterns(model, config.trainable or ()))
-    elif config.method in ADAPTED:
-        folder = Path(str(config.model)).expanduser()
-        adapter = AdapterConfig(
-            base=str(folder.resolve()) if folder.is_dir() else config.model,
-            r=config.lora_r or 0,
-            alpha=config.lora_alpha or 0,
-            dropout=config.lora_dropout or 0.0,
-            rslora=bool(config.use_rslora),
-            dora=bool(config.use_dora),
-        )
-        new_adapter(
-            model,
-            adapter,
-            targets=config.lora_target_modules or (),
-            modules_to_save=config.modules_to_save or (),
-            seed=config.seed,
-        )
-    return config
-
-
-def refuse_adapter(source: str, base: str | None) -> None:
-    raise ConfigError(
-        f"model {source} is an adapter of {base}: merge it first (afina export {source} --to hf --output DIR) to train "
-        "on from there, or train another on its base"
-    )
 
 
 def accumulate(

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor
 
 from afina.durable import open_file
+from afina.engine.linear import Linear
 from afina.engine.lora import load_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
-from afina.engine.nf4_weight import BITS, NF4Weight, Part, by_heads
+from afina.engine.nf4_weight import BITS, read_nf4
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
-from afina.kernels.nf4 import NF4State, quantize_nf4
 from afina.kernels.selftest import verify
-from afina.loaders.families.common import Family, HFTensor
+from afina.loaders.families.common import HFTensor
 from afina.loaders.families.registry import load_family
 from afina.loaders.jsonfile import read_json
-from afina.loaders.weights.bitsandbytes import QuantizedTensor, quantized_tensors, read_quantized
+from afina.loaders.weights.bitsandbytes import QuantizedTensor, quantized_tensors
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import base_format, find_base, is_adapter
 from afina.loaders.weights.safetensors import Later, SafetensorsFolder, save_tensors
@@ -87,7 +86,7 @@ def load_model(
     table = _match(model, files, folder, stored)
     held = _held_quantized(model, table, stored, everything=quantize is not None and not published)
     for ours in held:
-        _owner(model, ours).weight = None  # never dense, not even for a moment
+        _layer(model, ours).hold(None)  # it is never dense, not even for a moment
     if where.type == "cuda":
         verify(where)
     model.to_empty(device=where)
@@ -96,16 +95,10 @@ def load_model(
     for name, tensor in table.items():
         if tensor.ours in parameters:
             rows = parameters[tensor.ours][tensor.start : tensor.stop]
-            files.read_into(name, _by_heads(rows, tensor), transpose=tensor.transpose)
+            files.read_into(name, tensor.in_file_order(rows), transpose=tensor.transpose)
     values = kind if published else QUANTIZE.get(quantize or "") or kind
     for ours, tensors in held.items():
-        parts = [
-            _stored_part(files, stored[name], tensor, where)
-            if name in stored
-            else _quantized_part(files, name, tensor, values, where, codes=not published)
-            for name, tensor in tensors.items()
-        ]
-        _owner(model, ours).quantized = NF4Weight(parts)
+        _layer(model, ours).hold(read_nf4(files, tensors, stored, values, where, dense=published))
     model.hash_source, model.sample_source = files.fingerprint, files.sample
     if adapter is not None:
         set_adapter(model, load_adapter(model, adapter))
@@ -227,23 +220,11 @@ def _layer_matrices(config: ModelConfig) -> int:
     return config.hidden_size * (2 * (q + kv) + (3 if config.gated else 2) * config.intermediate_size)
 
 
-def _table(model: GPT, family: Family) -> list[HFTensor]:
-    return list(family.tensors(model.config.to_dict()))
-
-
-def _owner(model: GPT, ours: str) -> Any:
-    """The module that a parameter's name belongs to."""
-    return model.get_submodule(ours.rpartition(".")[0])
-
-
-def _by_heads(rows: Tensor, tensor: HFTensor) -> Tensor:
-    """Our rows as the file orders them: for ``heads`` as (heads, 3, D, ...)."""
-    return rows.unflatten(0, (3, tensor.heads, -1)).transpose(0, 1) if tensor.heads else rows
-
-
-def _as_in_file(rows: Tensor, tensor: HFTensor) -> Tensor:
-    # Views of a larger parameter stay views: save_tensors streams them.
-    return rows.t() if tensor.transpose else (_by_heads(rows, tensor).flatten(0, 2) if tensor.heads else rows)
+def _layer(model: GPT, ours: str) -> Linear:
+    """The layer that a matrix's name belongs to."""
+    layer = model.get_submodule(ours.rpartition(".")[0])
+    assert isinstance(layer, Linear)
+    return layer
 
 
 def _parameters(model: GPT) -> dict[str, Tensor]:
@@ -251,16 +232,17 @@ def _parameters(model: GPT) -> dict[str, Tensor]:
 
 
 def _named(model: GPT, values: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor | Later]]:
-    """``values`` as the file has them, and what the model holds as NF4 instead, in ``dtype`` whenever it is made."""
-    for tensor in _table(model, load_family(model.hf_config)):
+    """``values`` as the file has them; a matrix that the model holds quantised is made, in ``dtype``, in its turn."""
+    for tensor in model.config.tensors(model.hf_config):
         if tensor.ours in values:
-            yield tensor.name, _as_in_file(values[tensor.ours][tensor.start : tensor.stop], tensor)
+            # Views of a larger parameter stay views where they can: save_tensors streams them.
+            yield tensor.name, tensor.to_file(values[tensor.ours][tensor.start : tensor.stop])
             continue
-        weight: NF4Weight = _owner(model, tensor.ours).quantized
-        shape = (tensor.stop - tensor.start, weight.shape[1])
+        layer = _layer(model, tensor.ours)
+        shape = (tensor.stop - tensor.start, layer.in_features)
 
-        def make(weight: NF4Weight = weight, tensor: HFTensor = tensor) -> Tensor:
-            return _as_in_file(weight.rows(tensor.start, tensor.stop, dtype), tensor)
+        def make(layer: Linear = layer, tensor: HFTensor = tensor) -> Tensor:
+            return tensor.to_file(layer.rows(tensor.start, tensor.stop, dtype))
 
         yield tensor.name, Later(shape[::-1] if tensor.transpose else shape, dtype, make)
 
@@ -278,59 +260,13 @@ def _held_quantized(
     return {ours: tensors for ours, tensors in held.items() if everything or not stored.keys().isdisjoint(tensors)}
 
 
-def _stored_part(files: SafetensorsFolder, stored: QuantizedTensor, tensor: HFTensor, device: torch.device) -> Part:
-    """A matrix that the file holds quantised, as it is."""
-    found = {name: value.to(device) for name, value in read_quantized(files, stored).items()}
-    state = NF4State(found["absmax"], stored.shape, DTYPES[stored.dtype], stored.blocksize, found["quant_map"])
-    if stored.nested_blocksize is not None:
-        state = replace(
-            state,
-            offset=torch.tensor(stored.offset, dtype=torch.float32, device=device),
-            nested_absmax=found["nested_absmax"],
-            nested_code=found["nested_quant_map"],
-            nested_blocksize=stored.nested_blocksize,
-        )
-    return _part(files, stored.name, tensor, found["packed"], state)
-
-
-def _quantized_part(
-    files: SafetensorsFolder, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, codes: bool
-) -> Part:
-    """A matrix that the file holds dense: quantised here from its values in ``dtype``, as transformers has bitsandbytes
-    do it; or left dense (without ``codes``), where the file did not quantise it although it did its neighbours."""
-    shape = files.shape(name)
-    weight = torch.empty(shape[::-1] if tensor.transpose else shape, dtype=dtype, device=device)
-    files.read_into(name, weight, transpose=tensor.transpose)
-    if not codes:
-        return Part(tensor.start, tensor.stop, weight, None)
-    try:
-        packed, state = quantize_nf4(weight)
-    except ValueError as problem:  # read with allow_nonfinite
-        raise WeightsError(
-            f"{files.folder}: tensor {name} cannot be quantised ({problem}): load it without quantize"
-        ) from problem
-    return _part(files, name, tensor, packed, state)
-
-
-def _part(files: SafetensorsFolder, name: str, tensor: HFTensor, packed: Tensor, state: NF4State) -> Part:
-    if tensor.heads:
-        try:
-            packed, state = by_heads(packed, state, tensor.heads)
-        except ValueError as problem:
-            raise WeightsError(
-                f"{files.folder}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
-                f"quantised ({problem}): use the unquantised model, without quantize"
-            ) from problem
-    return Part(tensor.start, tensor.stop, packed, state)
-
-
 def _match(
     model: GPT, files: SafetensorsFolder, folder: Path, stored: Mapping[str, QuantizedTensor]
 ) -> dict[str, HFTensor]:
     """The table by the names that this file uses; ``stored`` are its quantised matrices. Raises ``WeightsError``
     listing all that is missing or too much."""
     family = load_family(model.hf_config)
-    table = {tensor.name: tensor for tensor in _table(model, family)}
+    table = {tensor.name: tensor for tensor in model.config.tensors(model.hf_config)}
     found = set(files.names())
     found -= {name for tensor in stored.values() for name in tensor.companions()}
     if not any(name.startswith(family.prefix) for name in found):

@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig:
     """Everything that training would refuse before its first step and that shows without reading weights; returns the
     config with what depended on the model."""
+    from afina.engine.methods import choose_trained, refuse_adapter
     from afina.engine.model import GPT
     from afina.engine.model_config import ModelConfig
     from afina.engine.optim import bytes_per_parameter
     from afina.engine.run_folder import RunFolder
-    from afina.engine.train import choose_trained, refuse_adapter
     from afina.engine.weights import choose_device, choose_dtype, read_config
     from afina.loaders.data.rows import read_rows
     from afina.loaders.jsonfile import read_json

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from afina.durable import open_file, publish
+from afina.engine.linear import frozen_format
 from afina.engine.model import GPT
-from afina.engine.nf4_weight import NF4Weight
 from afina.engine.settings import SYNONYMS
 from afina.engine.weights import DTYPES, hf_tensors, load_model, read_config, save_model
 from afina.errors import ConfigError, RunError, WeightsError, nearest
@@ -190,16 +190,16 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
     rows = held_out(folder, tokenizer, data, config.max_positions)
     log("loading the model in float32")
     model = load_model(holder, dtype="float32", device="cpu", adapter=folder if into else None)
-    nf4 = any(isinstance(module, NF4Weight) for module in model.modules())
+    held = frozen_format(model)
     check: dict[str, Any] = {"compared_on": rows.where, "rows": len(rows.ids)}
     if into:
-        check |= {"merged_into": f"the dequantised NF4 weights of {into.name}" if nf4 else into.name}
-        check |= {"base_sha256": into.recorded}
+        merged_into = f"the dequantised {held.split('-')[0].upper()} weights of {into.name}" if held else into.name
+        check |= {"merged_into": merged_into, "base_sha256": into.recorded}
     log(f"computing what it should: {rows.where}")
     expected = logits(model, rows)
     check["tokens"] = len(expected)
     merged = expected
-    if into or nf4:
+    if into or held:
         merged, figures = _merge(model, rows, expected, log)
         check |= figures
     with _published(place) as working:

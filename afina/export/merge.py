@@ -30,7 +30,7 @@ class Base(NamedTuple):
 
 
 def base_of(folder: Path, base: str | None) -> Base:
-    """The base of an adapter folder: ``base``, or what the adapter names. Raises as ``loaders.adapter.find_base``."""
+    """The base of an adapter folder: ``base``, or what the adapter names. Raises as ``find_base``."""
     name, found = find_base(folder, base)
     return Base(name, found, AdapterFile(folder).metadata.get(BASE_HASH))
 
@@ -54,13 +54,13 @@ def merge(model: GPT) -> None:
     the adapter trained whole is in the model already; the base's own copies are let go.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and (module.lora is not None or module.quantized is not None):
+        if isinstance(module, Linear) and (module.lora is not None or module.frozen_format is not None):
             weight = module.dense(torch.float32)
             if weight.dtype != torch.float32:
                 raise ValueError(f"{name}: is {weight.dtype}; expected a model in float32")
             if module.lora is not None:
                 weight = module.lora.merge(weight)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            module.lora = module.quantized = None
+            module.hold(nn.Parameter(weight, requires_grad=False))
+            module.lora = None
     model.adapter = None
     model.hf_config.pop("quantization_config", None)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from afina.errors import ConfigError, nearest
 from afina.loaders.weights.bitsandbytes import unsupported
+
+if TYPE_CHECKING:  # families are read without torch
+    from torch import Tensor
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -62,6 +65,23 @@ class HFTensor(NamedTuple):
     stop: int
     transpose: bool = False
     heads: int | None = None
+
+    def to_ours(self, values: Tensor) -> Tensor:
+        """The file's tensor -> our rows: a copy where ``heads`` changes their order, else a view."""
+        if self.heads is not None:
+            return values.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return values.t() if self.transpose else values
+
+    def to_file(self, rows: Tensor) -> Tensor:
+        """Our rows -> the file's tensor: a copy where ``heads`` changes their order, else a view."""
+        if self.heads is not None:
+            return self.in_file_order(rows).flatten(0, 2)
+        return rows.t() if self.transpose else rows
+
+    def in_file_order(self, rows: Tensor) -> Tensor:
+        """Our rows in the order of the file's: always as a view, which may be written to: with ``heads`` it is
+        (heads, 3, rows of a head, ...)."""
+        return rows if self.heads is None else rows.unflatten(0, (3, self.heads, -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afina.engine.linear import Linear, Lora, Part, Recompute
+from afina.engine.linear import Linear, Lora, Part, Recompute, frozen_format
 from afina.engine.nf4_weight import NF4Weight
+from afina.kernels.nf4 import quantize_nf4
 
 WIDTH, ROWS = 7, 12
 PARTS = {
@@ -246,9 +247,34 @@ def test_inputs_and_gradients_of_any_strides(bias: bool) -> None:
 def quantized(*, bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
     layer = frozen(draw(ROWS, 64, seed=1, dtype=dtype), bias=bias)
     assert layer.weight is not None
-    layer.quantized = NF4Weight.quantize(layer.weight)
-    layer.weight = None
+    layer.hold(NF4Weight([(0, ROWS, *quantize_nf4(layer.weight))]))
     return layer
+
+
+def test_a_layer_answers_for_its_weight_whatever_holds_it() -> None:
+    layer = frozen(draw(ROWS, 64, seed=1, dtype=torch.float32), bias=False)
+    weight = layer.weight
+    assert weight is not None
+    assert frozen_format(layer) is layer.frozen_format is None
+    assert layer.nbytes == ROWS * 64 * 4
+    assert layer.dense(torch.bfloat16).data_ptr() == weight.data_ptr()
+    assert torch.equal(layer.rows(3, 7, torch.float32), weight[3:7])
+
+    packed = NF4Weight([(0, ROWS, *quantize_nf4(weight.bfloat16()))])
+    layer.hold(packed)
+    assert layer.weight is None
+    assert frozen_format(nn.Sequential(nn.Linear(2, 2), layer)) == layer.frozen_format == "nf4-bfloat16"
+    assert layer.nbytes == packed.nbytes
+    for dtype in torch.float32, torch.bfloat16:
+        assert layer.dense(dtype).dtype == dtype
+        assert torch.equal(layer.dense(dtype), packed.dense(dtype))
+        assert torch.equal(layer.rows(0, ROWS, dtype), packed.rows(0, ROWS, dtype))
+    assert [name for name, _ in layer.named_parameters()] == []
+
+    layer.hold(weight)
+    assert layer.frozen_format is None
+    assert layer.quantized is None
+    assert list(layer.state_dict()) == ["weight"]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])

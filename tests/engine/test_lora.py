@@ -1,4 +1,4 @@
-"""Adapters on models: the start, the exchange with PEFT both ways, training beside PEFT, freezing, dropout, several."""
+"""Adapters on models: the start, the exchange with PEFT both ways, training beside PEFT, dropout, several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import tiny_model
 import torch
 from hf_models import parametrize
+from one_step import changed_by_a_step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,11 +25,8 @@ from afina.engine import train
 from afina.engine.linear import Linear
 from afina.engine.lora import (
     Adapter,
-    choose_patterns,
     choose_targets,
     choose_whole,
-    default_trainable,
-    freeze,
     linears,
     load_adapter,
     new_adapter,
@@ -229,6 +226,8 @@ MADE_BY_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     ),
+    # The file has q, k and v of each head together.
+    "q, k and v whole": ("gpt_neox", {"target_modules": ["dense"], "modules_to_save": ["query_key_value"]}),
     "a head of another name": ("gpt_neox", {"target_modules": ["dense"], "modules_to_save": ["lm_head"]}),
     "head alone": ("mistral", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
     "norms": ("gemma2", {"target_modules": ["v_proj"], "modules_to_save": ["post_attention_layernorm"]}),
@@ -349,18 +348,6 @@ def test_five_steps_are_those_of_peft(name: str, dora: bool, checkpointing: bool
 # What trains
 
 
-def changed_by_a_step(model: GPT) -> set[str]:
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = AdamW(model, decay=model.decay_parameters())
-    model.train()
-    model.loss(tokens(), tokens()).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (name in optimizer.params)
-        assert (parameter.grad is None) == (not parameter.requires_grad), name
-    optimizer.step(1e-3)
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-
-
 @parametrize()
 def test_a_step_moves_the_adapters_and_nothing_else(name: str) -> None:
     model = load(name)
@@ -369,7 +356,7 @@ def test_a_step_moves_the_adapters_and_nothing_else(name: str) -> None:
     loras = {n for n, _ in model.named_parameters() if ".lora." in n}
     # For each matrix A, B and magnitude.
     assert len(loras) == 3 * len({t.ours for t in linears(model).values()})
-    assert changed_by_a_step(model) == loras
+    assert changed_by_a_step(model, tokens()) == loras
 
 
 def test_a_step_moves_what_is_listed_whole_too() -> None:
@@ -378,21 +365,12 @@ def test_a_step_moves_what_is_listed_whole_too() -> None:
     adapter = fresh(model, ["q_proj", "v_proj"], ["embed_tokens", "lm_head", "norm"])
     move(model)
     expected = {f"layers.{i}.attn.qkv.lora.{m}" for i in range(3) for m in "AB"}
-    assert changed_by_a_step(model) == expected | {"embed.weight", "head.weight", "norm.weight"}
+    assert changed_by_a_step(model, tokens()) == expected | {"embed.weight", "head.weight", "norm.weight"}
     # The base is what it was, and so comes back.
     set_adapter(model, None)
     assert {name for name, p in model.named_parameters() if not torch.equal(p, base[name])} == set()
     assert model.adapter is None
     assert set(adapter.inactive) == {"embed.weight", "head.weight", "norm.weight"}
-
-
-def test_a_step_moves_the_matrices_of_a_freeze_pattern() -> None:
-    model = load("llama")
-    freeze(model, choose_patterns(model, ["layers.1.mlp", "layers.*.input_layernorm", "lm_head"]))
-    assert changed_by_a_step(model) == {
-        "layers.1.mlp.gate_up.weight", "layers.1.mlp.down.weight", "head.weight",
-        *(f"layers.{i}.attn_norm.weight" for i in range(3)),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -430,49 +408,11 @@ def test_the_gradient_of_a_frozen_head_is_never_computed(trains: bool, monkeypat
     assert seen == [(True, trains, False)]
 
 
-def test_freeze_patterns_stand_for_whole_words() -> None:
-    model = load("llama")
-    assert set(choose_patterns(model, ["layers.1"])) == {
-        n for n, _ in model.named_parameters() if n.startswith("layers.1.")
-    }
-    assert choose_patterns(model, ["model.norm.weight"]) == ("norm.weight",)
-    assert choose_patterns(model, ["layers.?.mlp.down_proj"]) == tuple(f"layers.{i}.mlp.down.weight" for i in range(3))
-    assert set(choose_patterns(model, ["*"])) == {n for n, _ in model.named_parameters()}
-    for pattern in "ayers.1", "layers.1.ml", "layer", "layers.", "[a-z]+", "(", "":
-        with pytest.raises(ConfigError, match="is no tensor of this model") as caught:
-            choose_patterns(model, [pattern])
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"did you mean 'model\.norm\.weight'"):
-        choose_patterns(model, ["model.norm.wieght"])
-
-
-def test_a_freeze_pattern_of_layer_1_is_not_one_of_layer_10() -> None:
-    model = load("llama")
-    config = replace(model.config, num_layers=12, layer_windows=(None,) * 12, layer_ropes=(0,) * 12)
-    deep = GPT(config, device="meta")
-    deep.hf_config = model.hf_config
-    assert {name.split(".")[1] for name in choose_patterns(deep, ["layers.1"])} == {"1"}
-    assert {name.split(".")[1] for name in choose_patterns(deep, ["layers.1?"])} == {"10", "11"}
-    layers = [f"model.layers.{i}" for i in (9, 10, 11)]
-    assert default_trainable(deep) == (*layers, "model.norm.weight", "lm_head.weight")
-
-
 def test_part_of_a_fused_matrix_cannot_train_whole() -> None:
     model = load("llama")
-    wrong(ConfigError, r"trainable: \S*k_proj.weight is one matrix with \S*q_proj.weight, \S*v_proj.weight here",
-          lambda: choose_patterns(model, ["layers.1.self_attn.k_proj"]))  # fmt: skip
     wrong(ConfigError, r"modules_to_save: \S*up_proj.weight is one matrix with \S*gate_proj.weight",
           lambda: choose_whole(model, ["up_proj"]))  # fmt: skip
     assert choose_whole(model, ["layers.0.mlp.up_proj", "layers.0.mlp.gate_proj"]) == ("layers.0.mlp.gate_up.weight",)
-
-
-def test_by_default_the_last_quarter_of_the_layers_the_last_norm_and_the_head_train() -> None:
-    assert default_trainable(load("llama")) == ("model.layers.2", "model.norm.weight", "lm_head.weight")
-    assert default_trainable(load("gpt2")) == ("transformer.h.1", "transformer.ln_f.weight", "transformer.ln_f.bias")
-    model = load("gpt_neox")
-    freeze(model, choose_patterns(model, default_trainable(model)))
-    moved = changed_by_a_step(model)
-    assert moved == {n for n, _ in model.named_parameters() if n.startswith(("layers.2.", "norm.", "head."))}
 
 
 def test_loraplus_moves_b_so_much_faster() -> None:

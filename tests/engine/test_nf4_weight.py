@@ -27,6 +27,7 @@ from afina.engine.weights import check_memory, hf_tensors, load_model, new_model
 from afina.errors import ConfigError, WeightsError
 from afina.kernels import nf4
 from afina.kernels.nf4 import NF4State, dequantize_nf4, quantize_nf4
+from afina.loaders.families.common import HFTensor
 from afina.loaders.weights import bitsandbytes
 from afina.loaders.weights.safetensors import SafetensorsFolder
 
@@ -126,16 +127,9 @@ def test_dense_puts_the_parts_one_below_the_other(dtype: torch.dtype) -> None:
         weight.rows(0, 7, dtype)
 
 
-def test_quantise_is_one_part() -> None:
-    w = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
-    packed, state = quantize_nf4(w)
-    assert torch.equal(NF4Weight.quantize(w).dense(torch.float32), dequantize_nf4(packed, state))
-    with pytest.raises(ValueError, match="finite"):
-        NF4Weight.quantize(w * torch.nan)
-
-
 def test_bits_and_bytes_of_a_weight() -> None:
-    weight = NF4Weight.quantize(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1)))
+    w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    weight = NF4Weight([(0, 1024, *quantize_nf4(w))])
     assert weight.nbytes == sum(x.nbytes for x in state_tensors(weight))
     assert 8 * weight.nbytes / 2**20 == pytest.approx(BITS, abs=0.01)
     assert "(1024, 1024), parts=1, 4.13" in repr(weight)
@@ -183,9 +177,10 @@ def test_sorting_heads_sorts_rows(double_quant: bool) -> None:
     w = torch.randn(heads * 3 * dim, width, generator=torch.Generator().manual_seed(2))
     packed, state = quantize_nf4(w, double_quant=double_quant)
     want = dequantize_nf4(packed, state).view(heads, 3, dim, width).transpose(0, 1).reshape(-1, width)
-    assert torch.equal(dequantize_nf4(*by_heads(packed, state, heads)), want)
+    tensor = HFTensor("qkv", "qkv", 0, len(w), heads=heads)
+    assert torch.equal(dequantize_nf4(*by_heads(packed, state, tensor)), want)
     with pytest.raises(ValueError, match="rows of 32 weights do not divide into blocks of 64"):
-        by_heads(*quantize_nf4(torch.ones(60, 32)), heads)
+        by_heads(*quantize_nf4(torch.ones(60, 32)), tensor)
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------

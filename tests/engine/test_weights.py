@@ -242,8 +242,12 @@ def test_peak_memory_of_loading(model_type: str, tmp_path: Path) -> None:
         sizes = {"model_type": "gpt2", "vocab_size": 8192, "n_embd": 1024, "n_head": 8, "n_layer": 4, "n_positions": 64}
     save_model(new_model(sizes), None, tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size > 2.3e8
-    shutil.copytree(saved("llama").folder, tmp_path / "small")
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
-    ratios = [float(line) for line in run.stdout.split()]
-    assert len(ratios) == 2
-    assert all(0.9 < ratio <= 1.15 for ratio in ratios), ratios
+    shutil.copytree(saved(model_type).folder, tmp_path / "small")
+    found = []
+    for _ in range(3):  # what the kernel does on a busy machine, such as making pages huge, can only add
+        run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+        found.append([float(line) for line in run.stdout.split()])
+        assert len(found[-1]) == 2
+        if all(0.9 < ratio <= 1.15 for ratio in found[-1]):
+            return
+    raise AssertionError(f"shares of the model in each of three processes: {found}")
