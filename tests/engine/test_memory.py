@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afina.engine.lora import choose_targets, new_adapter
+from afina.engine.lora import choose_targets, freeze, new_adapter
 from afina.engine.memory import LEAN_BYTES, MemoryPlan, kept, plan
 from afina.engine.model import GPT, IGNORE
 from afina.engine.optim import AdamW
@@ -58,9 +58,9 @@ def prepared(name: str, method: str, dtype: str = "float32") -> GPT:
     model = load_model(str(hf_models.saved(name).folder), device="cpu", dtype=dtype).train()
     if method == "freeze":
         top = (f"layers.{len(model.layers) - 1}.", "norm.")
-        model.train_only([n for n, _ in model.named_parameters() if n.startswith(top)])
+        freeze(model, [n for n, _ in model.named_parameters() if n.startswith(top)])
     elif method == "embedding":
-        model.train_only(["embed.weight"])
+        freeze(model, ["embed.weight"])
     elif method in LORA:
         config = AdapterConfig(
             base=None, r=4, alpha=8, dropout=0.1 if method == "dropout" else 0.0, dora=method == "dora"
@@ -136,7 +136,7 @@ def test_activations_in_bf16(method: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_activations_with_torchs_own_attention(name: str) -> None:
-    """Heads that share keys and values, and that do not: nearly, as what torch keeps depends on the kernel it takes."""
+    """With heads that share keys and values, and without; nearly, since what torch keeps depends on its kernel."""
     model = prepared(name, "full")
     model.set_attention_backend("sdpa", longest=max(LENGTHS), device=torch.device("cpu"))
     assert abs(error(model, *batch(1.0, packed=False))) < 0.05
