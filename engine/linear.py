@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afina.kernels.saved import Saved
+
 
 class Recompute(NamedTuple):
     """How to compute a layer's input once more in the backward pass: ``compute(source)``. The graph keeps ``source`` as
@@ -195,6 +197,10 @@ class Linear(nn.Module):
         assert held is not None
         return held.nbytes
 
+    def workspace_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the new memory that ``dense(dtype)`` takes: none for a parameter."""
+        return 0 if self.quantized is None else self.out_features * self.in_features * dtype.itemsize
+
     @property
     def frozen_format(self) -> str | None:
         """The format that W is frozen in, such as "nf4-bfloat16"; None where it is a parameter."""
@@ -277,6 +283,22 @@ def frozen_format(model: nn.Module) -> str | None:
     """The format that ``model`` holds its frozen weights in, such as "nf4-bfloat16"; None where all are parameters."""
     formats = (module.frozen_format for module in model.modules() if isinstance(module, Linear))
     return next((found for found in formats if found is not None), None)
+
+
+def saved(layer: Linear, rows: int, dtype: torch.dtype) -> Saved:
+    """What ``layer`` keeps of x (rows, C) in ``dtype``: x itself for its own gradient or an adapter's, unless a
+    ``Recompute`` is given, whose ``source`` it keeps instead; h = x A^T, unless it computes with the sum of W and B A;
+    with dropout the mask; with DoRA the product before its gain, the gain, and the norms in it."""
+    lora = layer.lora
+    if lora is None:
+        return Saved(("x",) if layer.weight is not None and layer.weight.requires_grad else ())
+    dropped = lora.dropout > 0 and layer.training
+    h = lora.A.shape[0] if dropped or not sums(layer, rows, dtype) else 0
+    row = h * dtype.itemsize + (layer.in_features if dropped else 0)
+    if lora.magnitude is None:
+        return Saved(("x",), row)
+    out = layer.out_features * dtype.itemsize
+    return Saved(("x",), row + out, out + lora.magnitude.nbytes)
 
 
 def sums(layer: Linear, rows: int, dtype: torch.dtype) -> bool:

@@ -1,42 +1,21 @@
 """What a training step will hold in memory, from the model as it stands and the size of its largest micro-batch.
 
-Weights, adapters, gradients and optimizer state are counted; the activations, what the forward pass keeps for the
-backward pass, follow from what each operation saves. Bytes a token and layer, for values of s bytes (4 in fp32, 2 in
-bf16) and statistics of w (4); q = Hq D, kv = Hkv D, I the MLP's width, r the rows of a LoRA's A:
-
-    norm before attention, MLP     the residual sum, once where both read one         s C
-                                   rstd; LayerNorm also the mean                      w, 2 w
-    qkv, gate_up (up), dense       its input, the norm's output                       s C
-    qkv, gate_up (up), LoRA        nothing: the norm is computed again from its sum
-    q and k norms                  the buffer of q, k and v, whose views they read    s (q + 2 kv)
-                                   rstd of each head (one of q, one of k if "full");  w (Hq + Hkv)
-                                   none where RoPE's kernel computes it again
-    RoPE                           torch: cos as wide as a head, of each layer        w D
-    attention                      rotated or normed q and k, and a copy of v         s (q + 2 kv)
-                                   without either: the buffer itself                  s (q + 2 kv)
-                                   Triton: its output and the rows' log-sum-exp       s q + w Hq
-    o                              its input (Triton's attention keeps that anyway)   s q
-    norms after attention, MLP     their input and statistics                         s C + w or 2 w
-    GLU                            gate_up                                            s 2 I
-    GELU                           up                                                 s I
-    down, dense                    its input; LoRA computes it again                  s I
-    any LoRA                       h = x A^T, unless W and B A are summed             s r
-        with dropout               the mask of its input                              1 C, 1 q or 1 I
-        with DoRA                  its output before the gain, so twice that output   s O
+Weights, adapters, gradients and optimizer state are counted. The activations are what the forward pass keeps for the
+backward pass. Each operation declares what it keeps beside itself, in a function ``saved`` (`kernels/saved.py`): some
+of its inputs and outputs, and bytes of its own. Here the forward pass is walked through in sizes alone, to see which
+operations run, on how many rows, and which of them keep the same memory, which then counts once. Torch's own operations
+declare nothing: GELU keeps its input.
 
 What has no gradient is not kept: nothing below the lowest trained parameter is, and the input of a frozen matrix is
-not. From the last layer's o on only the loss positions count (all positions, where nearly all have a loss), there and
-in the head:
-
-    last norm                      the last sum and its statistics                    s C + w or 2 w
-    cross-entropy                  the gradient of its input                          s C
-    RoPE tables                    of each RoPE; Triton keeps cos too                 w D_rot / 2 or w D_rot
+not. LoRA on the norm's output or the activation keeps neither, but what computes them again. From the last layer's o on
+only the loss positions count (all positions, where nearly all have a loss), there and in the head. RoPE's tables are
+the same for all layers.
 
 The gradient of the head's weight, made with the loss, is a gradient, not an activation. Beside all this stands what the
-head works in, a chunk of logits, or the largest NF4 matrix, dequantised; they are never there together.
+head works in, a chunk of logits, or the largest quantised matrix, dequantised; they are never there together.
 
-With gradient checkpointing a layer keeps its input, s C, until its turn in the backward pass comes: then it keeps what
-the table says, while the layers below it still wait. Not counted: what operations hold while they run, the batch
+With gradient checkpointing a layer keeps its input until its turn in the backward pass comes: then it keeps what it
+would have kept, while the layers below it still wait. Not counted: what operations hold while they run, the batch
 itself, and what allocators keep for later (on a CPU, in a heap that gives no pages back, that may be as much as the
 activations).
 """
@@ -48,20 +27,23 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from afina.engine.linear import Linear, sums
+from afina.engine import linear
+from afina.engine.linear import Linear
 from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
-from afina.kernels import cross_entropy_chunks
+from afina.kernels import attention, cross_entropy, norm, rope
 from afina.kernels.backend import choose, wide_dtype
+from afina.kernels.cross_entropy_chunks import workspace_bytes
+from afina.kernels.saved import Saved
 
 LEAN_BYTES = 100_000_000  # the most that the lean mode of linear_cross_entropy holds
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. ``weights``: the base as it is held, dense and NF4; ``adapters``: the LoRA parameters; ``gradients``: of
-    all that trains; ``optimizer``: moments, and fp32 weights where the model has others; ``activations``: what one
-    micro-batch keeps for its backward pass, and the head's room."""
+    """Bytes. ``weights``: the base as it is held, dense and quantised; ``adapters``: the LoRA parameters;
+    ``gradients``: of all that trains; ``optimizer``: moments, and fp32 weights where the model has others;
+    ``activations``: what one micro-batch keeps for its backward pass, and what the head works in."""
 
     weights: int
     adapters: int
@@ -91,11 +73,11 @@ def _gb(size: int) -> str:
 def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int, lean_loss: bool = False) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
     ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    lora = {p for linear in linears if linear.lora is not None for p in linear.lora.parameters()}
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    lora = {p for layer in layers if layer.lora is not None for p in layer.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
-    quantized = sum(linear.nbytes for linear in linears if linear.frozen_format is not None)
+    quantized = sum(layer.nbytes for layer in layers if layer.frozen_format is not None)
     return MemoryPlan(
         weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
         adapters=_nbytes(lora),
@@ -129,11 +111,10 @@ class _Walk:
 
     def __init__(self, model: GPT, tokens: int, loss_tokens: int, lean_loss: bool = False) -> None:
         weight, config = model.embed.weight, model.config
-        self.model, self.tokens, self.lean_loss = model, tokens, lean_loss
-        self.size, self.wide = weight.element_size(), wide_dtype(weight.dtype).itemsize
-        self.triton = {op: choose(op, None, weight) == "triton" for op in ("attention", "rope", "linear_cross_entropy")}
-        if model.attention_backend is not None:  # torch's own attention ("sdpa") keeps what Triton's does
-            self.triton["attention"] = model.attention_backend != "torch"
+        self.model, self.dtype, self.lean_loss = model, weight.dtype, lean_loss
+        self.backends = {op: choose(op, None, weight) for op in ("attention", "rope", "linear_cross_entropy")}
+        if model.attention_backend is not None:
+            self.backends["attention"] = model.attention_backend
         # Whether the last layer's o and MLP, and the head, take the loss positions alone.
         self.only_loss_positions = loss_tokens <= DENSE * tokens
         self.rows = loss_tokens if self.only_loss_positions else tokens
@@ -141,10 +122,13 @@ class _Walk:
         self.held: set[_Value] = set()
         self.layers: list[int] = []  # what each layer keeps
         self.inputs: list[int] = []  # and what it keeps until it is computed again
+        wide = wide_dtype(self.dtype).itemsize
+        self.tables = [{name: _Value(tokens, r.dim // 2 * wide) for name in ("cos", "sin")} for r in config.ropes]
+        self.tables_held: set[_Value] = set()
 
         positions = model.pos_embed.weight if config.learned_positions else None
         residual, branch = self._new(tokens, config.hidden_size, _trained(weight, positions)), None
-        ropes, given = set(), set[_Value]()
+        given = set[_Value]()
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Layer)
             if self.recompute and branch is not None:
@@ -156,22 +140,18 @@ class _Walk:
             self.layers.append(_size(self.held))
             self.inputs.append(_size(new) if self.held else 0)
             given |= new if self.held else set()
-            if self.held and layer.attn.rope is not None:
-                ropes.add(config.ropes[layer.attn.rope])
         self.held = set()
         hidden, _ = self._add(model.norm, residual, branch)
         if hidden.grad:
-            self._keep(self._new(hidden.rows, config.hidden_size))  # its gradient, made with the loss
+            self._keep(cross_entropy.saved(self.dtype, config.hidden_size), hidden.rows)
         self.ends = _size(self.held)
         if positions is not None and positions.requires_grad:
             self.ends += 8 * tokens
         if self.only_loss_positions and self.layers[-1]:
             self.ends += 8 * self.rows  # which tokens they are
         if self.recompute and any(self.layers):
-            ropes = set(config.ropes)
-        # cos and sin; on torch cos is widened in each layer.
-        tables = 2 if self.recompute or self.triton["rope"] else 1
-        self.ends += sum(tokens * rope.dim // 2 * tables * self.wide for rope in ropes)
+            self.tables_held = {table for tables in self.tables for table in tables.values()}
+        self.ends += _size(self.tables_held)
 
     def kept(self) -> int:
         """What is there after the forward pass."""
@@ -179,40 +159,29 @@ class _Walk:
 
     def peak(self) -> int:
         """The most at any time: at the loss, or where a layer is computed again."""
-        dense = max((m.in_features * m.out_features for m in self.model.modules()
-                     if isinstance(m, Linear) and m.frozen_format is not None), default=0) * self.size  # fmt: skip
-        head = min(self._logits(), LEAN_BYTES) if self.lean_loss else self._logits()
-        peaks = [self.kept() + max(dense, head)]
+        head, config = self.model.head_weight, self.model.config
+        logits = workspace_bytes(
+            head,
+            self.rows,
+            learns=head.requires_grad,
+            softcap=config.logit_softcap,
+            backend=self.backends["linear_cross_entropy"],
+        )
+        logits = min(logits, LEAN_BYTES) if self.lean_loss else logits
+        dense = max((m.workspace_bytes(self.dtype) for m in self.model.modules() if isinstance(m, Linear)), default=0)
+        peaks = [self.kept() + max(dense, logits)]
         if self.recompute:
             peaks += [sum(self.inputs[: i + 1]) + layer + self.ends + dense for i, layer in enumerate(self.layers)]
         return max(peaks)
 
-    def _logits(self) -> int:
-        """The head's room: a chunk of logits, and where it computes in fp32, its weight and that one's gradient so."""
-        weight, triton = self.model.head_weight, self.triton["linear_cross_entropy"]
-        vocab = weight.shape[0]
-        compute = self.wide if weight.device.type == "cpu" and not triton else self.size
-        if triton:
-            few, many = cross_entropy_chunks.GPU_CHUNK_ROWS
-            fits = many * vocab * compute <= cross_entropy_chunks.GPU_CHUNK_BYTES
-            most = many if weight.requires_grad and fits else few
-            copies = 1
-        else:
-            few, many = cross_entropy_chunks.CHUNK_ROWS
-            most = max(few, min(many, cross_entropy_chunks.CHUNK_BYTES // (4 * vocab)))
-            copies = 1 if self.model.config.logit_softcap is None else 3  # the slope of the cap, made in two steps
-        room = min(most, self.rows) * vocab * copies * (compute if triton else self.wide)
-        if compute != self.size:
-            room += weight.numel() * compute
-        if weight.requires_grad and self.size < self.wide and (self.rows > most or compute != self.size):
-            room += weight.numel() * self.wide
-        return room
+    def _new(self, rows: int, width: int, grad: bool = False) -> _Value:
+        return _Value(rows, width * self.dtype.itemsize, grad)
 
-    def _new(self, rows: int, width: int, grad: bool = False, *, itemsize: int | None = None) -> _Value:
-        return _Value(rows, width * (itemsize or self.size), grad)
-
-    def _keep(self, *values: _Value) -> None:
-        self.held.update(values)
+    def _keep(self, saved: Saved, rows: int, **tensors: _Value) -> None:
+        """Keep what a call of an operation saves on so many rows; ``tensors`` are its inputs and outputs."""
+        self.held.update(tensors[name] for name in saved.tensors)
+        own = (_Value(rows, saved.row_bytes), _Value(1, saved.bytes))
+        self.held.update(value for value in own if value.width)
 
     def _layer(self, layer: Layer, residual: _Value, branch: _Value | None, cut: bool) -> tuple[_Value, _Value]:
         y, residual = self._add(layer.attn_norm, residual, branch)
@@ -233,69 +202,56 @@ class _Walk:
     def _attention(self, attn: Attention, x: _Value, cut: bool, recompute_from: _Value | None) -> _Value:
         heads, dim = attn.heads + attn.kv_heads, attn.head_dim
         qkv = self._linear(attn.qkv, x, recompute_from)
-        moved, v = qkv, qkv  # q and k lie in one memory here: they are kept or not together
+        moved = qkv  # q and k, which lie in one memory here: they are kept or not together
+        grad, fused = qkv.grad, False
         if attn.q_norm is not None and attn.k_norm is not None:
-            fused = self.triton["rope"] and attn.norm_heads and not attn.q_norm.layer and attn.rope is not None
-            moved = self._new(x.rows, heads * dim, qkv.grad or _learns(attn.q_norm) or _learns(attn.k_norm))
-            if moved.grad:
-                self._keep(qkv)
-            if moved.grad and not fused:
-                self._keep(self._statistics(attn.q_norm, x.rows, heads if attn.norm_heads else 2))
+            grad = grad or _learns(attn.q_norm) or _learns(attn.k_norm)
+            fused = attn.norm_heads and not attn.q_norm.layer and attn.rope is not None  # into RoPE
+            if not fused:
+                moved = self._new(x.rows, heads * dim, grad)
+                if grad:
+                    each = heads if attn.norm_heads else 2
+                    self._keep(norm.saved(self.dtype, layer=attn.q_norm.layer), each * x.rows, x=qkv)
         if attn.rope is not None:
-            moved = self._new(x.rows, heads * dim, moved.grad)
-            if moved.grad and not self.triton["rope"]:
-                self._keep(self._new(x.rows, dim, itemsize=self.wide))
-        out = self._new(x.rows, attn.heads * dim, moved.grad)
-        if out.grad:
-            if moved is not qkv:  # a view of the buffer would keep it whole
-                v = self._new(x.rows, attn.kv_heads * dim)
-            self._keep(moved, v)
-        if out.grad and self.triton["attention"]:
-            self._keep(out, self._new(x.rows, attn.heads, itemsize=self.wide))
-        if out.grad and self.model.attention_backend == "sdpa":
-            # torch may copy k and v to as many heads as q has.
-            self._keep(self._new(x.rows, 2 * (attn.heads - attn.kv_heads) * dim))
+            tables, turned = self.tables[attn.rope], self._new(x.rows, heads * dim, grad)
+            if grad:
+                saved = rope.saved(self.dtype, dim, heads, self.backends["rope"], normed=fused)
+                self.tables_held.update(tables[name] for name in saved.tensors if name in tables)
+                own = tuple(name for name in saved.tensors if name not in tables)
+                self._keep(saved._replace(tensors=own), x.rows, q=moved, k=moved)
+            moved = turned
+        out = self._new(x.rows, attn.heads * dim, grad)
+        if grad:
+            v = qkv if moved is qkv else self._new(x.rows, attn.kv_heads * dim)
+            saved = attention.saved(self.dtype, attn.heads, self.backends["attention"])
+            self._keep(saved, x.rows, q=moved, k=moved, v=v, out=out)
+            if self.backends["attention"] == "sdpa":
+                # torch may copy k and v to as many heads as q has.
+                self.held.add(self._new(x.rows, 2 * (attn.heads - attn.kv_heads) * dim))
         return self._linear(attn.o, _Value(self.rows, out.width, out.grad) if cut else out)
 
     def _mlp(self, mlp: MLP, x: _Value, recompute_from: _Value | None) -> _Value:
         wide = self._linear(mlp.gate_up if mlp.gated else mlp.up, x, recompute_from)
         if wide.grad:
-            self._keep(wide)
+            self._keep(Saved(("x",)), x.rows, x=wide)
         return self._linear(mlp.down, self._new(x.rows, mlp.down.in_features, wide.grad), wide)
 
-    def _linear(self, linear: Linear, x: _Value, recompute_from: _Value | None = None) -> _Value:
+    def _linear(self, layer: Linear, x: _Value, recompute_from: _Value | None = None) -> _Value:
         """``recompute_from``: what its input can be computed from."""
-        lora = linear.lora
-        grad = x.grad or lora is not None or _trained(linear.weight, linear.bias)
-        out = self._new(x.rows, linear.out_features, grad)
-        if lora is None:
-            if _trained(linear.weight):
-                self._keep(x)
-            return out
-        self._keep(x if recompute_from is None else recompute_from)
-        dropped = lora.dropout > 0 and self.model.training
-        if dropped or not sums(linear, x.rows, self.model.embed.weight.dtype):
-            self._keep(self._new(x.rows, lora.A.shape[0]))
-        if dropped:
-            self._keep(self._new(x.rows, linear.in_features, itemsize=1))
-        if lora.magnitude is None:
-            return out
-        # The product before the gain, the gain, and the norms in it.
-        self._keep(out, self._new(1, linear.out_features), _Value(1, lora.magnitude.nbytes))
-        return self._new(x.rows, linear.out_features, grad)
+        source = recompute_from if layer.lora is not None and recompute_from is not None else x
+        self._keep(linear.saved(layer, x.rows, self.dtype), x.rows, x=source)
+        grad = x.grad or layer.lora is not None or _trained(layer.weight, layer.bias)
+        return self._new(x.rows, layer.out_features, grad)
 
-    def _add(self, norm: Norm | None, residual: _Value, branch: _Value | None) -> tuple[_Value, _Value]:
+    def _add(self, module: Norm | None, residual: _Value, branch: _Value | None) -> tuple[_Value, _Value]:
         total = residual if branch is None else _sum(residual, branch)
-        return (total if norm is None else self._norm(norm, total)), total
+        return (total if module is None else self._norm(module, total)), total
 
-    def _norm(self, norm: Norm, x: _Value) -> _Value:
-        y = _Value(x.rows, x.width, x.grad or _learns(norm))
+    def _norm(self, module: Norm, x: _Value) -> _Value:
+        y = _Value(x.rows, x.width, x.grad or _learns(module))
         if y.grad:
-            self._keep(x, self._statistics(norm, x.rows))
+            self._keep(norm.saved(self.dtype, layer=module.layer), x.rows, x=x)
         return y
-
-    def _statistics(self, norm: Norm, rows: int, each: int = 1) -> _Value:
-        return self._new(rows, each * (2 if norm.layer else 1), itemsize=self.wide)
 
 
 def _size(values: set[_Value]) -> int:

@@ -26,6 +26,7 @@ from afina.kernels import attention_triton
 from afina.kernels.attention_torch import Bucket, Options, blocked_attention, plan_buckets, visible
 from afina.kernels.backend import check_floating, check_like, choose, document_offsets, wide_dtype
 from afina.kernels.launch import config
+from afina.kernels.saved import Saved
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
 
@@ -203,6 +204,18 @@ def attention(
         q, options = -q, options._replace(scale=-options.scale)
     spans = None if documents is None or cu_seqlens is None else documents.spans(cu_seqlens, q.device)
     return _TritonAttention.apply(q, k, v, options, spans)
+
+
+def saved(dtype: torch.dtype, heads: int, backend: str) -> Saved:
+    """What `attention` keeps of each token: q, k and v; on Triton, and in torch's own attention ("sdpa"), also the
+    output and each query head's log-sum-exp.
+
+    v is kept as a copy where it is in other memory than q: as a view of a fused buffer it would keep q and k of before
+    their rotation alive.
+    """
+    if backend == "torch":
+        return Saved(("q", "k", "v"))
+    return Saved(("q", "k", "v", "out"), heads * wide_dtype(dtype).itemsize)
 
 
 def _check(

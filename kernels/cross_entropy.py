@@ -33,6 +33,7 @@ from afina.kernels.backend import as_rows, check_floating, check_like, check_sha
 from afina.kernels.cross_entropy_chunks import head_loss, to_device
 from afina.kernels.cross_entropy_torch import Options, loss_rows
 from afina.kernels.cross_entropy_triton import launch_loss, scaled
+from afina.kernels.saved import Saved
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -202,6 +203,14 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets.long(), options, wanted)
+
+
+def saved(dtype: torch.dtype, width: int) -> Saved:
+    """What `linear_cross_entropy` keeps of each row of hidden (N, width) but for "none": its gradient, made already.
+
+    The gradients of weight and bias are made with the loss too.
+    """
+    return Saved((), width * dtype.itemsize)
 
 
 def cross_entropy(

@@ -144,15 +144,15 @@ def head_loss(
     dense = count == rows
     targets = to_device(targets.contiguous() if dense else targets[index], device)
     wide = wide_dtype(hidden.dtype)
-    # On a CPU torch's matrix products of 16-bit types are slow and round their sums, so the torch path runs in fp32.
-    compute = wide if device.type == "cpu" and options.backend == "torch" else hidden.dtype
+    compute = _compute_dtype(hidden, options.backend)
     scale = 1.0 / max(1, count) if options.reduction == "mean" else 1.0
     where = None if dense else to_device(index, device)
     head = _Head(hidden, weight, bias, where, targets, rates, options, compute, scale, wanted[1])
     losses = torch.zeros(rows, dtype=wide, device=device)
     new = torch.empty if count else torch.zeros
+    size = _chunk_rows(weight.shape[0], count, compute, options.backend, wanted[1])
     # A single chunk's product is the weight's gradient: nothing is added to it, so it may be rounded at once.
-    whole = weight.dtype if options.lean else compute if count <= _chunk_rows(head) else wide
+    whole = weight.dtype if options.lean else compute if count <= size else wide
     gradients = _Gradients(
         (new if dense else torch.zeros)(hidden.shape, dtype=hidden.dtype, device=device) if wanted[0] else None,
         new(weight.shape, dtype=whole, device=device) if wanted[1] else None,
@@ -166,30 +166,58 @@ def head_loss(
     )
 
 
-def _chunk_rows(head: _Head) -> int:
-    """How many rows of logits are made at a time."""
-    vocab, count = head.weight.shape[0], head.targets.numel()
-    if head.options.backend == "torch":
+def workspace_bytes(weight: Tensor, rows: int, *, learns: bool, softcap: float | None, backend: str) -> int:
+    """How much `head_loss` takes, unless it is lean, beside its arguments and the gradients that it returns.
+
+    weight (V, C) may be on meta; `rows` are those that count, and `learns` says whether its gradient is wanted.
+    """
+    vocab, compute, wide = weight.shape[0], _compute_dtype(weight, backend), wide_dtype(weight.dtype)
+    size = _chunk_rows(vocab, rows, compute, backend, learns)
+    logits = min(size, rows) * _pitch(vocab, backend) * (compute if backend == "triton" else wide).itemsize
+    if backend == "torch" and softcap is not None:
+        logits *= 3  # The torch path makes the slope of the cap in two steps.
+    copy = weight.numel() * compute.itemsize if compute != weight.dtype else 0
+    total = compute if rows <= size else wide  # what the gradient is summed in
+    return logits + copy + (weight.numel() * total.itemsize if learns and total != weight.dtype else 0)
+
+
+def _compute_dtype(hidden: Tensor, backend: str) -> torch.dtype:
+    """The dtype of the matrix products.
+
+    On a CPU torch's products of 16-bit types are slow and round their sums, so the torch path runs in fp32 there.
+    """
+    return wide_dtype(hidden.dtype) if hidden.device.type == "cpu" and backend == "torch" else hidden.dtype
+
+
+def _pitch(vocab: int, backend: str) -> int:
+    """How far apart the rows of a chunk's logits lie.
+
+    They start at multiples of 128 bytes, which cuBLAS and Triton need to load 16 bytes at a time; without them, the
+    product with a vocabulary of 50,257 takes half as long again on a CPU.
+    """
+    return 64 * cdiv(vocab, 64) if backend == "triton" or vocab > CPU_PITCH else vocab
+
+
+def _chunk_rows(vocab: int, count: int, compute: torch.dtype, backend: str, learns: bool) -> int:
+    """How many of `count` rows of logits are made at a time; `learns`: whether the weight's gradient is wanted."""
+    if backend == "torch":
         return max(CHUNK_ROWS[0], min(CHUNK_ROWS[1], CHUNK_BYTES // (4 * max(1, vocab))))
     few, many = GPU_CHUNK_ROWS
     # Another chunk costs something only where its share must be added to the weight's gradient.
-    most = many if head.learns and many * vocab * head.compute.itemsize <= GPU_CHUNK_BYTES else few
+    most = many if learns and many * vocab * compute.itemsize <= GPU_CHUNK_BYTES else few
     # Chunks of nearly one size are faster than whole ones and a sliver at the end.
     return min(most, 128 * cdiv(cdiv(count, max(1, cdiv(count, most))), 128)) or most
 
 
 def _run_chunks(head: _Head, losses: Tensor, gradients: _Gradients) -> None:
     """Fill `losses` (N,) and the gradients chunk by chunk: rows of `hidden`, each with all columns of its logits."""
-    vocab, size, wide, device = head.weight.shape[0], _chunk_rows(head), losses.dtype, losses.device
-    triton = head.options.backend == "triton"
+    (vocab, _), count, wide, device = head.weight.shape, head.targets.numel(), losses.dtype, losses.device
+    size = _chunk_rows(vocab, count, head.compute, head.options.backend, head.learns)
+    triton, pitch = head.options.backend == "triton", _pitch(vocab, head.options.backend)
     dhidden, dweight, dbias = gradients
     matrix = head.weight.to(head.compute)
-    # Rows start at multiples of 128 bytes, which cuBLAS and Triton need to load 16 bytes at a time; without them, the
-    # product with a vocabulary of 50,257 takes half as long again on a CPU.
-    pitch = 64 * cdiv(vocab, 64) if triton or vocab > CPU_PITCH else vocab
-    dtype = head.compute if triton else wide
-    room = torch.empty(min(size, head.targets.numel()), pitch, dtype=dtype, device=device)
-    for rows in _spans(head.targets.numel(), size):
+    room = torch.empty(min(size, count), pitch, dtype=head.compute if triton else wide, device=device)
+    for rows in _spans(count, size):
         h, here, targets, rate = head.rows(rows), head.at(rows), head.targets[rows], head.rate(rows)
         x = _product(h, matrix, room[: h.shape[0], :vocab])
         if triton:

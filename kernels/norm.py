@@ -24,6 +24,7 @@ from torch import Tensor
 
 from afina.kernels.backend import check_floating, check_shape, choose, wide_dtype
 from afina.kernels.norm_triton import Affine, Statistics, launch_backward, launch_forward
+from afina.kernels.saved import Saved
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, weight_offset: float = 0.0) -> Tensor:
@@ -166,6 +167,11 @@ def layer_norm(
     total = x if residual is None else x + residual
     y = F.layer_norm(total, (x.shape[-1],), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
     return y if residual is None else (y, total)
+
+
+def saved(dtype: torch.dtype, *, layer: bool) -> Saved:
+    """What a norm keeps of each row: x, or with a residual the sum; the rstd, and for LayerNorm the mean."""
+    return Saved(("x",), (2 if layer else 1) * wide_dtype(dtype).itemsize)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from afina.kernels.backend import check_floating, check_shape, choose, wide_dtyp
 from afina.kernels.norm import rms_norm
 from afina.kernels.rope_torch import TorchRope
 from afina.kernels.rope_triton import TritonRope
+from afina.kernels.saved import Saved
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,18 @@ def rope(
     ones = cos.new_ones(1).expand(*cos.shape[:-1], q.shape[-1] - 2 * cos.shape[-1])
     cos = torch.cat([cos, cos, ones], dim=-1).unsqueeze(-2).to(wide)
     return TorchRope.apply(q, k, cos, sin.unsqueeze(-2).to(wide))
+
+
+def saved(dtype: torch.dtype, head_dim: int, heads: int, backend: str, *, normed: bool) -> Saved:
+    """What `rope` keeps of each token with so many heads, those of q and k together; `normed`: with weights.
+
+    Both backends keep sin. Triton keeps cos too, the torch path a copy of it as wide as a head instead. With weights q
+    and k are kept as well, and on the torch path the rstd of each head.
+    """
+    wide, inputs = wide_dtype(dtype).itemsize, ("q", "k") if normed else ()
+    if backend == "triton":
+        return Saved(("cos", "sin", *inputs))
+    return Saved(("sin", *inputs), (head_dim + (heads if normed else 0)) * wide)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:

@@ -38,7 +38,6 @@ from afina.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from afina.kernels.cross_entropy_torch import Options
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -573,10 +572,7 @@ def test_wide_rows_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_chunk_on_a_gpu() -> None:
     def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16, learns: bool = True) -> int:
-        options = Options(-100, "mean", None, 0.0, 0.0, "triton", False)
-        weight, targets = torch.empty(vocab, 1, device="meta"), torch.empty(count, device="meta")
-        head = chunked._Head(weight, weight, None, None, targets, None, options, dtype, 1.0, learns)
-        return chunked._chunk_rows(head)
+        return chunked._chunk_rows(vocab, count, dtype, "triton", learns)
 
     assert rows(100_000, 128_256) == 4096
     assert rows(100_000, 128_256, learns=False) == 2048  # nothing is added up, so half the room will do
