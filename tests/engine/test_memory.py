@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afina.engine.lora import choose_targets, freeze, new_adapter
+from afina.engine.lora import choose_targets, new_adapter
 from afina.engine.memory import LEAN_BYTES, MemoryPlan, kept, plan
 from afina.engine.model import GPT, IGNORE
 from afina.engine.optim import AdamW
@@ -63,9 +63,9 @@ def prepared(name: str, method: str, dtype: str = "float32") -> GPT:
     model = load_model(str(hf_models.saved(name).folder), device="cpu", dtype=dtype).train()
     if method == "freeze":
         top = (f"layers.{len(model.layers) - 1}.", "norm.")
-        freeze(model, [n for n, _ in model.named_parameters() if n.startswith(top)])
+        model.train_only([n for n, _ in model.named_parameters() if n.startswith(top)])
     elif method == "embedding":
-        freeze(model, ["embed.weight"])
+        model.train_only(["embed.weight"])
     elif method in LORA:
         config = AdapterConfig(
             base=None, r=4, alpha=8, dropout=0.1 if method == "dropout" else 0.0, dora=method == "dora"
