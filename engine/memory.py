@@ -31,7 +31,7 @@ from afina.engine import linear
 from afina.engine.linear import Linear
 from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
-from afina.kernels import attention, cross_entropy, norm, rope
+from afina.kernels import activation, attention, cross_entropy, norm, rope
 from afina.kernels.backend import choose, wide_dtype
 from afina.kernels.cross_entropy_chunks import workspace_bytes
 from afina.kernels.saved import Saved
@@ -233,7 +233,8 @@ class _Walk:
     def _mlp(self, mlp: MLP, x: _Value, recompute_from: _Value | None) -> _Value:
         wide = self._linear(mlp.gate_up if mlp.gated else mlp.up, x, recompute_from)
         if wide.grad:
-            self._keep(Saved(("x",)), x.rows, x=wide)
+            saved = activation.saved() if mlp.gated else Saved(("gate_up",))  # torch's GELU keeps its input
+            self._keep(saved, x.rows, gate_up=wide)
         return self._linear(mlp.down, self._new(x.rows, mlp.down.in_features, wide.grad), wide)
 
     def _linear(self, layer: Linear, x: _Value, recompute_from: _Value | None = None) -> _Value:

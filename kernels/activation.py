@@ -16,6 +16,7 @@ from torch import Tensor
 
 from afina.kernels.backend import as_rows, check_floating, choose
 from afina.kernels.launch import cdiv, config, jit, launch, tl
+from afina.kernels.saved import Saved
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -148,6 +149,11 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 def geglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """gelu(gate) * up with the tanh approximation: gate_up (..., 2 I) = [gate | up] -> (..., I)."""
     return _glu(gate_up, True, backend)
+
+
+def saved() -> Saved:
+    """What `swiglu` and `geglu` keep on either backend: their input, from which the activation is computed again."""
+    return Saved(("gate_up",))
 
 
 def _glu(gate_up: Tensor, gelu: bool, backend: str | None) -> Tensor:
