@@ -47,8 +47,8 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.max_length = max_length
         self.longest = 0
-        # LongRoPE turns all positions of a sequence otherwise once it is longer than the original maximum, so that what
-        # is cached becomes wrong: the ids are kept to compute it again.
+        # LongRoPE turns all positions of a sequence by other angles once it is longer than the original maximum. What
+        # is cached is wrong then, so the ids are kept to compute it again.
         self.limits = [rope.original_max_positions for rope in config.ropes if rope.kind == "longrope"]
         self.ids = torch.zeros(batch, max_length, dtype=torch.int64, device=device) if self.limits else None
 
@@ -72,7 +72,7 @@ class KVCache:
             counts = cu_seqlens.diff()
             lengths, grown = self.lengths + counts, int(counts.max())
         longest = self.longest + grown
-        if longest > self.max_length:  # the sum is an upper bound: look at the rows themselves
+        if longest > self.max_length:  # The sum is an upper bound; reading the rows themselves waits for the GPU.
             longest = int(lengths.max())
         if longest > self.max_length:
             raise ValueError(f"cache: {longest} tokens do not fit into max_length = {self.max_length}")
@@ -89,7 +89,7 @@ class KVCache:
             if slots.cu_seqlens is None:
                 return attention(q, k, v, **options)
             return attention(q[0], k[0], v[0], cu_seqlens=slots.cu_seqlens, **options)[None]
-        # A chunk after others: row by row, each as long as it is.
+        # This chunk follows others, and the rows differ in length, so each row attends on its own.
         flat, starts = q.flatten(0, 1), slots.cu_seqlens
         if starts is None:
             starts = torch.arange(q.shape[0] + 1) * q.shape[1]
@@ -109,7 +109,7 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these (n,) int64, in this order."""
         for tensors in (self.keys, self.values):
-            for layer, x in enumerate(tensors):  # one at a time: the old and the new need not fit together
+            for layer, x in enumerate(tensors):  # One layer at a time, so that old and new need not fit together.
                 tensors[layer] = x[rows]
         self.lengths = self.lengths[rows]
         if self.ids is not None:

@@ -9,10 +9,11 @@ https://arxiv.org/abs/2402.09353) learns a magnitude m (O,) too: y = m / |W + s 
 the norm taken of each row and held constant in the backward pass (section 4.3).
 
 Our matrices hold several of the checkpoint's one below the other (q, k, v; gate, up). Each of these is a part with an
-adapter of its own; their A lie one below the other too, so that x is read once: h = drop(x) A^T is one product.
+adapter of its own. Their A lie one below the other too, so that x is read once: h = drop(x) A^T is one product.
 
-The frozen weight has no gradient, and x is needed for those of A and B alone. Where x is cheap to compute again from
-what other operations keep anyway (a norm's output, an activation's), ``recompute`` does so, and x need not be kept.
+The frozen weight has no gradient, so the backward pass needs x for the gradients of A and B alone. Where x is cheap to
+compute again from what another operation keeps anyway (x is the output of a norm or an activation), ``recompute`` does
+so, and x need not be kept.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class Part(NamedTuple):
 class Lora(nn.Module):
     """The adapters of one matrix (O, C).
 
-    ``A`` (parts x R, C) and ``B`` (rows of all parts, R), where R is the largest rank: lower ones are filled up with
-    zeros, which stay zeros. ``magnitude`` fp32 (rows of all parts,) with DoRA, else None: at first it equals the norm
-    that it is divided by, which a rounded one would not.
+    ``A`` is (parts x R, C) and ``B`` (rows of all parts, R), where R is the largest rank: parts of a lower rank are
+    filled up with zeros, which stay zeros. ``magnitude`` (rows of all parts,) is None without DoRA, and else fp32: it
+    begins as the norm that it is divided by, and rounded to 16 bits the two would differ.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Lora(nn.Module):
 
     @torch.no_grad()
     def init(self, weight: Tensor, generator: torch.Generator) -> None:
-        """A as nn.Linear's own weights, uniform within 1 / sqrt(C); B zeros: the adapter changes nothing yet."""
+        """Draw A uniformly within 1 / sqrt(C), as nn.Linear draws its weights. B stays 0, so nothing changes yet."""
         bound = 1 / math.sqrt(self.A.shape[1])
         for part, a, _ in self.blocks():
             self.A[a].copy_(torch.empty(part.rank, self.A.shape[1]).uniform_(-bound, bound, generator=generator))
@@ -85,7 +86,8 @@ class Lora(nn.Module):
             self.magnitude.copy_(self.row_norms(weight))
 
     def train(self, mode: bool = True) -> Lora:
-        self._norm = None  # kernels that move the weights in place leave no trace that a cache could check
+        # Norms are kept in eval mode only: a kernel that moves the weights in place leaves no trace to check them by.
+        self._norm = None
         return super().train(mode)
 
     def row_norms(self, weight: Tensor) -> Tensor:
@@ -222,13 +224,13 @@ class Linear(nn.Module):
             return _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, recompute)
         gains = lora.gains(self.dense(x.dtype))
         y = _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, recompute) * gains
-        # The bias inside, as without an adapter: added afterwards it would round once more, so a fresh adapter would
-        # not leave bf16 outputs as they are.
+        # The bias is added inside, as without an adapter: added afterwards, it would round the sum once more, and a
+        # fresh adapter would not leave bf16 outputs as they are.
         return y if self.bias is None else y + self.bias * (1 - gains)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x, A, B -> x W^T + b + s drop(x) A^T B^T, for a frozen W and b; A and B may be None (W is NF4)."""
+    """x, A, B -> x W^T + b + s drop(x) A^T B^T, for a frozen W and b. A and B are None without an adapter."""
 
     @staticmethod
     def forward(
@@ -265,7 +267,7 @@ class _AdaptedLinear(torch.autograd.Function):
             for part, at, bt in lora.blocks():
                 out, up = rows[:, part.start : part.stop], b[bt, : part.rank]
                 torch.mm(out, up, out=dh[:, at]).mul_(part.scale)
-                # Transposed: the long rows of dy are read as they lie, which is twice as fast on a CPU.
+                # The product is made transposed: so it reads the long rows of dy as they lie, twice as fast on a CPU.
                 db[bt, : part.rank] = (h[:, at].t() @ out).mul_(part.scale).t()
             da = dh.t() @ x
         if ctx.needs_input_grad[0]:
@@ -302,8 +304,11 @@ def saved(layer: Linear, rows: int, dtype: torch.dtype) -> Saved:
 
 
 def sums(layer: Linear, rows: int, dtype: torch.dtype) -> bool:
-    """Whether x (W + s B A)^T is cheaper than its two products: for many rows one product more, of thin matrices, is
-    dearer than the sum. In fp32 only: in 16 bits most of what B A adds to W would be rounded away."""
+    """Whether ``layer`` computes x (W + s B A)^T for x (rows, C) instead of two products.
+
+    For many rows the sum is cheaper than a second product with thin matrices. It is made in fp32 alone: in 16 bits most
+    of what B A adds to W would be rounded away.
+    """
     out, width = layer.out_features, layer.in_features
     return layer.lora is not None and dtype == torch.float32 and rows * (out + width) > 2 * out * width
 

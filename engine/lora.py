@@ -113,7 +113,7 @@ def new_adapter(
     _check_whole(model, chosen, saved, "modules_to_save")
     config = _described(model, config, chosen, saved)
     loras = _loras(model, config, chosen)
-    set_adapter(model, None)  # what trains whole starts from the base's weights, and leaves them as they are
+    set_adapter(model, None)  # what trains whole starts from a copy of the base's weights
     inactive = {name: model.get_parameter(name).detach().clone() for name in saved}
     adapter = Adapter(config, chosen, loras, saved, inactive)
     generator = torch.Generator().manual_seed(seed)
@@ -170,7 +170,7 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
 def set_adapter(model: GPT, adapter: Adapter | None) -> None:
     """Make ``adapter`` the active one; None: the base alone. The one before stays as it is, for another time."""
     for each in (model.adapter, adapter):
-        if each is not None:  # what was trained whole changes places with the base's
+        if each is not None:  # the values that it trained whole change places with the base's
             for name, other in each.inactive.items():
                 parameter = model.get_parameter(name)
                 each.inactive[name], parameter.data = parameter.data, other

@@ -57,7 +57,8 @@ def inverse_frequencies(rope: RopeConfig, *, long: bool = False) -> Tensor:
 
 
 class RopeTables:
-    """cos and sin of one RoPE; keeps the inverse frequencies per device, out of reach of ``Module.to(dtype)``."""
+    """Computes cos and sin of one RoPE. It is no module, so that ``Module.to(dtype)`` never rounds the inverse
+    frequencies, which it keeps for each device."""
 
     def __init__(self, rope: RopeConfig) -> None:
         self.rope = rope

@@ -281,7 +281,7 @@ def _match(
     problems: list[str] = []
 
     def near(name: str, names: set[str]) -> str:
-        return nearest(name, names) if len(problems) < LISTED else ""  # slow, and nobody reads the rest
+        return nearest(name, names) if len(problems) < LISTED else ""  # it is slow, and the rest is not shown
 
     missing, extra = table.keys() - found, found - table.keys()
     for name, tensor in table.items():
