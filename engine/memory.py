@@ -112,7 +112,8 @@ class _Walk:
     def __init__(self, model: GPT, tokens: int, loss_tokens: int, lean_loss: bool = False) -> None:
         weight, config = model.embed.weight, model.config
         self.model, self.dtype, self.lean_loss = model, weight.dtype, lean_loss
-        self.backends = {op: choose(op, None, weight) for op in ("attention", "rope", "linear_cross_entropy")}
+        ops = ("attention", "rope", "rms_norm", "layer_norm", "linear_cross_entropy")
+        self.backends = {op: choose(op, None, weight) for op in ops}
         if model.attention_backend is not None:
             self.backends["attention"] = model.attention_backend
         # Whether the last layer's o and MLP, and the head, take the loss positions alone.
@@ -211,7 +212,7 @@ class _Walk:
                 moved = self._new(x.rows, heads * dim, grad)
                 if grad:
                     each = heads if attn.norm_heads else 2
-                    self._keep(norm.saved(self.dtype, layer=attn.q_norm.layer), each * x.rows, x=qkv)
+                    self._keep(self._norm_saved(attn.q_norm), each * x.rows, x=qkv)
         if attn.rope is not None:
             tables, turned = self.tables[attn.rope], self._new(x.rows, heads * dim, grad)
             if grad:
@@ -251,8 +252,12 @@ class _Walk:
     def _norm(self, module: Norm, x: _Value) -> _Value:
         y = _Value(x.rows, x.width, x.grad or _learns(module))
         if y.grad:
-            self._keep(norm.saved(self.dtype, layer=module.layer), x.rows, x=x)
+            self._keep(self._norm_saved(module), x.rows, x=x)
         return y
+
+    def _norm_saved(self, module: Norm) -> Saved:
+        backend = self.backends["layer_norm" if module.layer else "rms_norm"]
+        return norm.saved(self.dtype, backend, layer=module.layer)
 
 
 def _size(values: set[_Value]) -> int:

@@ -169,9 +169,14 @@ def layer_norm(
     return y if residual is None else (y, total)
 
 
-def saved(dtype: torch.dtype, *, layer: bool) -> Saved:
-    """What a norm keeps of each row: x, or with a residual the sum; the rstd, and for LayerNorm the mean."""
-    return Saved(("x",), (2 if layer else 1) * wide_dtype(dtype).itemsize)
+def saved(dtype: torch.dtype, backend: str, *, layer: bool) -> Saved:
+    """What a norm keeps of each row: x, or with a residual the sum; the rstd, and for LayerNorm the mean.
+
+    torch's own LayerNorm keeps them in the dtype of x (on a GPU in fp32, which is not counted).
+    """
+    if layer:
+        return Saved(("x",), 2 * (wide_dtype(dtype) if backend == "triton" else dtype).itemsize)
+    return Saved(("x",), wide_dtype(dtype).itemsize)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:

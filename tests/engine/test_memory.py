@@ -135,8 +135,9 @@ def test_activations_of_adapters_with_gradient_checkpointing(method: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
-def test_activations_in_bf16(method: str) -> None:
-    assert error(prepared("llama", method, "bfloat16"), *batch(0.4)) == 0
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # of each norm one
+def test_activations_in_bf16(name: str, method: str) -> None:
+    assert error(prepared(name, method, "bfloat16"), *batch(0.4)) == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
