@@ -5,9 +5,6 @@ controls, `tojson`, `raise_exception`, `strftime_now`), so a template writes the
 template cannot run away: loops and calls are counted against a limit of steps and of seconds, texts and the output
 have a limit, and what could multiply a text in one step is refused. The limits are checked inside the template's own
 steps, so they hold in any thread and need no signal, timer or process.
-
-A template can also be traced: rendered with contents that may only be stripped, joined and written. If that works,
-what it writes around the contents depends on the roles alone, and rows need no Jinja (:meth:`ChatTemplate.trace`).
 """
 
 from __future__ import annotations
@@ -32,15 +29,12 @@ MAX_SOURCE = 1 << 18  # characters of a template
 MAX_STEPS = 1_000_000  # loop turns and calls of one rendering
 MAX_SECONDS = 5.0
 SPARE_OUTPUT = 1 << 20  # characters that a template may write besides four times its messages
-SLOT = re.compile("\ue001([0-9]+)([\ue002\ue003])")  # a content in a traced text: its number; \ue003: stripped
+SLOT = re.compile("\ue001([0-9]+)\ue002")  # what stands for a content: the number of its message
 _SHORT = 256  # longest argument of the string methods and filters that can multiply a text
 _MULTIPLIERS = ("replace", "join", "indent")
 _USELESS = ("batch", "center", "format", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
 _WIDE = re.compile(r"\d{4}|\*|\{[^}]*\{")  # format strings that pad to a width of their own choosing
-# What may be done with a content, or with messages, without looking at what a content says.
-_BLIND_FILTERS = {"trim", "string", "default", "d", "length", "count", "list", "first", "last", "map"}
-_BLIND_FILTERS |= {"selectattr", "rejectattr", "reverse", "metered", "capped", "written"}
-_BLIND_TESTS = {"string", "defined", "undefined", "none", "mapping", "sequence", "iterable", "boolean", "number"}
+_SIZED = (str, list, tuple)  # what a template can make longer
 _FAILURES: tuple[type[Exception], ...] = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -53,48 +47,6 @@ _FAILURES += (MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 
 class _Runaway(RuntimeError):
     """A template went past one of its limits."""
-
-
-class _Looked(RuntimeError):
-    """A traced template looked at what a content says."""
-
-
-class _Opaque(str):
-    """A content that may be stripped and joined; everything else that a text can do raises _Looked."""
-
-    __slots__ = ()
-
-    def strip(self, chars: Any = None, /) -> _Opaque:
-        if chars is not None or not SLOT.fullmatch(str.__str__(self)):
-            raise _Looked
-        return _Opaque(str.__getitem__(self, slice(-1)) + "\ue003")
-
-    def __add__(self, other: Any) -> _Opaque:
-        return _Opaque(str.__add__(self, other))
-
-    def __radd__(self, other: Any) -> _Opaque:
-        return _Opaque(str.__add__(other, self))
-
-
-def _look(*_: Any, **__: Any) -> Any:
-    raise _Looked
-
-
-for _name in {*dir(str), "__bool__", "__radd__"} - {*dir(object), "strip", "__add__", "__radd__"}:
-    setattr(_Opaque, _name, _look)
-for _name in (
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__hash__",
-    "__str__",
-    "__repr__",
-    "__format__",
-):
-    setattr(_Opaque, _name, _look)
 
 
 class _Generation(Extension):
@@ -112,7 +64,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        self.steps, self.deadline, self.limit, self.tracing = 0, 0.0, SPARE_OUTPUT, False
+        self.steps, self.deadline, self.limit = 0, 0.0, SPARE_OUTPUT
         for name in _USELESS:
             del self.filters[name]
         for name in ("lipsum", "cycler", "joiner"):
@@ -120,33 +72,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for name in _MULTIPLIERS:
             self.filters[name] = _short_arguments(self.filters[name])
         self.filters |= {"tojson": _to_json, "metered": self._metered, "capped": self._capped}
-        self.filters |= {"written": self._written, "unseen": self._unseen}
         self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
 
     def build(self, source: str) -> jinja2.Template:
-        """Compile ``source`` with its loops metered, its texts capped, and its looks at contents noticed."""
+        """Compile ``source`` with its loops metered and its texts capped."""
         tree = self.parse(source)
         for node in list(tree.find_all(nodes.Node)):
             if isinstance(node, nodes.For):
                 node.iter = _filtered(node.iter, "metered")
             elif isinstance(node, nodes.Add):
-                node.left, node.right = _filtered(node.left, "capped"), _filtered(node.right, "capped")
-            elif isinstance(node, nodes.Concat):
-                node.nodes = [_filtered(item, "capped", "unseen") for item in node.nodes]
-            elif isinstance(node, nodes.Output):
-                text = nodes.TemplateData
-                node.nodes = [item if isinstance(item, text) else _filtered(item, "written") for item in node.nodes]
-            elif isinstance(node, nodes.Compare):
-                node.expr = _filtered(node.expr, "unseen")
-                for operand in node.ops:
-                    operand.expr = _filtered(operand.expr, "unseen")
-            elif (isinstance(node, nodes.Test) and node.name not in _BLIND_TESTS) or (
-                isinstance(node, nodes.Filter) and node.name not in _BLIND_FILTERS
-            ):
-                node.args = [_filtered(item, "unseen") for item in node.args]
-                for keyword in node.kwargs:
-                    keyword.value = _filtered(keyword.value, "unseen")
-                node.node = _filtered(node.node, "unseen") if node.node else None
+                node.left, node.right = _capped(node.left), _capped(node.right)
+            elif isinstance(node, nodes.Concat | nodes.Output):
+                node.nodes = [_capped(item) for item in node.nodes]
         return self.from_string(tree)
 
     def tick(self) -> None:
@@ -162,20 +99,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             yield item
 
     def _capped(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple) and type(value) is not _Opaque and len(value) > self.limit:
+        if isinstance(value, _SIZED) and len(value) > self.limit:
             raise _Runaway(f"a text of more than {self.limit:,} characters")
-        return value
-
-    def _written(self, value: Any) -> Any:
-        if type(value) is _Opaque:
-            return str.__str__(value)
-        if self.tracing and isinstance(value, str) and SLOT.search(value):
-            raise _Looked  # a content came here by a way that was not traced
-        return self._capped(value)
-
-    def _unseen(self, value: Any) -> Any:
-        if self.tracing and _holds_content(value):
-            raise _Looked
         return value
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +111,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 _check_short(owner)
             # Jinja's compiler adds keywords with an underscore for its own use.
             for argument in (*args, *(value for name, value in kwargs.items() if name[0] != "_")):
-                __self._unseen(argument)
                 _check_short(argument)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -197,12 +121,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return method
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        left, right = self._unseen(left), self._unseen(right)
         if operator == "%" and isinstance(left, str):
             if _WIDE.search(left):
                 raise _Runaway("a format that pads its text")
         elif operator != "%":
-            sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
+            sizes = [len(x) if isinstance(x, _SIZED) else abs(x) for x in (left, right)]
             numbers = isinstance(left, int | float) and isinstance(right, int | float)
             if max(sizes) > 1 << 53 or (operator == "**" and sizes[1] > 16):
                 raise _Runaway("a number too large to be meant")
@@ -250,28 +173,16 @@ class ChatTemplate:
                 raise DataError(f"the chat template writes message {number + 1} ({role}) {times} times, not once")
         return text
 
-    def trace(self, roles: Sequence[str], *, add_generation_prompt: bool = False) -> tuple[str, bool]:
-        """Return what is written for messages of these roles, a SLOT for each content, and whether that is what is
-        written for whatever contents (else the template looks at them, and this is one case)."""
-        messages = numbered(roles)
-        opaque = [{**message, "content": _Opaque(message["content"])} for message in messages]
-        try:
-            return self.render(opaque, add_generation_prompt=add_generation_prompt, tracing=True), True
-        except _Looked:
-            return self.render(messages, add_generation_prompt=add_generation_prompt), False
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, tracing: bool = False
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """Return the text of ``messages``, with the header of a next assistant turn if asked for.
 
         DataError when the template refuses the messages or fails on them, TokenizerError when it goes past a limit.
         """
-        size = sum(str.__len__(message["content"]) for message in messages)
+        size = sum(len(message["content"]) for message in messages)
         parts: list[str] = []
         with self._lock:
             box = self._sandbox
-            box.steps, box.deadline, box.tracing = MAX_STEPS, time.monotonic() + MAX_SECONDS, tracing
+            box.steps, box.deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
             left = box.limit = SPARE_OUTPUT + 4 * size
             names = self._names | {"messages": messages, "add_generation_prompt": add_generation_prompt}
             try:
@@ -293,16 +204,13 @@ def numbered(roles: Sequence[str]) -> list[dict[str, str]]:
     return [{"role": role, "content": f"\ue001{number}\ue002"} for number, role in enumerate(roles)]
 
 
-def _filtered(node: Any, *names: str) -> Any:
-    for name in names:
-        node = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-    return node
+def _filtered(node: Any, name: str) -> Any:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-def _holds_content(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return type(value) is _Opaque or (isinstance(value, list | tuple) and any(map(_holds_content, value)))
+def _capped(node: Any) -> Any:
+    # What stands in the template itself is no longer than the template.
+    return node if isinstance(node, nodes.Const | nodes.TemplateData) else _filtered(node, "capped")
 
 
 def _short_arguments(function: Any) -> Any:

@@ -145,9 +145,7 @@ def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> t
     if all(len(message) == 2 for message in clean):  # role and content, nothing else that a template could read
         contents = [message["content"] for message in clean]
         layout = _layout(tokenizer, roles)
-        if layout.fixed:
-            return layout.fill(contents)
-        text = tokenizer.render(clean)
+        text = tokenizer.with_bos(tokenizer.template.render(clean), glue="")
         for variant in (contents, [content.strip() for content in contents]):
             filled = layout.fill(variant)
             if filled[0] == text + layout.closing:
@@ -158,56 +156,45 @@ def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> t
 @dataclass(frozen=True)
 class _Layout:
     """What a template writes for a sequence of roles: the text around the contents, which message is at each place,
-    whether it is stripped there, and the trained ranges as pairs (contents before, other characters before).
+    and the trained ranges as pairs (contents before, other characters before).
 
-    ``fixed``: proven for whatever contents; else a row must be rendered and compared. ``closing``: text added to what
-    the template writes.
+    ``closing``: text added to what the template writes. A template may look at contents, so a layout holds for a row
+    only where filling it gives the text that the template writes for the row.
     """
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
-    stripped: tuple[bool, ...]
     spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
-    fixed: bool
     closing: str
 
     def fill(self, contents: list[str]) -> tuple[str, Spans]:
         parts, sizes, total = [self.literals[0]], [0], 0
-        for number, strip, literal in zip(self.order, self.stripped, self.literals[1:]):
-            content = contents[number].strip() if strip else contents[number]
-            parts += (content, literal)
-            total += len(content)
+        for number, literal in zip(self.order, self.literals[1:]):
+            parts += (contents[number], literal)
+            total += len(contents[number])
             sizes.append(total)
         return "".join(parts), tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
 
 
 @lru_cache(maxsize=4096)
 def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
-    traced, fixed = tokenizer.template.trace(roles)
-    traced = tokenizer.with_bos(traced, glue="")
-    plain = traced.replace("\ue003", "\ue002")
-    slots = list(SLOT.finditer(traced))
+    plain = tokenizer.render(numbered(roles))
+    slots = list(SLOT.finditer(plain))
     order = [int(slot[1]) for slot in slots]
     for number, role in enumerate(roles):
         if order.count(number) != 1:
             how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
             raise DataError(f"the chat template of {tokenizer.where} {how}")
     text, found = _search(tokenizer, numbered(roles), plain)
-    for number in [number for number, role in enumerate(roles) if role == "assistant"]:
-        # The ranges come from these parts of the conversation, so they too must not depend on contents.
-        fixed = fixed and tokenizer.template.trace(roles[: number + 1])[1]
-        fixed = fixed and (not number or tokenizer.template.trace(roles[:number], add_generation_prompt=True)[1])
 
     def mark(position: int) -> tuple[int, int]:
         before = [len(slot[0]) for slot in slots if slot.end() <= position]
         return len(before), position - sum(before)
 
     return _Layout(
-        literals=tuple(SLOT.split(text)[::3]),
+        literals=tuple(SLOT.split(text)[::2]),
         order=tuple(order),
-        stripped=tuple(slot[2] == "\ue003" for slot in slots),
         spans=tuple((mark(start), mark(end)) for start, end in found),
-        fixed=fixed,
         closing=text[len(plain) :],
     )
 

@@ -1,4 +1,4 @@
-"""Chat templates: the same text as transformers, proven layouts, and templates that cannot run away."""
+"""Chat templates: the same text as transformers, and templates that cannot run away."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from typing import Any
 
 import pytest
-from chat_templates import MACROS, QWEN3, TEMPLATES
+from chat_templates import TEMPLATES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text import chat_template
-from afina.loaders.text.chat_template import SLOT, ChatTemplate
+from afina.loaders.text.chat_template import ChatTemplate
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 TALK = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}"
@@ -53,81 +53,6 @@ def test_functions_that_templates_use() -> None:
     )
     text = ChatTemplate(source, "x", NAMES).render(talk("ua", "q", "r"))
     assert text == '{"b": "<é>", "a": 1}[\n  1\n]' + time.strftime("%Y") + "qr!?\n"
-
-
-# Tracing
-
-PROVEN = {"chatml", "qwen2.5", "smollm2", "llama3", "llama2", "mistral", "gemma", "zephyr", "phi3", "plain"}
-
-
-def fill(text: str, contents: list[str]) -> str:
-    return SLOT.sub(lambda m: contents[int(m[1])].strip() if m[2] == "\ue003" else contents[int(m[1])], text)
-
-
-@pytest.fixture(scope="module")
-def proven() -> list[ChatTemplate]:
-    return [ChatTemplate(TEMPLATES[name], name, NAMES) for name in sorted(PROVEN)]
-
-
-CONTENT = st.text(max_size=6) | st.sampled_from(["", " x ", "user", "</think>", "[/INST]", "\n", "\ue0011\ue002"])
-
-
-@settings(max_examples=40, deadline=None)
-@given(CONTENT, CONTENT, CONTENT)
-def test_a_proven_layout_is_what_the_template_writes_for_any_contents(
-    proven: list[ChatTemplate], first: str, second: str, third: str
-) -> None:
-    contents = [first, second, third, first]
-    for template in proven:
-        text, fixed = template.trace(["user", "assistant", "user", "assistant"])
-        assert fixed, template.where
-        assert fill(text, contents) == template.render(talk("uaua", *contents))
-
-
-@pytest.mark.parametrize(
-    "look",
-    [
-        "{% if m.content %}!{% endif %}",
-        "{% if m.content == 'b' %}!{% endif %}",
-        "{% if 'b' == m.content %}!{% endif %}",
-        "{% if 'b' in m.content %}!{% endif %}",
-        "{% if m.content in 'abc' %}!{% endif %}",
-        "{% if m.content is in 'abc' %}!{% endif %}",
-        "{% if m.content in ['b'] %}!{% endif %}",
-        "{% if m.content | length > 3 %}!{% endif %}",
-        "{% if 'abc'.startswith(m.content) %}!{% endif %}",
-        "{% if m.content.startswith('b') %}!{% endif %}",
-        "{% if (m.content ~ 'x') | length > 3 %}!{% endif %}",
-        "{% if (m.content + 'x') == 'bx' %}!{% endif %}",
-        "{% if m | tojson | length > 40 %}!{% endif %}",
-        "{% if m | string | length > 40 %}!{% endif %}",
-        "{% if messages | map(attribute='content') | join | length > 5 %}!{% endif %}",
-        "{% if messages | selectattr('content', 'equalto', 'b') | list %}!{% endif %}",
-        "{% if '%s' % m.content == 'b' %}!{% endif %}",
-        "{% if '{}'.format(m.content) == 'b' %}!{% endif %}",
-        "{% if ''.join([m.content]) == 'b' %}!{% endif %}",
-        "{% if m.content[0] == 'b' %}!{% endif %}",
-        "{% if {'b': 1}[m.content] %}!{% endif %}",
-        "{% for c in m.content %}{% if loop.index == 4 %}!{% endif %}{% endfor %}",
-        "{{ m.content | upper }}",
-        "{{ (m.content + ' ') | trim }}",
-        "{{ m.content.strip('b') }}",
-        "{% set x %}{{ m.content }}{% endset %}{{ x | trim }}",
-        "{{ m.content[0:] }}",
-        "{{ m.content | replace('b', '') }}",
-    ],
-)
-def test_a_template_that_looks_at_a_content_is_not_proven(look: str) -> None:
-    looking = "{% for m in messages %}" + look + "{% endfor %}"
-    template = ChatTemplate(looking if look.startswith("{{") or "{% set" in look else TALK + looking, "x", NAMES)
-    assert template.trace(["user"])[1] is False
-
-
-def test_templates_that_look_still_give_a_layout() -> None:
-    for source in (QWEN3, MACROS):
-        text, proven = ChatTemplate(source, "x", NAMES).trace(["user", "assistant"])
-        assert not proven
-        assert [match[1] for match in SLOT.finditer(text)] == ["0", "1"]
 
 
 # Wrong templates

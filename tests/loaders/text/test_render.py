@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from chat_templates import CHATML, GEMMA, LLAMA2, MISTRAL, QWEN3, SPECIAL, TEMPLATES
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
@@ -143,6 +143,74 @@ def test_contents_that_look_like_the_template(make: Make, name: str, contents: t
     for text, content in zip(trained(row), contents[1::2]):
         assert content.strip().rpartition("</think>")[2].strip() in text
         assert "user" not in text.replace(content, "")
+
+
+CONTENT = st.text(max_size=6) | st.sampled_from(["", " x ", "user", "</think>", "[/INST]", "\n", "\ue0011\ue002"])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(TEMPLATES)), CONTENT, CONTENT, CONTENT)
+def test_a_layout_is_taken_only_where_it_gives_what_the_template_writes(
+    make: Make, name: str, first: str, second: str, third: str
+) -> None:
+    agrees_with_the_search(make(TEMPLATES[name]), talk("uaua", first, second, third, first))
+
+
+def agrees_with_the_search(tokenizer: Tokenizer, example: Example) -> None:
+    messages = example.messages or ()
+    try:
+        expected: Any = render._search(tokenizer, messages, tokenizer.render(messages))
+    except DataError:
+        with pytest.raises(DataError):
+            render_example(tokenizer, example)
+        return
+    try:
+        row = render_example(tokenizer, example)
+    except DataError as problem:  # refused for all contents, though the search finds its way with these
+        assert "times, not once" in str(problem)  # noqa: PT017 (another error than the one expected is a failure)
+        return
+    assert (row.text, row.spans) == expected
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        "{% if m.content %}!{% endif %}",
+        "{% if m.content == 'b' %}!{% endif %}",
+        "{% if 'b' == m.content %}!{% endif %}",
+        "{% if 'b' in m.content %}!{% endif %}",
+        "{% if m.content in 'abc' %}!{% endif %}",
+        "{% if m.content is in 'abc' %}!{% endif %}",
+        "{% if m.content in ['b'] %}!{% endif %}",
+        "{% if m.content | length > 3 %}!{% endif %}",
+        "{% if 'abc'.startswith(m.content) %}!{% endif %}",
+        "{% if m.content.startswith('b') %}!{% endif %}",
+        "{% if (m.content ~ 'x') | length > 3 %}!{% endif %}",
+        "{% if (m.content + 'x') == 'bx' %}!{% endif %}",
+        "{% if m | tojson | length > 40 %}!{% endif %}",
+        "{% if m | string | length > 40 %}!{% endif %}",
+        "{% if messages | map(attribute='content') | join | length > 5 %}!{% endif %}",
+        "{% if messages | selectattr('content', 'equalto', 'b') | list %}!{% endif %}",
+        "{% if '%s' % m.content == 'b' %}!{% endif %}",
+        "{% if '{}'.format(m.content) == 'b' %}!{% endif %}",
+        "{% if ''.join([m.content]) == 'b' %}!{% endif %}",
+        "{% if m.content[0] == 'b' %}!{% endif %}",
+        "{% if {'b': 1}[m.content] %}!{% endif %}",
+        "{% for c in m.content %}{% if loop.index == 4 %}!{% endif %}{% endfor %}",
+        "{{ (m.content + ' ') | trim }}",
+        "{{ m.content.strip('b') }}",
+        "{% set x %}{{ m.content }}{% endset %}{{ x | trim }}",
+        "{{ m.content[0:] }}",
+        "{{ m.content | replace('b', '') }}",
+    ],
+)
+def test_templates_that_look_at_a_content(make: Make, look: str) -> None:
+    """Whatever a template makes of what a content says, the row is what it writes for that content."""
+    writes = look if look.startswith("{{") or "{% set" in look else "{{ m.content }}" + look
+    turn = "{{ '<|im_start|>' + m.role + '\n' }}" + writes + "{{ '<|im_end|>\n' }}"
+    tokenizer = make("{% for m in messages %}" + turn + "{% endfor %}")
+    for contents in (("b", "b"), ("abc", "bbbb"), (" b ", "c"), ("cb", "a")):
+        agrees_with_the_search(tokenizer, talk("ua", *contents))
 
 
 def test_thinking_of_earlier_turns_is_not_searched_in_vain(make: Make) -> None:
