@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.engine.run_folder import RunFolder
@@ -99,27 +98,31 @@ class MetricsWriter:
 
     def __init__(self, folder: RunFolder, report_to: str) -> None:
         self.folder = folder
-        self.tensorboard = _tensorboard_writer(folder.path) if report_to == "tensorboard" else None
+        self._summary_writer = _summary_writer() if report_to == "tensorboard" else None
+        self.tensorboard: Any = None  # its files are begun with the first row: a run that is only checked leaves none
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row, whose "step" is an integer; event files take its finite floats."""
         self.folder.log(row)
-        if self.tensorboard:
-            for name, value in row.items():
-                if isinstance(value, float) and math.isfinite(value):
-                    self.tensorboard.add_scalar(name, value, row["step"])
+        if self._summary_writer is None:
+            return
+        if self.tensorboard is None:
+            self.tensorboard = self._summary_writer(self.folder.path / "tensorboard")
+        for name, value in row.items():
+            if isinstance(value, float) and math.isfinite(value):
+                self.tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         if self.tensorboard:
             self.tensorboard.close()
 
 
-def _tensorboard_writer(folder: Path) -> Any:
-    """Return a SummaryWriter for ``folder``/tensorboard."""
+def _summary_writer() -> Any:
+    """Return tensorboard's class that writes event files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
             "report_to is 'tensorboard', which is not installed: pip install 'afina[tensorboard]'"
         ) from error
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter

@@ -103,6 +103,14 @@ def _tensors(part: Part) -> Iterator[Tensor]:
         yield from (value for value in values if isinstance(value, Tensor))
 
 
+def shapes_of_nf4(rows: int, width: int, dtype: torch.dtype) -> NF4Weight:
+    """A weight (rows, width) without values, on device "meta", as if made of one matrix in ``dtype``."""
+    count, blocksize, meta = rows * width, 64, torch.device("meta")
+    absmax = torch.empty(-(-count // blocksize), device=meta)
+    state = NF4State(absmax, (rows, width), dtype, blocksize, torch.empty(16, device=meta))
+    return NF4Weight([(0, rows, torch.empty(-(-count // 2), 1, dtype=torch.uint8, device=meta), state)])
+
+
 def read_nf4(
     files: SafetensorsFolder,
     tensors: Mapping[str, HFTensor],

@@ -112,21 +112,10 @@ class RunFolder:
         checkpoint that is whole.
         """
         config, facts = json.loads(json.dumps(config)), json.loads(json.dumps(facts))
-        held = sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())  # what is replaced as the run goes on
-        free = shutil.disk_usage(self.path).free + held
-        if bytes_needed > free:
-            raise RunError(
-                f"{self.path}: too little space for the checkpoints and the best model: {free / 1e9:.2f} GB "
-                f"free, {bytes_needed / 1e9:.2f} GB needed; free some, lower --save_total_limit, or choose another "
-                "--output_dir"
-            )
-        record = self._record() if self._resume else None
+        record = self._refuse(config, facts, bytes_needed)
         if record is not None:
-            _refuse_differences(self.path, record, config, facts)
             recover(self.path)  # a checkpoint may lie aside
-            self.checkpoint, self.skipped = find_latest(self.path)
-            if self.checkpoint is None and self.skipped:
-                raise RunError(f"{self.path}: no checkpoint is whole; start again with --overwrite ({self.skipped[0]})")
+            self._find_checkpoint()
         now = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "argv": sys.argv, **environment()}
         if record is None:
             record = {"format": FORMAT, "started": now}
@@ -144,6 +133,38 @@ class RunFolder:
         write_text(self.path / RECIPE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self._cut_metrics(self.checkpoint.step if self.checkpoint else -1)
         self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def check(self, config: Mapping[str, Any], facts: Mapping[str, Any], *, bytes_needed: int = 0) -> None:
+        """Raise what ``begin`` would raise, and change nothing. ``facts`` are looked at only by a run that resumes."""
+        record = self._refuse(json.loads(json.dumps(config)), json.loads(json.dumps(facts)), bytes_needed)
+        aside = any(match[2] == "old" for p in self.path.iterdir() if (match := WORKING_NAME.fullmatch(p.name)))
+        if record is not None and not aside:
+            self._find_checkpoint()
+
+    @property
+    def resuming(self) -> bool:
+        """Whether there is a run here that goes on: one that was killed before it had a record begins anew."""
+        return self._resume and (self.path / RUN).exists()
+
+    def _refuse(self, config: Any, facts: Any, bytes_needed: int) -> dict[str, Any] | None:
+        """Raise RunError for too little space, and for a run that cannot go on like this; return the run's record."""
+        held = sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())  # what is replaced as the run goes on
+        free = shutil.disk_usage(self.path).free + held
+        if bytes_needed > free:
+            raise RunError(
+                f"{self.path}: too little space for the checkpoints and the best model: {free / 1e9:.2f} GB "
+                f"free, {bytes_needed / 1e9:.2f} GB needed; free some, lower --save_total_limit, or choose another "
+                "--output_dir"
+            )
+        record = self._record() if self._resume else None
+        if record is not None:
+            _refuse_differences(self.path, record, config, facts)
+        return record
+
+    def _find_checkpoint(self) -> None:
+        self.checkpoint, self.skipped = find_latest(self.path)
+        if self.checkpoint is None and self.skipped:
+            raise RunError(f"{self.path}: no checkpoint is whole; start again with --overwrite ({self.skipped[0]})")
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; it survives a kill. ``step`` is required; NaN and infinity become null.

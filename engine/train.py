@@ -9,11 +9,12 @@ end; the weights with the best dev loss are kept in ``best/``. Everything needed
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
 from afina.engine.train_config import TrainConfig
-from afina.engine.weights import load_model, new_model, save_model
+from afina.engine.weights import choose_device, load_model, new_model, save_model
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -81,19 +82,40 @@ def finetune(
     if train_config is not None and settings:
         raise TypeError("finetune takes a TrainConfig or its fields as keywords, not both")
     config = train_config or TrainConfig.resolve(overrides=settings)
+    with open_run(config, resume=resume, overwrite=overwrite, quiet=quiet) as run:
+        with StopRequest() as stop, flushed_denormals():
+            run.begin()
+            run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
+        return run.finish()
+
+
+def check_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> TrainConfig:
+    """Raise what ``finetune`` would raise before its first step; return the config with what depended on the model.
+
+    The weights alone are not read, and nothing is written but the cache of tokens.
+    """
+    with open_run(config, resume=resume, overwrite=overwrite, quiet=True, weights=False) as run:
+        run.check()
+        return run.config
+
+
+@contextlib.contextmanager
+def open_run(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False, weights: bool = True
+) -> Iterator[Run]:
+    """Hold the run's folder, prepare its rows and load its model; yield the run, of which nothing is written yet.
+
+    Without ``weights`` the model has shapes only: enough to check everything that training would refuse.
+    """
     prepare_process(threads=config.threads, seed=config.seed)
     log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:
         tokenizer = load_tokenizer(str(config.tokenizer or config.model))
         data = read_data(config, tokenizer, progress=not quiet)
         log(data.summary())
-        model = _load(config, tokenizer)
+        model = _load(config, tokenizer, weights=weights)
         config = choose_trained(config, model)
-        run = Run(config, model, tokenizer, data, folder, log)
-        with StopRequest() as stop, flushed_denormals():
-            run.begin()
-            run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
-        return run.finish()
+        yield Run(config, model, tokenizer, data, folder, log)
 
 
 def read_data(config: TrainConfig, tokenizer: Tokenizer, *, progress: bool) -> Data:
@@ -113,11 +135,16 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer, *, progress: bool) -> D
     )
 
 
-def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
+def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
     if config.init == "random":
         assert config.config is not None  # TrainConfig checks it
         model = new_model(
-            config.config, vocab_size=tokenizer.vocab_size, seed=config.seed, dtype=config.dtype, device=config.device
+            config.config,
+            vocab_size=tokenizer.vocab_size,
+            seed=config.seed,
+            dtype=config.dtype,
+            device=config.device,
+            weights=weights,
         )
     else:
         model = load_model(
@@ -126,6 +153,7 @@ def _load(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
             device=config.device,
             allow_nonfinite=config.allow_nonfinite,
             quantize="nf4" if config.method == "qlora" else None,
+            weights=weights,
         )
     check_vocab(tokenizer, model.config.vocab_size)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -189,6 +217,8 @@ class Run:
     def __post_init__(self) -> None:
         c, model = self.config, self.model
         self.device = next(model.parameters()).device
+        if self.device.type == "meta":  # of a run that is only checked
+            self.device = choose_device(c.device)
         model.set_attention_backend(c.attention_backend, longest=c.max_length, device=self.device)
         self.objective = training_objective(c)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -223,11 +253,7 @@ class Run:
         """Write, or check, recipe and facts; restore the newest checkpoint when resuming."""
         c, model = self.config, self.model
         count = model.config.num_parameters()
-        facts = {"data_sha256": self.data.fingerprint, "model_sha256": model.fingerprint, "parameters": count}
-        # The optimizer's state for every checkpoint kept and the one being written, and the best model in fp32.
-        state = sum(tensor.nbytes for group in self.optimizer.state().values() for tensor in group.values())
-        best = self.trainable if model.adapter else count
-        self.folder.begin(c.to_dict(), facts, bytes_needed=state * (c.save_total_limit + 1) + 4 * best)
+        self.folder.begin(c.to_dict(), self._facts(), bytes_needed=self._bytes_needed())
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         some = "" if c.method == "full" else f", {self.trainable:,} train ({c.method})"
         self.log(
@@ -239,6 +265,22 @@ class Run:
             self.log(f"damaged checkpoint skipped: {reason}")
         if self.folder.checkpoint:
             self._restore(self.folder.checkpoint)
+
+    def check(self) -> None:
+        """Raise what ``begin`` would raise, and write nothing."""
+        facts = self._facts() if self.folder.resuming else {}  # the hash of a model takes time
+        self.folder.check(self.config.to_dict(), facts, bytes_needed=self._bytes_needed())
+
+    def _facts(self) -> dict[str, Any]:
+        """What the run depends on beyond its settings."""
+        count = self.model.config.num_parameters()
+        return {"data_sha256": self.data.fingerprint, "model_sha256": self.model.fingerprint, "parameters": count}
+
+    def _bytes_needed(self) -> int:
+        """The optimizer's state for every checkpoint kept and the one being written, and the best model in fp32."""
+        state = sum(tensor.nbytes for group in self.optimizer.state().values() for tensor in group.values())
+        best = self.trainable if self.model.adapter else self.model.config.num_parameters()
+        return state * (self.config.save_total_limit + 1) + 4 * best
 
     @cached_property
     def memory(self) -> MemoryPlan:

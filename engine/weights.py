@@ -18,7 +18,7 @@ from afina.engine.linear import Linear
 from afina.engine.lora import load_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
-from afina.engine.nf4_weight import BITS, read_nf4
+from afina.engine.nf4_weight import BITS, read_nf4, shapes_of_nf4
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
 from afina.kernels.selftest import verify
@@ -47,6 +47,7 @@ def load_model(
     allow_nonfinite: bool = False,
     quantize: str | None = None,
     adapter: str | Path | None = None,
+    weights: bool = True,
 ) -> GPT:
     """Load a model in eval mode.
 
@@ -60,6 +61,8 @@ def load_model(
 
     ``adapter``: a folder, run folder or hub id of an adapter to put on the model. An adapter as ``source`` is put on
     the base that it names; that is loaded as it was in training, so as NF4 for one of QLoRA.
+
+    Without ``weights`` everything is checked, but no weight is read: the model has shapes only, on device "meta".
     """
     if quantize is not None and quantize not in QUANTIZE:
         raise ConfigError(
@@ -87,18 +90,23 @@ def load_model(
     held = _held_quantized(model, table, stored, everything=quantize is not None and not published)
     for ours in held:
         _layer(model, ours).hold(None)  # it is never dense, not even for a moment
-    if where.type == "cuda":
-        verify(where)
-    model.to_empty(device=where)
-    model.requires_grad_(True)
-    parameters = dict(model.named_parameters())
-    for name, tensor in table.items():
-        if tensor.ours in parameters:
-            rows = parameters[tensor.ours][tensor.start : tensor.stop]
-            files.read_into(name, tensor.in_file_order(rows), transpose=tensor.transpose)
     values = kind if published else QUANTIZE.get(quantize or "") or kind
+    if weights:
+        if where.type == "cuda":
+            verify(where)
+        model.to_empty(device=where)
+        parameters = dict(model.named_parameters())
+        for name, tensor in table.items():
+            if tensor.ours in parameters:
+                rows = parameters[tensor.ours][tensor.start : tensor.stop]
+                files.read_into(name, tensor.in_file_order(rows), transpose=tensor.transpose)
     for ours, tensors in held.items():
-        _layer(model, ours).hold(read_nf4(files, tensors, stored, values, where, dense=published))
+        layer = _layer(model, ours)
+        if weights:
+            layer.hold(read_nf4(files, tensors, stored, values, where, dense=published))
+        else:
+            layer.hold(shapes_of_nf4(layer.out_features, layer.in_features, values))
+    model.requires_grad_(True)
     model.hash_source, model.sample_source = files.fingerprint, files.sample
     if adapter is not None:
         set_adapter(model, load_adapter(model, adapter))
@@ -112,9 +120,11 @@ def new_model(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    weights: bool = True,
 ) -> GPT:
     """A randomly initialised model (in train mode) for an HF config: a config.json, a folder that holds one, or its
-    contents. ``vocab_size`` replaces the config's. Raises ``ConfigError``."""
+    contents. ``vocab_size`` replaces the config's. Without ``weights`` the model has shapes only, on device "meta".
+    Raises ``ConfigError``."""
     if isinstance(config, str | Path):
         path = Path(config)
         config = read_json(path / "config.json" if path.is_dir() else path)
@@ -125,10 +135,12 @@ def new_model(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     check_memory(fields, kind, where)
-    if where.type == "cuda":
-        verify(where)
-    model = GPT(fields, device="meta", dtype=kind).to_empty(device=where)
-    model.init_weights(seed)
+    model = GPT(fields, device="meta", dtype=kind)
+    if weights:
+        if where.type == "cuda":
+            verify(where)
+        model.to_empty(device=where)
+        model.init_weights(seed)
     model.hf_config = hf
     model.hash_source = lambda: hashlib.sha256(json.dumps([hf, seed], sort_keys=True).encode()).hexdigest()
     model.sample_source = model.hash_source

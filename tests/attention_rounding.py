@@ -16,8 +16,8 @@ def rounding_bounds(
     """How far out, dq, dk and dv may be from the exact ones, number by number. All arguments and results are fp64.
 
     q and do are (B, T, Hq, D), k and v (B, S, Hkv, D), with the values that the computation got in `dtype`. Sums may be
-    taken in fp32 in whatever order; p, ds and the results are rounded to `dtype`. Triton's interpreter cuts bf16 results
-    off instead, but leaves p and ds in fp32, which is no worse.
+    taken in fp32 in whatever order; p, ds and the results are rounded to `dtype`. Triton's interpreter cuts bf16
+    results off instead, but leaves p and ds in fp32, which is no worse.
 
     A sum of n products, rounded by u each time, is off by at most n u times the sum of their sizes (Higham, Accuracy
     and Stability of Numerical Algorithms, 3.1). The errors of s, p, dp - delta and ds follow from each other.

@@ -48,47 +48,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig:
-    """Everything that training would refuse before its first step and that shows without reading weights; returns the
-    config with what depended on the model."""
-    from afina.engine.methods import choose_trained, refuse_adapter
-    from afina.engine.model import GPT
-    from afina.engine.model_config import ModelConfig
+    """The checks of training itself; where the model is on the hub, only those that need none of its files."""
+    sources = {str(config.tokenizer or config.model), str(config.model or config.tokenizer)}
+    remote = [s for s in sources if s.count("/") == 1 and s[0] not in "./~" and not Path(s).exists()]
+    if not remote:
+        from afina.engine.train import check_run
+
+        return check_run(config, resume=resume, overwrite=overwrite)
     from afina.engine.optim import bytes_per_parameter
     from afina.engine.run_folder import RunFolder
-    from afina.engine.weights import choose_device, choose_dtype, read_config
+    from afina.engine.weights import choose_device, choose_dtype
     from afina.loaders.data.rows import read_rows
-    from afina.loaders.jsonfile import read_json
-    from afina.loaders.text.tokenizer import check_vocab, load_tokenizer
-    from afina.loaders.weights.hub import resolve
-    from afina.loaders.weights.peft import find_base, is_adapter
-    from afina.loaders.weights.safetensors import SafetensorsFolder
 
+    print(f"{remote[0]} is on the hub: its files are checked when training fetches them", file=sys.stderr)
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite):  # leaves the folder as it was
         device = choose_device(config.device)
         bytes_per_parameter(config.optim, choose_dtype(config.dtype, device))  # refuses dtypes that optim is not for
-        sources = {str(config.tokenizer or config.model), str(config.model or config.tokenizer)}
-        chat = False
-        if remote := [s for s in sources if s.count("/") == 1 and s[0] not in "./~" and not Path(s).exists()]:
-            print(f"{remote[0]} is on the hub: its files are checked when training fetches them", file=sys.stderr)
-        else:
-            tokenizer = load_tokenizer(str(config.tokenizer or config.model))
-            chat = tokenizer.chat_template is not None
-            if config.init == "random":
-                path = Path(str(config.config))
-                ModelConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
-            else:
-                folder = resolve(str(config.model))
-                if is_adapter(folder):
-                    refuse_adapter(str(config.model), find_base(folder)[0])
-                SafetensorsFolder(folder, allow_nonfinite=config.allow_nonfinite)
-                fields, hf = read_config(folder)
-                check_vocab(tokenizer, fields.vocab_size)
-                model = GPT(fields, device="meta")
-                model.hf_config = hf
-                config = choose_trained(config, model)
-                model.set_attention_backend(config.attention_backend, longest=config.max_length, device=device)
         for source in filter(None, (config.data, config.val_file)):
-            for _ in read_rows(source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, chat=chat):
+            for _ in read_rows(source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, chat=False):
                 pass
     return config
 

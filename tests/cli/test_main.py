@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tiny_model import saved
 from afina.cli.main import VERBS, run
 from afina.cli.options import Verb
 from afina.errors import ConfigError
+from afina.loaders.weights.safetensors import SafetensorsFile, read_safetensors, write_safetensors
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -298,6 +300,102 @@ def test_wrong_train_requests(
     base = {"--model": model, "--data": rows, "--output_dir": str(tmp_path / "out")}
     argv = [part for pair in base.items() if pair[0] not in flags for part in pair]
     assert words in refused("train", *argv, *flags, *(["--dry-run"] if dry_run else []))
+
+
+Spoil = Callable[[Path, pytest.MonkeyPatch], None]
+
+
+def a_run_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--output_dir", str(folder / "out")]
+    assert run(["train", *argv, "--quiet", "--threads", "1", "--max_steps", "2", "--save_steps", "1"]) == 0
+
+
+def its_checkpoints_are_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_run_is_there(folder, monkeypatch)
+    for path in folder.glob("out/checkpoint-*/state.json"):
+        path.write_text("{")
+
+
+def the_disk_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+
+def a_tensor_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = read_safetensors(folder / "model" / "model.safetensors")
+    weights["model.norm.weights"] = weights.pop("model.norm.weight")
+    write_safetensors(folder / "model" / "model.safetensors", weights)
+
+
+def the_config_is_of_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 20}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "spoil", "words"),
+    [
+        (["--val_file", "rows.jsonl"], None, "are also in"),
+        (["--max_length", "8"], None, "no row is left to learn from"),
+        (["--method", "qlora", "--lora_target_modules", "q_proj", "--modules_to_save", "down_proj"], None, "in 4 bits"),
+        (["--method", "lora", "--modules_to_save", "down_proj"], None, "has an adapter too"),
+        (["--optim", "adamw_bf16"], None, "adamw_bf16 rounds bfloat16 weights"),
+        (["--report_to", "tensorboard"], None, "which is not installed"),
+        ([], a_tensor_is_missing, "model.norm.weight"),
+        ([], the_config_is_of_another_model, "the weights differ from config.json"),
+        ([], the_disk_is_full, "too little space for the checkpoints"),
+        ([], a_run_is_there, "already holds a run"),
+        (["--resume", "--max_steps", "2", "--lr", "0.5"], a_run_is_there, "learning_rate"),
+        (["--resume", "--max_steps", "2", "--max_length", "20"], a_run_is_there, "max_length"),
+        (["--resume", "--max_steps", "2"], its_checkpoints_are_damaged, "no checkpoint is whole"),
+        (["--resume"], None, "there is no run to resume"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_refuses(
+    flags: list[str],
+    spoil: Spoil | None,
+    words: str,
+    model: str,
+    rows: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the same words, though it reads no weights, and with nothing changed on the disk."""
+    shutil.copytree(model, tmp_path / "model")
+    if "tensorboard" in flags:
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    if spoil is not None:
+        spoil(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--model", "model", "--data", "rows.jsonl", "--output_dir", "out", "--threads", "1", *flags]
+    before, said = snapshot(tmp_path), []
+    capsys.readouterr()
+    for each in (["--dry-run"], ["--quiet"]):
+        assert run([*argv, *each]) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1])
+        assert snapshot(tmp_path) == before
+    assert said[0] == said[1]
+    assert words in said[0]
+
+
+def test_a_dry_run_of_every_method_reads_no_weights(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SafetensorsFile, "read_into", lambda *a, **k: pytest.fail("a weight was read"))
+    for flags in (
+        ["--method", "full"],
+        ["--method", "freeze"],
+        ["--method", "lora", "--use_dora", "true", "--modules_to_save", "embed_tokens"],
+        ["--method", "qlora", "--use_dora", "true"],
+        ["--method", "qlora", "--dtype", "bfloat16"],
+        ["--optim", "adamw_8bit"],
+        ["--optim", "adamw_bf16", "--dtype", "bfloat16"],
+        ["--attention_backend", "sdpa", "--packing", "false"],
+    ):
+        found = dry(capsys, "--model", model, "--data", rows, "--output_dir", str(tmp_path / "out"), *flags)
+        assert found["output_dir"] == str(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_recipes_on_the_command_line(tmp_path: Path, refused: Refused) -> None:
