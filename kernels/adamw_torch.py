@@ -7,7 +7,7 @@ parameter, and whatever is to be rounded stochastically, are updated in an fp32 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class Lists(NamedTuple):
 
     def of(self, members: Sequence[int]) -> Lists:
         """The lists of these members alone."""
-        params, grads, exp_avgs, exp_avg_sqs, copies = ([xs[i] for i in members] for xs in self)
-        return Lists(params, grads, exp_avgs, exp_avg_sqs, copies)  # type: ignore[arg-type]
+        lists: Any = self
+        return Lists(*([xs[i] for i in members] for xs in lists))
 
 
 class Options(NamedTuple):
