@@ -170,7 +170,10 @@ def _sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of bounded size. Raises RunError."""
+    """Read a JSON object of bounded size. Raises RunError.
+
+    Not as strict as `loaders/jsonfile.py`: a run's own files may hold the infinity that a dev loss starts from.
+    """
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise RunError(f"{path} is damaged: {size} bytes, expected at most {MAX_JSON_BYTES}")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,54 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100
 _short.maxlevel = 1
 show = _short.repr  # repr() for names and values from files: one line, bounded
+
+
+class DuplicateKeyError(ValueError):
+    """An object has two values under one key, of which readers take one or the other."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"key {show(key)} is given twice in one object")
+        self.key = key
+
+
+class NotFiniteError(ValueError):
+    """A number is NaN, infinite or out of range."""
+
+    def __init__(self, literal: str) -> None:
+        super().__init__(f"{show(literal)} is not a finite number")
+        self.literal = literal
+
+
+def strict_decoder(parse_int: Callable[[str], int] | None = None) -> json.JSONDecoder:
+    """A decoder that refuses what JSON readers differ on: DuplicateKeyError, NotFiniteError, json.JSONDecodeError."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_int=parse_int, parse_float=_number, parse_constant=_number)
+
+
+def has_half_characters(value: Any) -> bool:
+    """Whether a decoded value holds lone surrogates, which a \\u escape can write and no encoding can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKeyError(key)
+            seen.add(key)
+    return result
+
+
+def _number(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise NotFiniteError(literal)
+    return value
 
 
 def read_json(path: str | Path, *, error: type[AfinaError] = ConfigError, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -53,24 +102,14 @@ def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError
         found = sorted({text.count("\n", 0, match.start()) + 1 for match in re.finditer(pattern, text)})
         return f"line {', '.join(map(str, found[:5]))}: " if found else ""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            place = lines(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:")
-            raise error(f"{where}: {place}key {show(key)} is given twice in one object: keep one of them")
-        return result
-
-    def number(literal: str) -> float:
-        value = float(literal)
-        if not math.isfinite(value):
-            place = lines(r"(?<![\w.+-])" + re.escape(literal) + r"(?![\w.+-])")
-            raise error(f"{where}: {place}{show(literal)} is not a finite number: JSON has none, write a finite one")
-        return value
-
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=number, parse_float=number)
+        value = strict_decoder().decode(text)
+    except DuplicateKeyError as problem:
+        place = lines(re.escape(json.dumps(problem.key, ensure_ascii=False)) + r"\s*:")
+        raise error(f"{where}: {place}{problem}: keep one of them") from None
+    except NotFiniteError as problem:
+        place = lines(r"(?<![\w.+-])" + re.escape(problem.literal) + r"(?![\w.+-])")
+        raise error(f"{where}: {place}{problem}: JSON has none, write a finite one") from None
     except json.JSONDecodeError as problem:
         found = "the file is empty" if not text.strip() else f"{problem.msg} (column {problem.colno})"
         raise error(f"{where}: line {problem.lineno}: not valid JSON: {found}") from problem
@@ -82,12 +121,9 @@ def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError
         raise error(f"{where}: holds {show(value)} where a JSON object {{...}} was expected")
     if not _shallow(value):
         raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: no file of a model needs that")
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as problem:
-            place = lines(r"(?i)\\ud[89a-f]")
-            raise error(f"{where}: {place}a \\u escape is half a character: write the character itself") from problem
+    if "\\u" in text and has_half_characters(value):
+        place = lines(r"(?i)\\ud[89a-f]")
+        raise error(f"{where}: {place}a \\u escape is half a character: write the character itself")
     return value
 
 

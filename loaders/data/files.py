@@ -11,7 +11,6 @@ import csv
 import importlib
 import io
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence, Set
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from afina.errors import DataError, nearest
-from afina.loaders.jsonfile import show
+from afina.loaders.jsonfile import NotFiniteError, has_half_characters, show, strict_decoder
 
 MAX_LINE = 16 * 2**20  # bytes of a line, and characters of an element of a JSON array
 PIECE = 1 << 14  # characters of plain text handled at once
@@ -325,33 +324,20 @@ def cut_text(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {show(next(key for key in keys if keys.count(key) > 1))} is given twice in one object")
-    return result
-
-
 def _integer(digits: str) -> int:
     if len(digits) > 20:
         raise ValueError(f"an integer of {len(digits)} digits: write it as text")
     return int(digits)
 
 
-def _number(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise ValueError(f"{show(literal)} is not a finite number, and JSON has no other")
-    return value
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_number)
+_JSON = strict_decoder(parse_int=_integer)
 
 
 def _reason(problem: Exception) -> str:
     if isinstance(problem, json.JSONDecodeError):
         return f"not valid JSON: {problem.msg} (column {problem.colno})"
+    if isinstance(problem, NotFiniteError):
+        return f"{problem}, and JSON has no other"
     return "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
 
 
@@ -359,11 +345,8 @@ def _checked(line: int, value: Any, text: str, start: int = 0, end: int | None =
     """The record of a JSON value that stands in ``text`` from ``start`` to ``end``."""
     if not isinstance(value, dict):
         return Record(line, {}, f"holds {show(value)} where an object {{...}} was expected")
-    if text.find("\\u", start, end) >= 0:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return Record(line, {}, "a \\u escape is half a character (a lone surrogate)")
+    if text.find("\\u", start, end) >= 0 and has_half_characters(value):
+        return Record(line, {}, "a \\u escape is half a character (a lone surrogate)")
     return Record(line, value)
 
 
