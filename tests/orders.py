@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -58,7 +59,8 @@ def main() -> int:
                 command, cwd=REPO, env=plain | ORDERS[name], stdout=file, stderr=subprocess.STDOUT, check=False
             ).returncode
         lines = log.read_text().splitlines()
-        said = lines[-1] if lines else f"no output, exit status {status}"
+        summary = [line for line in lines if re.search(r"\d+ (passed|failed|error)", line)]
+        said = " ".join(["green" if status == 0 else f"red (exit status {status})", *summary[-1:]])
         print(f"{name:12} {time.monotonic() - started:6.0f} s  {said}", flush=True)
         if status:
             red.append(name)
