@@ -128,7 +128,7 @@ def _decode_split(
         # Scores, to base 2, and the mask.
         s = tl.dot(key, queries, input_precision="ieee") * scores.scale
         if scores.softcap is not None:
-            s = scores.softcap * tanh(s / scores.softcap * 1.0005, True)
+            s = scores.softcap * tanh(s / scores.softcap, True)
         s = tl.where(inside[:, None], s * LOG2_E, -float("inf"))
 
         # Online softmax: a head's maximum may rise, and then what was summed up so far shrinks by alpha.
