@@ -299,7 +299,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(selftest.os, "replace", full)
+    monkeypatch.setattr(Path, "rename", full)
     again()
     assert list((tmp_path / "cache").iterdir()) == []
 
