@@ -17,6 +17,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -32,12 +33,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("AFINA_CACHE") or "~/.cache/afina").expanduser()
 
 
-def working_path(path: Path, kind: str = "tmp") -> Path:
-    """Return a working name beside ``path`` that nothing has."""
-    number = os.getpid()
-    while os.path.lexists(found := path.with_name(f"{path.name}.{kind}-{number}")):
-        number += 1
-    return found
+_lock = threading.Lock()
+_claimed: set[Path] = set()  # working names that threads of this process have taken, and may not have made yet
+
+
+@contextlib.contextmanager
+def _claim(path: Path, kind: str = "tmp") -> Iterator[Path]:
+    """Hold a working name beside ``path`` that nothing has, and no other thread will have meanwhile."""
+    with _lock:
+        number = os.getpid()
+        while (found := path.with_name(f"{path.name}.{kind}-{number}")) in _claimed or os.path.lexists(found):
+            number += 1
+        _claimed.add(found)
+    try:
+        yield found
+    finally:
+        with _lock:
+            _claimed.discard(found)
+
+
+def working_folder(path: Path) -> Path:
+    """Make a folder of a working name beside ``path``, and return it."""
+    while True:
+        with contextlib.suppress(FileExistsError), _claim(path) as working:  # another process may take the name
+            working.mkdir()
+            return working
 
 
 @contextlib.contextmanager
@@ -47,13 +67,13 @@ def publish(path: Path, *, replace: bool = True) -> Iterator[Path]:
     When it does not, or cannot be put in place, everything is as it was before. Raises what the block raises, OSError
     where something cannot be written, and FileExistsError where ``path`` exists and must not be replaced.
     """
-    working = working_path(path)
-    try:
-        yield working
-        put(working, path, replace=replace)
-    finally:
-        with contextlib.suppress(OSError):
-            remove(working)
+    with _claim(path) as working:
+        try:
+            yield working
+            put(working, path, replace=replace)
+        finally:
+            with contextlib.suppress(OSError):
+                remove(working)
 
 
 @contextlib.contextmanager
@@ -81,25 +101,27 @@ def write_text(path: Path, text: str) -> None:
 def put(working: Path, path: Path, *, replace: bool = True) -> None:
     """Give a finished file or folder its name, in one piece and durably.
 
-    Raises OSError with ``path`` as it was; FileExistsError where it exists and must not be replaced.
+    Raises OSError with ``path`` as it was; FileExistsError where it exists and must not be replaced, IsADirectoryError
+    for a file where a folder is.
     """
     sync(working)
-    aside = None
-    if os.path.lexists(path):
-        if not replace:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        if path.is_dir():
-            aside = working_path(path, "old")
-    try:
-        if aside is not None:
-            path.rename(aside)
+    if os.path.lexists(path) and not replace:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    if not (path.is_dir() and working.is_dir()):
         working.rename(path)
         _sync_one(path.parent)
-    except BaseException:
-        if aside is not None and aside.exists() and not path.exists():
-            aside.rename(path)
-        raise
-    if aside is not None:
+        return
+    with _claim(path, "old") as aside:
+        try:
+            path.rename(aside)
+            working.rename(path)
+            _sync_one(path.parent)
+        except BaseException:
+            if os.path.lexists(aside):
+                if path.exists():  # the new one, of which the disk may know nothing
+                    path.rename(working)
+                aside.rename(path)
+            raise
         remove(aside)
 
 
@@ -126,9 +148,10 @@ def recover(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there, so that a crash leaves no half of it under its own name."""
     if path.is_dir() and not path.is_symlink():
-        if not WORKING_NAME.fullmatch(path.name):
-            path = path.rename(working_path(path))
-        shutil.rmtree(path)
+        with contextlib.ExitStack() as stack:
+            if not WORKING_NAME.fullmatch(path.name):
+                path = path.rename(stack.enter_context(_claim(path)))
+            shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

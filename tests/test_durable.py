@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from disk import files_limited_to, tree
 
-from afina.durable import cache_folder, open_file, publish, put, recover, remove, sync, working_path, write_text
+from afina.durable import cache_folder, open_file, publish, put, recover, remove, sync, working_folder, write_text
 from afina.errors import DataError
 
 PID = os.getpid()
@@ -149,7 +150,7 @@ def test_names_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / f"a.tmp-{PID}").write_text("another's")
     write_text(tmp_path / "a", "mine")
     assert tree(tmp_path) == {"a": b"mine", f"a.tmp-{PID}": b"another's"}
-    assert working_path(tmp_path / "a").name == f"a.tmp-{PID + 1}"
+    assert working_folder(tmp_path / "a").name == f"a.tmp-{PID + 1}"
     recover(tmp_path)
     assert tree(tmp_path) == {"a": b"mine"}
 
@@ -191,3 +192,37 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path.home() / "elsewhere"
     monkeypatch.setenv("AFINA_CACHE", "")
     assert cache_folder() == Path.home() / ".cache" / "afina"
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    folder_with(tmp_path / "a", "kept")
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "a", "new")
+    assert tree(tmp_path) == {"a": None, "a/file": b"kept"}
+
+
+def test_a_rename_that_may_not_last_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's entries cannot be forced to the disk: the old folder is there again, and nothing is left over."""
+    folder_with(tmp_path / "a", "old")
+    before, fsync = tree(tmp_path), os.fsync
+
+    def fail(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}") == str(tmp_path):
+            raise OSError(5, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"), publish(tmp_path / "a") as working:
+        folder_with(working, "new")
+    assert tree(tmp_path) == before
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(50):
+            write_text(tmp_path / "a", str(number) * 1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # raises what a thread raised
+    assert (tmp_path / "a").read_text() in [str(number) * 1000 for number in range(4)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afina.durable import put, remove, working_path
+from afina.durable import put, remove, working_folder
 from afina.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -78,7 +78,7 @@ class Writer:
     def __enter__(self) -> Writer:
         with _disk(self.folder.parent):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = _new_folder(self.folder)
+            self.temporary = working_folder(self.folder)
             self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in COLUMNS}
         return self
 
@@ -119,15 +119,6 @@ class Writer:
                         remove(self.folder)
                 else:
                     return TokenCache(self.folder)
-
-
-def _new_folder(folder: Path) -> Path:
-    """Make a folder of a working name beside ``folder``, where other threads and processes may build the same cache."""
-    while True:
-        with contextlib.suppress(FileExistsError):
-            working = working_path(folder)
-            working.mkdir()
-            return working
 
 
 @contextlib.contextmanager
