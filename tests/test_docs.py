@@ -79,3 +79,16 @@ def test_commands_use_verbs_and_flags_that_exist(name: str) -> None:
             known = set(parser._option_string_actions) | {"--json", "--debug", "--help"}
             for flag in re.findall(r"(--[a-zA-Z][\w-]*)", rest):
                 assert flag.replace("--", "").replace("-", "_") in {k.lstrip("-") for k in known}, line
+
+
+WRAPPED = [*DOCUMENTS, REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "benchmarks").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("name", by_name(WRAPPED))
+def test_markdown_is_wrapped_at_120_columns(name: str) -> None:
+    """Prose, that is: tables, code and lines that nothing can break are as long as they are."""
+    code = False
+    for number, line in enumerate(by_name(WRAPPED)[name].read_text(encoding="utf-8").splitlines(), 1):
+        code ^= line.lstrip().startswith("```")
+        prose = not code and not line.startswith("|") and " " in line.strip()
+        assert not prose or len(line) <= 120, f"{name}, line {number}: {len(line)} columns"
