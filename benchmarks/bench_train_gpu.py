@@ -42,6 +42,7 @@ from afina.engine.nf4_weight import NF4Weight
 from afina.engine.optim import AdamW
 from afina.engine.train import accumulate
 from afina.kernels.nf4 import quantize_nf4
+from afina.kernels.selftest import verify
 from afina.loaders.data.batches import MicroBatch
 from afina.loaders.weights.peft import AdapterConfig
 
@@ -137,6 +138,8 @@ class Engine(NamedTuple):
 
 
 def afina(shape: Shape) -> Engine:
+    if DEVICE.type == "cuda":
+        verify(DEVICE)  # as loading a model does
     model = GPT(ModelConfig.from_hf(shape.config), device="meta", dtype=dtype())
     model.hf_config = shape.config
     if shape.method == "qlora":
