@@ -27,11 +27,23 @@ def dynamic_code(signed: bool, device: torch.device) -> Tensor:
     decades = []
     for exponent in range(7):
         bins = 2 ** (exponent if signed else exponent + 1)
-        edges = torch.linspace(0.1, 1, bins + 1, dtype=torch.float32, device="cpu")
+        edges = _edges(bins)
         decades.append(10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2))
     values = torch.cat(decades)
     ends = torch.tensor([0.0, 1.0], device="cpu")
     return torch.cat([values, -values if signed else values[:0], ends]).sort().values.to(device)
+
+
+def _edges(bins: int) -> Tensor:
+    """torch.linspace(0.1, 1, bins + 1) in fp32, with the same bits on every CPU.
+
+    torch fuses its products and sums where the CPU has such an instruction, and rounds twice where it has none. Here
+    they are taken in float64 and rounded once, as in the fused ones, of which bitsandbytes' codes are made.
+    """
+    first, last = torch.tensor([0.1, 1.0], dtype=torch.float32, device="cpu")
+    step, place = ((last - first) / bins).double(), torch.arange(bins + 1, dtype=torch.float64, device="cpu")
+    rising, falling = first + step * place, last - step * (bins - place)
+    return torch.where(place < (bins + 1) // 2, rising, falling).float()
 
 
 def midpoints(code: Tensor) -> Tensor:
