@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 # holds the core that the thread it waits for needs, and a training step takes many times as long. The OpenMP library
 # reads this limit on spinning when torch loads it, and what the user has set stays.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 
