@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+from typing import Any
+
+from afina.loaders.text.tokenizer import Tokenizer, train_bpe
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -167,3 +173,110 @@ SPECIAL = [
     *("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"),
 ]
+
+# Rows of every kind that real files have: messages and tools. Every text in them is unlike the others.
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "the city"},
+                    "days": {"type": "integer", "description": "how many"},
+                },
+                "required": ["city"],
+            },
+        },
+    }
+]
+
+
+def _call(number: str = "call00001", **arguments: Any) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": arguments or {"city": 'Päris "x"', "days": 3}}
+    return {"id": number, "type": "function", "function": function}
+
+
+def _turn(role: str, content: str | None, **others: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **others}
+
+
+def _result(content: str, number: str = "call00001") -> dict[str, Any]:
+    return _turn("tool", content, tool_call_id=number, name="get_weather")
+
+
+_SYSTEM, _ASK, _ASK_AGAIN = _turn("system", "Be kind to Zoe."), _turn("user", "one q"), _turn("user", "two q")
+_FIRST, _SECOND = _turn("assistant", "first answer"), _turn("assistant", "second answer")
+_OTHER_CALL = _call("call00002", city="Rome", days=1)
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
+    "plain": ([_ASK, _FIRST, _ASK_AGAIN, _SECOND], None),
+    "system": ([_SYSTEM, _ASK, _FIRST, _ASK_AGAIN, _SECOND], None),
+    "spaces": (
+        [
+            *(_turn("user", " one q "), _turn("assistant", " first answer \n")),
+            *(_turn("user", "two q\n"), _turn("assistant", "second answer  ")),
+        ],
+        None,
+    ),
+    "two turns in a row": ([_ASK, _FIRST, _SECOND, _ASK_AGAIN, _turn("assistant", "third answer")], None),
+    "tools, not called": ([_SYSTEM, _ASK, _FIRST], TOOLS),
+    "call, content empty": ([_ASK, _turn("assistant", "", tool_calls=[_call()])], TOOLS),
+    "call, content null": ([_ASK, _turn("assistant", None, tool_calls=[_call()])], TOOLS),
+    "call after a text": ([_ASK, _turn("assistant", "Let me look.", tool_calls=[_call()])], TOOLS),
+    "two calls at once": ([_ASK, _turn("assistant", None, tool_calls=[_call(), _OTHER_CALL])], TOOLS),
+    "call, result, answer": (
+        [
+            *(_SYSTEM, _ASK, _turn("assistant", None, tool_calls=[_call()]), _result('{"sky": "blue"}')),
+            *(_turn("assistant", "It is fine."), _ASK_AGAIN, _turn("assistant", "bye now")),
+        ],
+        TOOLS,
+    ),
+    "calls in two turns": (
+        [
+            *(_turn("user", "good day"), _turn("assistant", "hello you"), _ASK),
+            *(_turn("assistant", None, tool_calls=[_call()]), _result("blue")),
+            *(_turn("assistant", None, tool_calls=[_OTHER_CALL]), _result("grey", "call00002")),
+            _turn("assistant", "It is mixed."),
+        ],
+        TOOLS,
+    ),
+    "reasoning": ([_ASK, _turn("assistant", "first answer", reasoning_content="I think so.")], None),
+    "reasoning in two turns": (
+        [
+            *(_ASK, _turn("assistant", "first answer", reasoning_content="I think one.")),
+            *(_ASK_AGAIN, _turn("assistant", "second answer", reasoning_content="I think two.")),
+        ],
+        None,
+    ),
+    "<think> in the content": ([_ASK, _turn("assistant", "<think>\nI think so.\n</think>\n\nfirst answer")], None),
+    "reasoning before a call": (
+        [
+            *(_ASK, _turn("assistant", None, reasoning_content="I must look.", tool_calls=[_call()])),
+            *(_result("blue"), _turn("assistant", "It is fine.", reasoning_content="So fine.")),
+        ],
+        TOOLS,
+    ),
+}
+
+# What looks like a control token in the source of a template.
+_CONTROL = re.compile(
+    r"<\|[^|>\s'\"]{1,40}\|?>|<｜[^｜>]{1,40}｜>|<[a-z_]+\|>|\[/?[A-Z_]{2,25}\]|</?s>|<(?:start|end)_of_turn>|<sep>"
+    r"|<(?:beginning|end)_of_sentence>|\[e~\[|\]~b\]|\]~!b\[|<seed:[a-z_]+>|</?role>|</?assistant>|<SPECIAL_\d+>"
+)
+# What ends an assistant's turn in one template or another; the first that a template has is its eos_token.
+_ENDS = (
+    *("<|im_end|>", "<|assistant_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<｜end▁of▁sentence｜>"),
+    *("</s>", "<|END_OF_TURN_TOKEN|>", "<seed:eos>", "<end_of_sentence>", "<｜hy_eos:opensource｜>", "</assistant>"),
+    *("[e~[", "<|endoftext|>"),
+)
+
+
+def template_tokenizer(template: str) -> Tokenizer:
+    """A byte-level tokenizer with the control tokens that a chat template spells."""
+    control = list(dict.fromkeys([*_CONTROL.findall(template), "<s>", "</s>"]))
+    eos = next(token for token in _ENDS if token in control)
+    trained = train_bpe(["hello world"] * 3, 256 + len(control) + 8, control, eos).files()["tokenizer.json"]
+    config = {"bos_token": "<s>", "eos_token": eos, "chat_template": template}
+    return Tokenizer({"tokenizer.json": trained, "tokenizer_config.json": json.dumps(config).encode()}, "the folder")

@@ -4,8 +4,8 @@
 `text`                   a text to continue
 `prompt`, `completion`   two texts, or two lists of messages
 `instruction`, `output`  and perhaps `input` (alpaca): messages if the model has a chat template, else alpaca's prompt
-`messages`               a list of {role, content}
-`conversations`          a list of {from, value} (sharegpt), and perhaps `system`
+`messages`               a list of {role, content}, and perhaps `tools` (OpenAI, TRL)
+`conversations`          a list of {from, value} (sharegpt), and perhaps `system` and `tools`
 `text`, `label`          text and a line break, then the label
 =======================  ==========================================================================================
 
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, nearest
+from afina.loaders.data.conversations import Unfit, kind_of, read_conversation
 from afina.loaders.data.files import Reader, Record, Source, clean_text, data_files, source_name
 from afina.loaders.jsonfile import show
 from afina.loaders.text.render import Example, Rendered, render_example
@@ -49,10 +50,15 @@ KEYS = (
     "text",
     "label",
     "system",
+    "tools",
 )
-ROLES = ("system", "user", "assistant", "tool")
-_FROM = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-_TURN_KEYS = ("role", "from", "content", "value")
+_TOOL_KEYS = {"tools", "functions", "parallel_tool_calls"}  # the last says how calls were made: not what is learnt
+_ALSO = {
+    "instruction/output": {"input"},
+    "messages": _TOOL_KEYS,
+    "conversations": {"system", *_TOOL_KEYS},
+    "prompt/completion": {"tools"},
+}
 MAX_LISTED = 20  # bad lines that one message lists
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -69,7 +75,7 @@ class Row:
     """A row: where it was read, its values as the file has them, and the example they make.
 
     ``digest``: 16 bytes, equal for equal examples. ``size``: characters.
-    ``learn``: how many of the last assistant turns are learnt (0: all). ``more``: the text goes on in the next row.
+    ``more``: the text goes on in the next row.
     """
 
     path: Path
@@ -78,7 +84,6 @@ class Row:
     example: Example = field(init=False)
     digest: bytes = b""
     size: int = 0
-    learn: int = 0
     more: bool = False
 
     @property
@@ -87,8 +92,7 @@ class Row:
 
     def rendered(self, tokenizer: Tokenizer) -> Rendered:
         """The text the model is trained on, and the ranges that are learnt (the prompt is not)."""
-        result = render_example(tokenizer, self.example)
-        return Rendered(result.text, result.spans[-self.learn :]) if self.learn else result
+        return render_example(tokenizer, self.example)
 
 
 def read_rows(
@@ -98,6 +102,7 @@ def read_rows(
     skip_bad_lines: bool = False,
     chat: bool = False,
     targets: bool = True,
+    roles: Collection[str] = ("assistant",),
     counts: Counter[str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[Row]:
@@ -105,6 +110,7 @@ def read_rows(
 
     ``columns`` maps keys of the schemas to the keys of the file. ``chat``: instructions become messages. ``targets``:
     rows must hold what is to be learnt (else a missing completion is "" and a conversation may end with the user).
+    ``roles``: whose turns in a conversation are learnt where the row does not say it itself.
     ``counts`` receives "rows", "bad_lines", "empty", the schema's name under "schema:" and unused keys under "unused:".
     ``progress`` is called with the bytes read since its last call.
 
@@ -116,7 +122,7 @@ def read_rows(
         if key not in KEYS:
             raise DataError(f"columns: {key!r} is no key of a schema{nearest(key, KEYS)}: expected {', '.join(KEYS)}")
     counts = Counter() if counts is None else counts
-    shape = _Shape(columns, chat, targets)
+    shape = _Shape(columns, chat, targets, roles)
     usable, first_problem = 0, ""
     for path in data_files(source):
         reader = Reader(path, {*KEYS, *columns.values()})
@@ -128,7 +134,7 @@ def read_rows(
             if not problem:
                 try:
                     row = shape.row(path, record)
-                except _Unfit as unfit:
+                except Unfit as unfit:
                     problem = str(unfit)
             if problem:
                 first_problem = first_problem or f"{path}: line {record.line}: {problem}"
@@ -159,15 +165,11 @@ def read_rows(
         raise DataError(f"{source_name(source)}: no usable row ({found}): expected {_SUPPORTED}")
 
 
-class _Unfit(ValueError):
-    """A row that cannot be used, and why."""
-
-
 class _Shape:
     """The schema of some files, taken from their first row, and how their rows become examples."""
 
-    def __init__(self, columns: Mapping[str, str], chat: bool, targets: bool) -> None:
-        self.columns, self.chat, self.targets = columns, chat, targets
+    def __init__(self, columns: Mapping[str, str], chat: bool, targets: bool, roles: Collection[str]) -> None:
+        self.columns, self.chat, self.targets, self.roles = columns, chat, targets, roles
         self.renamed = set(columns.values())
         self.required = {
             name: set(keys) - (set() if targets else {"completion", "output"}) for name, keys in SCHEMAS.items()
@@ -176,7 +178,7 @@ class _Shape:
         self.unused: set[str] = set()
 
     def row(self, path: Path, record: Record) -> Row | None:
-        """Return the row, None when there is nothing in it to learn. Raises _Unfit."""
+        """Return the row, None when there is nothing in it to learn. Raises Unfit."""
         value = record.value
         where = f"{path}: line {record.line}"
         if self.columns:
@@ -189,11 +191,9 @@ class _Shape:
         if fields is None:
             return None
         row.example = Example(**fields, where=where)
-        parts = list(fields.values())  # cleaned: no control character is left in them
+        parts = [str(part) for part in fields.values()]  # cleaned: no control character is left in a text
         if row.example.messages is not None:
-            parts = [part for turn in row.example.messages for part in (turn["role"], turn["content"])]
-            extras = [turn for turn in row.example.messages if len(turn) > 2]
-            parts.append(json.dumps([row.learn, extras], default=str))
+            parts = [json.dumps([fields["messages"], fields.get("tools"), sorted(fields["trained"])], default=str)]
         content = "\0".join(parts).encode()
         row.digest = blake2b(content, digest_size=16).digest()
         row.size = len(content)
@@ -204,9 +204,9 @@ class _Shape:
         found = ", ".join(map(show, raw)) or "none"
         if self.name:
             if self.name == "text/label" and name == "text":
-                raise _Unfit("the label is missing")
+                raise Unfit("the label is missing")
             kind = f" ({name})" if name else ""
-            raise _Unfit(f"has the keys {found}{kind}, but {self.first_row} is {self.name}: use one schema in a file")
+            raise Unfit(f"has the keys {found}{kind}, but {self.first_row} is {self.name}: use one schema in a file")
         if not name:
             known = sorted(set().union(*SCHEMAS.values()))
             absent = next((theirs for theirs in self.columns.values() if theirs not in raw), None)
@@ -215,7 +215,7 @@ class _Shape:
             else:
                 hint = next((f", {key!r}{close}" for key in raw if (close := nearest(key, known))), "")
             mend = f"rename them with columns, as in {{'prompt': {next(iter(raw), 'question')!r}}}"
-            raise _Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
+            raise Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
         self.name, self.first_row = name, where
         self.make: Callable[[Mapping[str, Any], Row], dict[str, Any] | None] = {
             "messages": self._messages,
@@ -225,8 +225,7 @@ class _Shape:
             "text/label": self._text_label,
             "text": self._text,
         }[name]
-        also = {"instruction/output": {"input"}, "conversations": {"system"}}.get(name, set())
-        self.unused = set(raw) - self.renamed - set(SCHEMAS[name]) - also
+        self.unused = set(raw) - self.renamed - set(SCHEMAS[name]) - _ALSO.get(name, set())
 
     def _answer(self, value: Mapping[str, Any], key: str) -> str:
         if not self.targets and value.get(key) is None:
@@ -240,9 +239,9 @@ class _Shape:
     def _text_label(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
         label = value["label"]
         if label is None or label == "" or label != label:  # NaN is how tables often write what is missing
-            raise _Unfit("the label is missing")
+            raise Unfit("the label is missing")
         if not isinstance(label, str | int | float):
-            raise _Unfit(f"label is {_kind(label)}: expected a text or a number")
+            raise Unfit(f"label is {kind_of(label)}: expected a text or a number")
         text = clean_text(_string(value, "text"))
         return {"prompt": text + "\n", "completion": clean_text(str(label)).strip()} if text.strip() else None
 
@@ -251,9 +250,9 @@ class _Shape:
         if isinstance(prompt, list):
             turns = [] if answer is None and not self.targets else answer
             if not isinstance(turns, list):
-                raise _Unfit(f"prompt is a list of messages, but completion is {_kind(turns)}: expected a list too")
-            row.learn = sum(_role(turn) == "assistant" for turn in turns)
-            return self._turns([*prompt, *turns], row)
+                raise Unfit(f"prompt is a list of messages, but completion is {kind_of(turns)}: expected a list too")
+            learnt = frozenset(range(len(prompt), len(prompt) + len(turns)))
+            return self._conversation([*prompt, *turns], value, learnt=learnt)
         # The end of a prompt stays as it is: the completion follows it without a space of its own.
         prompt, answer = clean_text(_string(value, "prompt"), end=False), self._answer(value, "completion")
         return {"prompt": prompt, "completion": answer} if answer or not self.targets else None
@@ -265,7 +264,9 @@ class _Shape:
             return None
         if self.chat:
             user = {"role": "user", "content": f"{task}\n\n{given}" if given else task}
-            return {"messages": (user, {"role": "assistant", "content": answer}) if answer else (user,)}
+            messages = (user, {"role": "assistant", "content": answer}) if answer else (user,)
+            trained = frozenset(i for i, message in enumerate(messages) if message["role"] in self.roles)
+            return {"messages": messages, "trained": trained}
         prompt = ALPACA_INPUT.format(task, given) if given else ALPACA.format(task)
         return {"prompt": prompt, "completion": answer}
 
@@ -273,57 +274,26 @@ class _Shape:
         turns, system = value[self.name], value.get("system")
         if system and isinstance(turns, list) and self.name == "conversations":
             turns = [{"role": "system", "content": system}, *turns]
-        return self._turns(turns, row)
+        return self._conversation(turns, value)
 
-    def _turns(self, turns: Any, row: Row) -> dict[str, Any] | None:
-        if not isinstance(turns, list) or not turns:
-            raise _Unfit(f"the conversation is {_kind(turns)}: expected a list of {{role, content}}")
-        messages: list[dict[str, Any]] = []
-        for number, turn in enumerate(turns, 1):
-            role = _role(turn)
-            if role not in ROLES:
-                close = nearest(role, (*ROLES, *_FROM)) if isinstance(role, str) else ""
-                raise _Unfit(f"message {number}: role {show(role)}{close}: expected {', '.join(ROLES)} (or human, gpt)")
-            content = turn.get("content", turn.get("value"))
-            if not isinstance(content, str):
-                raise _Unfit(f"message {number} ({role}): content is {_kind(content)}: expected a text")
-            message = {"role": role, "content": clean_text(content)}
-            if len(turn) > 2:  # what a template may read besides, tool calls say; Parquet has all keys in every turn
-                message |= {k: v for k, v in turn.items() if k not in _TURN_KEYS and v is not None}
-            messages.append(message)
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        if self.targets and not answers:
-            raise _Unfit("no assistant turn to learn from")
-        if row.learn == len(answers):
-            row.learn = 0
-        return {"messages": tuple(messages)} if any(answers) or not self.targets else None
+    def _conversation(
+        self, turns: Any, value: Mapping[str, Any], *, learnt: frozenset[int] | None = None
+    ) -> dict[str, Any] | None:
+        """``learnt``: messages besides which none is learnt."""
+        tools = value.get("tools") or value.get("functions")
+        messages, tools, trained = read_conversation(turns, tools, roles=self.roles)
+        if learnt is not None:
+            trained &= learnt
+        if self.targets and not trained:
+            if not any(message["role"] in self.roles for message in messages):
+                raise Unfit(f"no {' or '.join(self.roles)} turn to learn from")
+            raise Unfit("no turn to learn from: all have weight 0 or train false")
+        filled = any(messages[number]["content"] or "tool_calls" in messages[number] for number in trained)
+        return {"messages": messages, "tools": tools, "trained": trained} if filled or not self.targets else None
 
 
 def _string(value: Mapping[str, Any], key: str) -> str:
     text = value.get(key)
     if not isinstance(text, str):
-        raise _Unfit(f"{key} is {_kind(text)}: expected a text")
+        raise Unfit(f"{key} is {kind_of(text)}: expected a text")
     return text
-
-
-def _role(turn: Any) -> Any:
-    if not isinstance(turn, dict):
-        return None
-    role = turn.get("role", turn.get("from"))
-    return _FROM.get(role, role) if isinstance(role, str) else role
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing or null"
-    if value == []:
-        return "empty"
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)

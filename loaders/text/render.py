@@ -18,22 +18,28 @@ from numpy.typing import NDArray
 from afina.errors import DataError, TokenizerError
 from afina.loaders.text.chat_template import SLOT, numbered
 from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.turns import Messages, Tools, find_turns
 
-Messages = Sequence[Mapping[str, Any]]
 Spans = tuple[tuple[int, int], ...]
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
-_MARK = "\ue000mark\ue000"  # private-use characters: no text has them, no template changes them
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: exactly one of ``text``, ``prompt`` with ``completion``, or ``messages``; ``where`` it was read."""
+    """One row: exactly one of ``text``, ``prompt`` with ``completion``, or ``messages``; ``where`` it was read.
+
+    ``messages``: {role, content}; an assistant's may have ``tool_calls`` ({id, type, function: {name, arguments}} with
+    an object of arguments; content may then be None) and ``reasoning_content``. ``tools``: what may be called, as JSON
+    schemas. ``trained``: which messages are learnt, by number from 0 (None: all of the assistant).
+    """
 
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    trained: frozenset[int] | None = None
     where: str = ""
 
     def __post_init__(self) -> None:
@@ -54,13 +60,14 @@ def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: b
     """Return the text of a row and its trained ranges.
 
     text: everything, the end-of-text token included. prompt and completion: the completion and the end-of-text token.
-    messages: each assistant turn from where its generation prompt ends (so, what the model will have to write) up to
-    and with its end-of-turn tokens. ``train_on_prompt``: everything but BOS. A control token spelt in a message is data
-    (see `Tokenizer.render`); in a text, prompt or completion it is taken as meant. Raises DataError naming the row.
+    messages: each turn of the assistant (or those of ``trained``) from where its generation prompt ends (so, what the
+    model will have to write, tool calls and thoughts too) up to and with its end-of-turn tokens; other roles' from
+    where their content starts. ``train_on_prompt``: everything but BOS. A control token spelt in a message is data (see
+    `Tokenizer.render`); in a text, prompt or completion it is taken as meant. Raises DataError naming the row.
     """
     if example.messages is not None:
         try:
-            text, spans = _conversation(tokenizer, example.messages, train_on_prompt)
+            text, spans = _conversation(tokenizer, example, train_on_prompt)
         except DataError as problem:
             raise DataError(f"{example.where or 'row'}: {problem}") from problem
     elif example.text is not None:
@@ -78,24 +85,25 @@ def render_example(tokenizer: Tokenizer, example: Example, *, train_on_prompt: b
     return Rendered(text, spans)
 
 
-def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str) -> str:
+def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str, *, tools: Tools | None = None) -> str:
     """Return what the model is given before it writes: the text of `render_example` up to the last trained range.
 
     A plain text or prompt loses its trailing spaces: tokenizers join a space to the word after it, so training and
     generation agree only when the answer brings its own space. Of messages, a final assistant turn is the answer.
+    ``tools``: what the model may call, where ``prompt`` is messages; a row brings its own.
     """
     if isinstance(prompt, Example):
         if prompt.messages is None:
             prompt = prompt.prompt if prompt.prompt is not None else prompt.text or ""
         else:
             try:
-                return render_prompt(tokenizer, prompt.messages)
+                return render_prompt(tokenizer, prompt.messages, tools=prompt.tools)
             except DataError as problem:
                 raise DataError(f"{prompt.where or 'row'}: {problem}") from problem
     if isinstance(prompt, str):
         return tokenizer.with_bos(prompt.rstrip(" "))
     answered = bool(prompt) and prompt[-1].get("role") == "assistant"
-    return tokenizer.render(prompt[:-1] if answered else prompt, add_generation_prompt=True)
+    return tokenizer.render(prompt[:-1] if answered else prompt, tools=tools, add_generation_prompt=True)
 
 
 def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> tuple[list[Ids], list[Mask]]:
@@ -137,20 +145,29 @@ def _ended(tokenizer: Tokenizer, text: str) -> str:
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
-def _conversation(tokenizer: Tokenizer, messages: Messages, any_role: bool) -> tuple[str, Spans]:
-    clean = tokenizer.checked(messages)
-    roles = tuple([message["role"] for message in clean])
-    if "assistant" not in roles and not any_role:
+def _conversation(tokenizer: Tokenizer, example: Example, any_role: bool) -> tuple[str, Spans]:
+    messages = tokenizer.checked(example.messages or ())
+    roles = tuple([message["role"] for message in messages])
+    trained = example.trained
+    if trained is None:
+        trained = frozenset(number for number, role in enumerate(roles) if role == "assistant")
+    if not trained and not any_role:
         raise DataError(f"no assistant turn to learn from (roles: {', '.join(roles)})")
-    if all(len(message) == 2 for message in clean):  # role and content, nothing else that a template could read
-        contents = [message["content"] for message in clean]
-        layout = _layout(tokenizer, roles)
-        text = tokenizer.with_bos(tokenizer.template.render(clean), glue="")
+    thought = tokenizer.template.opened_thought
+    if not example.tools and not any(
+        len(message) > 2 or (thought and message["content"].lstrip().startswith(thought)) for message in messages
+    ):
+        # Role and content, nothing else that a template could read: what is known of these roles may serve again. (But
+        # where a content brings the thought that the generation prompt opens, it is learnt from behind that only.)
+        contents = [message["content"] for message in messages]
+        layout = _layout(tokenizer, roles, trained)
+        text = tokenizer.with_bos(tokenizer.template.render(messages), glue="")
         for variant in (contents, [content.strip() for content in contents]):
             filled = layout.fill(variant)
             if filled[0] == text + layout.closing:
                 return filled
-    return _search(tokenizer, messages, tokenizer.render(messages))
+    text, turns = find_turns(tokenizer, messages, tokenizer.unmarked(example.tools), trained)
+    return text, tuple(span for number in sorted(turns) for span in turns[number])
 
 
 @dataclass(frozen=True)
@@ -177,7 +194,7 @@ class _Layout:
 
 
 @lru_cache(maxsize=4096)
-def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
+def _layout(tokenizer: Tokenizer, roles: tuple[str, ...], trained: frozenset[int]) -> _Layout:
     plain = tokenizer.render(numbered(roles))
     slots = list(SLOT.finditer(plain))
     order = [int(slot[1]) for slot in slots]
@@ -185,7 +202,7 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
         if order.count(number) != 1:
             how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
             raise DataError(f"the chat template of {tokenizer.where} {how}")
-    text, found = _search(tokenizer, numbered(roles), plain)
+    text, found = find_turns(tokenizer, numbered(roles), None, trained)
 
     def mark(position: int) -> tuple[int, int]:
         before = [len(slot[0]) for slot in slots if slot.end() <= position]
@@ -194,58 +211,6 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...]) -> _Layout:
     return _Layout(
         literals=tuple(SLOT.split(text)[::2]),
         order=tuple(order),
-        spans=tuple((mark(start), mark(end)) for start, end in found),
+        spans=tuple((mark(start), mark(end)) for number in sorted(found) for start, end in found[number]),
         closing=text[len(plain) :],
     )
-
-
-def _search(tokenizer: Tokenizer, messages: Messages, text: str) -> tuple[str, Spans]:
-    """Find the trained ranges by rendering again with a mark at the end of each assistant turn's content."""
-    spans: list[tuple[int, int]] = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        end, _ = _place(tokenizer, messages, number, text)
-        try:
-            prompt = tokenizer.render(messages[:number], add_generation_prompt=True)
-        except DataError:  # a template may refuse a conversation that opens with the assistant
-            prompt = ""
-        start = len(prompt) if prompt and text.startswith(prompt) and len(prompt) <= end else -1
-        if start < (spans[-1][1] if spans else 0):
-            start, _ = _place(tokenizer, messages, number, text, end=False)
-        # The turn's own ending is what the template writes after it both here and when nothing follows.
-        _, alone = _place(tokenizer, messages[: number + 1], number, None)
-        rest = text[end:]
-        tail = _common(alone, rest)
-        tokens = list(tokenizer.special_pattern.finditer(tail))
-        after = tokenizer.special_pattern.match(rest, len(rest) - len(rest.lstrip()))
-        if tokens:
-            tail = tail[: tokens[-1].end()]
-        elif after and tokenizer.token_id(after[0]) in tokenizer.eos_ids:
-            tail = rest[: after.end()]  # some templates end every turn but the last
-        elif number == len(messages) - 1 and tokenizer.eos_token:
-            # A template that never ends its last turn would teach the model never to stop.
-            text += tokenizer.eos_token
-            tail = text[end:]
-        spans.append((start, end + len(tail)))
-    return text, tuple(spans)
-
-
-def _place(
-    tokenizer: Tokenizer, messages: Messages, number: int, text: str | None, *, end: bool = True
-) -> tuple[int, str]:
-    """Where the content of a message ends (or starts) in ``text``, and what is written after it."""
-    content: str = messages[number]["content"]
-    for variant in (content, content.rstrip() if end else content.lstrip()):
-        marked = list(messages)
-        marked[number] = {**messages[number], "content": variant + _MARK if end else _MARK + variant}
-        before, mark, after = tokenizer.render(marked).partition(_MARK)
-        if mark and (text is None or text.startswith(before)):
-            return len(before), after
-    raise DataError(f"message {number + 1}: the chat template does not write this assistant turn, or changes it")
-
-
-def _common(one: str, other: str) -> str:
-    """The longest text that both start with."""
-    size = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-    return one[:size]

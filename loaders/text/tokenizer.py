@@ -298,30 +298,51 @@ class Tokenizer:
         source = self.chat_template if self.chat_template is not None else self._default_template()
         return ChatTemplate(source, self.where, self._names)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """Return the text of a conversation; ``add_generation_prompt`` opens the assistant's next turn.
 
-        The text holds its special tokens, exactly one BOS where the tokenizer uses one, so it is encoded with
-        ``add_special=False``. A control token spelt inside a message is broken with a space ("< |im_end|>"): messages
-        are data, and no content may end its own turn.
+        ``tools``: the functions that the model may call, as JSON schemas. The text holds its special tokens, exactly
+        one BOS where the tokenizer uses one, so it is encoded with ``add_special=False``. A control token spelt inside
+        a message or a tool is broken with a space ("< |im_end|>"): they are data, and none may end its own turn.
         """
-        text = self.template.render(self.checked(messages), add_generation_prompt=add_generation_prompt)
+        text = self.template.render(
+            self.checked(messages), tools=self.unmarked(tools), add_generation_prompt=add_generation_prompt
+        )
         return self.with_bos(text, glue="")
 
     def checked(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return ``messages`` with the control tokens in their contents broken. DataError when they are no messages."""
-        clean = []
+        """Return ``messages`` with the control tokens in their texts broken. DataError when they are no messages."""
+        clean: list[Mapping[str, Any]] = []
         for number, message in enumerate(messages, 1):
             content = message.get("content")
-            if not isinstance(message.get("role"), str) or not isinstance(content, str):
+            called = content is None and message.get("tool_calls")
+            if not isinstance(message.get("role"), str) or not (isinstance(content, str) or called):
                 raise DataError(f"message {number}: role and content must be texts")
-            while (match := self.special_pattern.search(content)) and len(match[0]) > 1:
-                content = content[: match.start() + 1] + " " + content[match.start() + 1 :]
-                message = {**message, "content": content}
+            if content and (broken := self.unmarked(content)) is not content:
+                message = {**message, "content": broken}
+            if len(message) > 2:
+                others = {key: self.unmarked(item) for key, item in message.items() if key not in ("role", "content")}
+                message = {**message, **others}
             clean.append(message)
         if not clean:
             raise DataError("messages is empty: expected a list of {role, content}")
         return clean
+
+    def unmarked(self, value: Any) -> Any:
+        """Return ``value``, a text or what JSON can hold, with the control tokens in its texts broken by a space."""
+        if isinstance(value, str):
+            while (match := self.special_pattern.search(value)) and len(match[0]) > 1:
+                value = value[: match.start() + 1] + " " + value[match.start() + 1 :]
+            return value
+        if isinstance(value, Mapping):
+            return {self.unmarked(key): self.unmarked(item) for key, item in value.items()}
+        return [self.unmarked(item) for item in value] if isinstance(value, list | tuple) else value
 
     def with_bos(self, text: str, *, glue: str | None = None) -> str:
         """Return ``text`` with exactly one BOS in front if the tokenizer's texts start with one."""

@@ -166,7 +166,7 @@ def test_digests_tell_examples_apart(tmp_path: Path) -> None:
         {"prompt": [ASK], "completion": [ANSWER]},
         {"prompt": [ASK | {"role": "system"}], "completion": [ANSWER]},
         {"prompt": "a", "completion": "bc ", "id": 7},
-        {"prompt": [ASK], "completion": [ANSWER | {"tool_calls": ["x"]}]},
+        {"prompt": [ASK], "completion": [ANSWER | {"tool_calls": [{"name": "look"}]}]},
     ]
     digests = [row.digest for row in read_rows(write(tmp_path / "a.jsonl", *rows))]
     assert len(set(digests)) == 5
