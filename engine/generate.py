@@ -19,6 +19,7 @@ from afina.engine.kv_cache import KVCache
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
 from afina.loaders.text.render import Example, render_prompt
+from afina.loaders.text.turns import Tools
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
@@ -35,20 +36,30 @@ class Completion(NamedTuple):
     tokens: int
 
 
-def generate(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> str:
+def generate(model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, tools: Tools | None = None, **sampling: Any) -> str:
     """Return the model's continuation of a text, or its answer to chat messages; keywords are those of ``Sampling``.
 
-    Raises ConfigError for a wrong keyword value, DataError for a prompt that is empty or longer than the context.
+    ``tools``: the functions that the model may call in its answer to messages, as JSON schemas. Raises ConfigError for
+    a wrong keyword value, DataError for a prompt that is empty or longer than the context.
     """
-    return generate_batch(model, tokenizer, [prompt], **sampling)[0]
+    return generate_batch(model, tokenizer, [prompt], tools=tools, **sampling)[0]
 
 
 def generate_batch(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, batch_size: int = 32, **sampling: Any
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    tools: Tools | None = None,
+    batch_size: int = 32,
+    **sampling: Any,
 ) -> list[str]:
     """``generate`` for many prompts, ``batch_size`` at a time; the texts are in the order of the prompts."""
     names = ["the prompt"] if len(prompts) == 1 else [f"prompt {i + 1}" for i in range(len(prompts))]
-    rows = [encode_prompt(model, tokenizer, prompt, where=name) for prompt, name in zip(prompts, names, strict=True)]
+    rows = [
+        encode_prompt(model, tokenizer, prompt, tools=tools, where=name)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
     done = complete(model, tokenizer, rows, Sampling(**sampling), batch_size=batch_size)
     return [completion.text for completion in done]
 
@@ -65,9 +76,11 @@ def complete(
             yield Completion(batch.text(row, final=True), len(new))
 
 
-def stream(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+def stream(
+    model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, tools: Tools | None = None, **sampling: Any
+) -> Iterator[str]:
     """``generate`` in pieces as they become certain: no half character, and no part of a stop string."""
-    batch = Decoding(model, tokenizer, [encode_prompt(model, tokenizer, prompt)], Sampling(**sampling))
+    batch = Decoding(model, tokenizer, [encode_prompt(model, tokenizer, prompt, tools=tools)], Sampling(**sampling))
     sent = ""
     while batch.alive:
         batch.step()
@@ -77,9 +90,11 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: Prompt, **sampling: Any) ->
             sent = text
 
 
-def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, where: str = "the prompt") -> list[int]:
+def encode_prompt(
+    model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, tools: Tools | None = None, where: str = "the prompt"
+) -> list[int]:
     """The token ids of a prompt as training rendered it; DataError when it is empty or fills the model's context."""
-    ids = list(tokenizer.encode(render_prompt(tokenizer, prompt), add_special=False))
+    ids = list(tokenizer.encode(render_prompt(tokenizer, prompt, tools=tools), add_special=False))
     limit = model.config.max_positions
     if not ids:
         raise DataError(f"{where} is empty; expected at least one token to continue")

@@ -99,7 +99,8 @@ def checked(owner: type, name: str, value: Any, where: str) -> Any:
 def flag_help(owner: type, name: str) -> dict[str, str]:
     """The ``help`` and ``metavar`` of argparse for a setting."""
     f, kind = fields(owner)[name], kinds(owner)[name]
-    default = "" if f.default in (None, ()) or kind is dict else f" [{str(f.default).lower()}]"
+    shown = ",".join(f.default) if isinstance(f.default, tuple) else str(f.default).lower()
+    default = "" if f.default in (None, ()) or kind is dict else f" [{shown}]"
     also = f"; also {', '.join(f.metadata['aliases'])}" if f.metadata["aliases"] else ""
     metavar = {int: "N", float: "X", dict: "PAIRS", bool: "BOOL", tuple: "TEXT"}.get(kind, name.upper())
     return {

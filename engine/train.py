@@ -131,6 +131,7 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer, *, progress: bool) -> D
         seed=config.seed,
         columns=config.columns,
         skip_bad_lines=config.skip_bad_lines,
+        roles=config.roles_to_train,
         progress=progress,
     )
 

@@ -47,7 +47,8 @@ METHOD_ONLY = {
     ),
     "trainable": ("freeze",),
 }  # fmt: skip
-LISTS = ("lora_target_modules", "modules_to_save", "trainable")
+LISTS = ("lora_target_modules", "modules_to_save", "trainable", "roles_to_train")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class TrainConfig(Settings):
     train_on_prompt: bool = setting(
         False, "learn the prompts too, not only the completions", aliases=("train_on_inputs", "completion_only_loss")
     )
+    roles_to_train: tuple[str, ...] = setting(
+        ("assistant",), "whose turns of a conversation are learnt: assistant, or several, such as user,assistant"
+    )
     packing: bool = setting(True, "concatenate rows instead of padding them; rows stay isolated, the maths is the same")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     lean_loss: bool = setting(
@@ -182,6 +186,11 @@ class TrainConfig(Settings):
             value = getattr(self, name)
             if value is not None:  # as in q_proj,v_proj
                 self._set(name, tuple(part.strip() for text in value for part in text.split(",") if part.strip()))
+        for role in self.roles_to_train or ("",):
+            if role not in ROLES:
+                raise ConfigError(
+                    f"roles_to_train holds {role!r}; expected some of {', '.join(ROLES)}{nearest(role, ROLES)}"
+                )
         for name, methods in METHOD_ONLY.items():
             if self.method not in methods and getattr(self, name) is not None:
                 raise ConfigError(

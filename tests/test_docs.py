@@ -28,6 +28,8 @@ def by_name(paths: list[Path]) -> dict[str, Path]:
 def shown(default: object) -> str:
     if default is None or default is dataclasses.MISSING:
         return ""
+    if isinstance(default, tuple):
+        return ",".join(default)
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -7,7 +7,16 @@ import contextlib
 import sys
 from typing import Any
 
-from afina.cli.options import Parser, Verb, model_options, open_adapted, sampling_of, sampling_options
+from afina.cli.options import (
+    Parser,
+    Verb,
+    model_options,
+    open_adapted,
+    sampling_of,
+    sampling_options,
+    tools_of,
+    tools_option,
+)
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
 
@@ -15,6 +24,7 @@ from afina.errors import DataError
 def add_options(parser: Parser) -> None:
     model_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    tools_option(parser)
     sampling_options(parser)
 
 
@@ -22,6 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read messages from standard input until it ends; answers are printed as they are written."""
     sampling = sampling_of(args)
     Sampling(**sampling)
+    tools = tools_of(args)
     from afina.engine.generate import stream
     from afina.engine.lora import set_adapter
 
@@ -31,6 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing and history for input)
         print("/reset forgets the conversation, /quit (or Ctrl-D) leaves.")
+        if tools:
+            print("/tool RESULT answers a call that the model made.")
         if args.adapter:
             print(f"/adapter NAME changes who answers: {', '.join([*adapters, 'base'])}")
     opening = [{"role": "system", "content": args.system}] if args.system else []
@@ -50,13 +63,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 set_adapter(model, adapters.get(name))
             else:
                 print(f"no adapter {name!r}: there are {', '.join([*adapters, 'base'])}", file=sys.stderr)
-        elif line.startswith("/"):
+        elif line.startswith("/") and not (tools and line.startswith("/tool ")):
             print(f"unknown command {line.split()[0]}; /reset and /quit are known", file=sys.stderr)
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
+            result = line.removeprefix("/tool ").strip()
+            asked = [*messages, {"role": "user" if result == line else "tool", "content": result}]
             answer = ""
             try:
-                for piece in stream(model, tokenizer, asked, **sampling):
+                for piece in stream(model, tokenizer, asked, tools=tools, **sampling):
                     print(piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:  # cuts the answer short, not the conversation

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
 
 
+# The settings of a training run that decide what its rows are.
+_READING = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "roles_to_train")
+
+
 def add_options(parser: Parser) -> None:
     parser.usage = "afina eval MODEL --data FILE [--task T] [--base BASE] [options]"
     model_options(parser)
@@ -34,13 +38,13 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--max_new_tokens", metavar="N", help="tokens of an answer (default: what the longest one needs)"
     )
-    for name in ("batch_size", "max_length", "on_long", "train_on_prompt", "packing", "columns", "skip_bad_lines"):
+    for name in (*_READING, "batch_size", "packing"):
         parser.add_setting(TrainConfig, name)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "batch_size", "packing")
-    settings = {name: option(args, TrainConfig, name) for name in names}
+    settings = {name: option(args, TrainConfig, name) for name in (*_READING, "batch_size", "packing")}
+    settings["roles"] = settings.pop("roles_to_train")
     new_tokens = args.max_new_tokens and checked(Sampling, "max_new_tokens", args.max_new_tokens, "--max_new_tokens")
     from afina.engine.evaluate import TASKS, evaluate_loss, evaluate_task, loss_text_bytes
     from afina.engine.lora import set_adapter

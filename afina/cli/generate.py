@@ -7,7 +7,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from afina.cli.options import Parser, Verb, model_options, open_adapted, option, sampling_of, sampling_options, to_json
+from afina.cli.options import (
+    Parser,
+    Verb,
+    model_options,
+    open_adapted,
+    option,
+    sampling_of,
+    sampling_options,
+    to_json,
+    tools_of,
+    tools_option,
+)
 from afina.durable import open_file
 from afina.engine.sampling import Sampling
 from afina.engine.settings import checked
@@ -20,6 +31,7 @@ def add_options(parser: Parser) -> None:
     model_options(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="send --prompt as a user's message")
+    tools_option(parser)
     parser.add_argument("--data", metavar="FILE", help="rows to complete")
     parser.add_argument("--output", metavar="FILE", help="where the completed rows go: a JSON line each")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
@@ -36,6 +48,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--data FILE and --output FILE go together")
     if args.chat and args.data is not None:
         raise ConfigError("--chat is for --prompt: rows of --data say themselves what they are")
+    if args.tools is not None and not args.chat:
+        raise ConfigError("--tools is for --chat: rows of --data bring their own tools")
     return _generate_rows(args) if args.data is not None else _generate_one(args)
 
 
@@ -45,7 +59,8 @@ def _generate_one(args: argparse.Namespace) -> dict[str, Any]:
     from afina.engine.lora import set_adapter
 
     model, tokenizer, adapters = open_adapted(args)
-    ids = encode_prompt(model, tokenizer, [{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
+    prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
+    ids = encode_prompt(model, tokenizer, prompt, tools=tools_of(args))
     started, tokens, texts = time.perf_counter(), 0, {}
     for name, adapter in adapters.items():
         set_adapter(model, adapter)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from afina.engine.sampling import Sampling
 from afina.engine.settings import FALSE_WORDS, TRUE_WORDS, checked, fields, flag_help, kinds
 from afina.engine.train_config import TrainConfig
-from afina.errors import ConfigError, nearest
+from afina.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from afina.engine.lora import Adapter
@@ -145,6 +145,28 @@ def option(args: argparse.Namespace, owner: type, name: str) -> Any:
     if value is None:
         return f.default if f.default is not dataclasses.MISSING else {}
     return checked(owner, name, value, f"--{name}")
+
+
+def tools_option(parser: Parser) -> None:
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of the functions that the model may call")
+
+
+def tools_of(args: argparse.Namespace) -> tuple[dict[str, Any], ...] | None:
+    """The tools of ``tools_option``'s file. Raises DataError."""
+    if args.tools is None:
+        return None
+    from afina.loaders.data.conversations import Unfit, read_tools
+
+    try:
+        tools = read_tools(Path(args.tools).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = getattr(problem, "strerror", None) or "not UTF-8"
+        raise DataError(f"--tools {args.tools}: cannot be read ({reason}): check the path") from problem
+    except Unfit as problem:
+        raise DataError(f"--tools {args.tools}: {problem}") from problem
+    if tools is None:
+        raise DataError(f"--tools {args.tools}: holds no tool: expected a list of {{type, function}}")
+    return tools
 
 
 def sampling_options(parser: Parser) -> None:

@@ -65,7 +65,9 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
         device = choose_device(config.device)
         bytes_per_parameter(config.optim, choose_dtype(config.dtype, device))  # refuses dtypes that optim is not for
         for source in filter(None, (config.data, config.val_file)):
-            for _ in read_rows(source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, chat=False):
+            for _ in read_rows(
+                source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, roles=config.roles_to_train
+            ):
                 pass
     return config
 

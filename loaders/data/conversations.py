@@ -7,13 +7,12 @@ any, `tool_calls` whose arguments are objects, and a set of the messages that ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from afina.errors import nearest
 from afina.loaders.data.files import clean_text
-from afina.loaders.jsonfile import show
+from afina.loaders.jsonfile import has_half_characters, show, strict_decoder
 
 ROLES = ("system", "user", "assistant", "tool")
 # What files call the roles, in any case; "call" is the turn of an assistant that is nothing but tool calls.
@@ -32,6 +31,9 @@ _READ = {
     *("role", "from", "content", "value", "tool_calls", "function_call", "weight", "train", "training", "refusal"),
     *_REASONING,
 }
+
+
+_JSON = strict_decoder()
 
 
 class Unfit(ValueError):
@@ -183,11 +185,14 @@ def _decoded(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        decoded = _JSON.decode(value)
     except (ValueError, RecursionError) as problem:
-        reason = getattr(problem, "msg", "nested too deeply")
-        shown = show(value[:60])
-        raise Unfit(f"{what} {shown} is no JSON ({reason}): write it with json.dumps", f"{what} is no JSON") from None
+        reason = "nested too deeply" if isinstance(problem, RecursionError) else getattr(problem, "msg", problem)
+        found = f"{what}: {show(value[:60])} is no JSON ({reason})"
+        raise Unfit(f"{found}: write it with json.dumps", f"{what}: no JSON") from None
+    if "\\u" in value and has_half_characters(decoded):
+        raise Unfit(f"{what}: a \\u escape is half a character (a lone surrogate)")
+    return decoded
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +101,7 @@ def prepare(
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
     skip_bad_lines: bool = False,
+    roles: Collection[str] = ("assistant",),
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> Data:
@@ -111,7 +112,8 @@ def prepare(
     instead, each row starting with the last token of the one before, so that every token is predicted once.
     ``val_file``: dev rows of their own, none of which may be among the others; else ``val_size`` of the rows, at least
     one, chosen by ``seed`` (of plain text files: of the rows they were split into; 0: no dev rows).
-    ``cache_dir``: in place of AFINA_CACHE. ``progress``: show a bar when it takes longer than a second.
+    ``roles``: whose turns of a conversation are learnt. ``cache_dir``: in place of AFINA_CACHE. ``progress``: show a
+    bar when it takes longer than a second.
 
     Raises DataError for everything that is wrong with the files or leaves nothing to learn from.
     """
@@ -121,7 +123,7 @@ def prepare(
         raise DataError(f"max_length {max_length} must be 2 or more, val_size {val_size} at least 0 and below 1")
 
     chat = tokenizer.chat_template is not None
-    reading = {"columns": dict(columns or {}), "skip_bad_lines": skip_bad_lines, "chat": chat}
+    reading = {"columns": dict(columns or {}), "skip_bad_lines": skip_bad_lines, "chat": chat, "roles": sorted(roles)}
 
     def tokens(source: Source) -> tuple[DataSource, TokenCache]:
         data_source = DataSource(source, reading)

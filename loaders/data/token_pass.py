@@ -26,7 +26,7 @@ from afina.loaders.data.token_cache import TokenCache, Writer, open_cache
 from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
 
-VERSION = 2  # of what the cache holds: raise it when the same rows would give other tokens
+VERSION = 3  # of what the cache holds: raise it when the same rows would give other tokens
 BATCH_ROWS, BATCH_BYTES = 2048, 1 << 19  # what is tokenised at once
 ON_LONG = ("drop", "truncate", "error")
 FATES = {  # what can become of rows besides being used, and how the summary says it
