@@ -87,8 +87,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.current: int | None = None
         self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
 
-    def build(self, source: str) -> jinja2.Template:
-        """Compile ``source`` with its loops metered and its texts capped."""
+    def build(self, source: str, *, followed: bool) -> jinja2.Template:
+        """Compile ``source`` with its loops metered and its texts capped; ``followed``: it tells at what message it is,
+        which takes longer."""
         tree = self.parse(source)
         for node in list(tree.find_all(nodes.Node)):
             if isinstance(node, nodes.For):
@@ -97,7 +98,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 node.left, node.right = _capped(node.left), _capped(node.right)
             elif isinstance(node, nodes.Concat | nodes.Output):
                 node.nodes = [_capped(item) for item in node.nodes]
-        tree.body = _followed(tree.body, 0, by_index=False)
+        if followed:
+            tree.body = _followed(tree.body, 0, by_index=False)
         return self.from_string(tree)
 
     # A filter that takes the context is called at each turn; the compiler would fold another one's constants.
@@ -189,7 +191,7 @@ class ChatTemplate:
         self._lock = threading.Lock()  # one rendering at a time: the limits are counted in the environment
         self._header = ""
         try:
-            self._template = self._sandbox.build(source)
+            self._template = self._sandbox.build(source, followed=False)
         except _FAILURES as problem:
             line = f", line {problem.lineno}" if isinstance(problem, jinja2.TemplateSyntaxError) else ""
             raise TokenizerError(f"{where}: the chat template{line} cannot be compiled: {_brief(problem)}") from problem
@@ -207,7 +209,7 @@ class ChatTemplate:
         """Find out how the template opens and ends a turn of the assistant."""
         talk = self._canary("user", "assistant")
         user = numbered(["user"])
-        opened, closed = ("".join([part for part, _ in self._write(user, self._some_tools, x)]) for x in (True, False))
+        opened, closed = (self._text(user, self._some_tools, flag) for flag in (True, False))
         _, answer = SLOT.finditer(talk)
         self.turn_end = talk[answer.end() :]
         if opened == closed and talk.startswith(opened):
@@ -216,7 +218,7 @@ class ChatTemplate:
             self._header = header if header.strip() else ""
         prompt = opened.removeprefix(closed) if opened.startswith(closed) else ""
         if not prompt:  # what it writes last without being asked, or instead of an end
-            pieces = self._write(user, self._some_tools, True)
+            pieces = list(self._write(self._following, user, self._some_tools, True))
             last = max((i for i, (_, number) in enumerate(pieces) if number is not None), default=len(pieces) - 1)
             prompt = "".join([part for part, _ in pieces[last + 1 :]])
         self.generation_prompt = prompt
@@ -230,7 +232,7 @@ class ChatTemplate:
         return [{"type": "function", "function": schema}] if self._needs_tools else None
 
     def _canary(self, *roles: str) -> str:
-        text = "".join([part for part, _ in self._write(numbered(roles), self._some_tools, False)])
+        text = self._text(numbered(roles), self._some_tools, False)
         for number, role in enumerate(roles):
             times = [match[1] for match in SLOT.finditer(text)].count(str(number))
             if times != 1:
@@ -249,27 +251,39 @@ class ChatTemplate:
         ``tools``: JSON schemas of the functions that may be called. DataError when the template refuses the messages or
         fails on them, TokenizerError when it goes past a limit.
         """
-        pieces = self.pieces(messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        return "".join([text for text, _ in pieces])
+        self._check_tools(tools)
+        messages = [m if len(m) == 2 and m["content"] is not None else self.adapted(m) for m in messages]
+        return self._text(messages, tools, add_generation_prompt)
 
     def pieces(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[tuple[str, int | None]]:
         """Return the text of :meth:`render` in pieces, each with the number of the message that the template had come
         to when it wrote it; None outside of its loops over messages."""
+        self._check_tools(tools)
+        return self._write(self._following, [self.adapted(message) for message in messages], tools, False)
+
+    def _check_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
         if self._needs_tools and not tools:
             raise DataError("the chat template serves conversations with tools only: give the row tools")
-        messages = [self.adapted(message) for message in messages]
-        return self._write(messages, tools, add_generation_prompt)
+
+    @cached_property
+    def _following(self) -> jinja2.Template:
+        return self._sandbox.build(self.source, followed=True)
+
+    def _text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: bool
+    ) -> str:
+        return "".join([text for text, _ in self._write(self._template, messages, tools, prompt)])
 
     def _write(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: bool
+        self,
+        template: jinja2.Template,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        prompt: bool,
     ) -> list[tuple[str, int | None]]:
-        size = sum(map(_size, (*messages, *(tools or ()))))
+        size = sum([_size(item) for item in messages]) + _size(tools or ())
         parts: list[tuple[str, int | None]] = []
         with self._lock:
             box = self._sandbox
@@ -278,7 +292,7 @@ class ChatTemplate:
             left = box.limit = SPARE_OUTPUT + 4 * size
             names = self._names | {"messages": messages, "add_generation_prompt": prompt}
             try:
-                for part in self._template.generate(names, tools=tools, documents=None):
+                for part in template.generate(names, tools=tools, documents=None):
                     parts.append((part, box.current))
                     left -= len(part)
                     if left < 0:
@@ -339,7 +353,7 @@ class ChatTemplate:
         turns.append({"role": "assistant", "content": None, "tool_calls": [call]})
         self._set_content(turns[1], form)
         try:
-            return "".join([text for text, _ in self._write(turns, self._some_tools, False)])
+            return self._text(turns, self._some_tools, False)
         except DataError:
             return None
 
@@ -355,12 +369,12 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _size(value: Any) -> int:
-    """The characters of all texts in a value."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(len(key) + _size(item) for key, item in value.items())
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
+    """About how many characters the texts in a value have."""
+    if isinstance(value, dict):
+        return sum([len(item) if type(item) is str else len(key) + _size(item) for key, item in value.items()])
+    if isinstance(value, list | tuple):
+        return sum([_size(item) for item in value])
+    return len(value) if isinstance(value, str) else 8
 
 
 def _filtered(node: Any, name: str, *arguments: Any) -> Any:

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from afina.errors import DataError, TokenizerError, nearest
 from afina.loaders.jsonfile import MAX_BYTES, parse_json
 from afina.loaders.text.chat_template import ChatTemplate
+from afina.loaders.text.own_templates import DEFAULT_TEMPLATE, ROLE_TEMPLATE
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import find_base, is_adapter
 
@@ -33,19 +34,6 @@ FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
-)
-# For tokenizers that bring no template: a line with the role, the trimmed content, the end-of-text token. A newline
-# ends the header, so that the answer starts a token of its own in every tokenizer.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize + ':\\n' + message['content'] | trim + eos_token "
-    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
-# For tokenizers trained here with one token a role, as in <|user|>Hello<|end|>.
-ROLE_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the roles are system, user and assistant, not ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # Words with their leading space, digits one by one, punctuation, line breaks: as Qwen2 and Llama 3 split.
 SPLIT = (
@@ -324,8 +312,8 @@ class Tokenizer:
             called = content is None and message.get("tool_calls")
             if not isinstance(message.get("role"), str) or not (isinstance(content, str) or called):
                 raise DataError(f"message {number}: role and content must be texts")
-            if content and (broken := self.unmarked(content)) is not content:
-                message = {**message, "content": broken}
+            if content and self.special_pattern.search(content):
+                message = {**message, "content": self.unmarked(content)}
             if len(message) > 2:
                 others = {key: self.unmarked(item) for key, item in message.items() if key not in ("role", "content")}
                 message = {**message, **others}

@@ -524,6 +524,44 @@ def test_chat_remembers_until_reset(model: str, monkeypatch: pytest.MonkeyPatch)
     assert [message["role"] for message in asked[1]] == ["system", "user", "assistant", "user"]
 
 
+def test_tools_reach_generation_and_chat(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from afina.engine import generate
+
+    given: list[Any] = []
+    monkeypatch.setattr(generate, "render_prompt", lambda *_, tools: given.append(tools) or "one two")
+    schema = {"name": "look", "parameters": {"type": "object"}}
+    (tmp_path / "tools.json").write_text(json.dumps([schema]))
+    flags = ["--max_new_tokens", "2", "--tools", str(tmp_path / "tools.json")]
+    assert run(["generate", model, "--prompt", "x", "--chat", *flags]) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/tool sunny\n"))
+    assert run(["chat", model, *flags, "--json"]) == 0
+    assert given == [({"type": "function", "function": schema},)] * 3
+    assert capsys.readouterr().out.splitlines()[-1] == '{"turns": 2}'
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{", "tools: '{' is no JSON"),
+        ("[]", "holds no tool: expected a list of {type, function}"),
+        ('["look"]', "tools: 1 is a text: expected an object {type, function}"),
+        (None, "cannot be read (No such file or directory): check the path"),
+    ],
+)
+def test_bad_tools(
+    model: str, tmp_path: Path, content: str | None, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tools.json"
+    if content is not None:
+        path.write_text(content)
+    assert run(["generate", model, "--prompt", "x", "--chat", "--tools", str(path)]) == 2
+    assert f"--tools {path}: {found}" in capsys.readouterr().err
+    assert run(["generate", model, "--prompt", "x", "--tools", str(path)]) == 2
+    assert "--tools is for --chat" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- rows: generate --data, eval
 
 

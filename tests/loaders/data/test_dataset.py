@@ -288,9 +288,9 @@ def test_dev_rows_among_the_train_rows_are_refused(
 def test_rows_that_the_chat_template_refuses(tmp_path: Path, prepared: Prepared) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"messages": [{"role": "user", "content": f"{i}"}, *turns[1:]]} for i in range(5)]
-    rows.insert(2, {"messages": [{"role": "tool", "content": "t"}, *turns]})  # this template knows no tools
+    rows.insert(2, {"messages": [turns[0], turns[1] | {"reasoning_content": "hm"}]})  # this template knows no thoughts
     path = write(tmp_path / "a.jsonl", *rows)
-    with pytest.raises(DataError, match=r"a\.jsonl: line 3: .*the roles are system, user and assistant, not tool"):
+    with pytest.raises(DataError, match=r"a\.jsonl: line 3: message 2 .*does not write its reasoning_content"):
         prepared(path)
     data = prepared(path, skip_bad_lines=True)
     assert (data.report["rows"], data.report["bad_lines"], data.report["usable"]) == (6, 1, 5)
@@ -306,6 +306,7 @@ def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path, prepared: 
         {"max_length": 63},
         {"on_long": "truncate"},
         {"train_on_prompt": True},
+        {"roles": ["user"]},
         {"columns": {"prompt": "completion", "completion": "prompt"}},
     ]
     prints = {prepared(path, **change).fingerprint for change in changes}

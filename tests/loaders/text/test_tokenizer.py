@@ -363,8 +363,8 @@ def test_train_bpe(tmp_path: Path) -> None:
     assert tokenizer.render(TALK, add_generation_prompt=True) == (
         "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>中<|end|><|assistant|>"
     )
-    with pytest.raises(DataError, match="the roles are system, user and assistant, not tool"):
-        tokenizer.render([{"role": "tool", "content": "x"}])
+    with pytest.raises(DataError, match="the roles are system, user, assistant and tool, not narrator"):
+        tokenizer.render([{"role": "narrator", "content": "x"}])
     tokenizer.save(tmp_path)
     assert agree(tmp_path).fingerprint() == load_tokenizer(tmp_path).fingerprint()
     assert train_bpe(CORPUS, 320, special, "<|endoftext|>").fingerprint() == tokenizer.fingerprint()
