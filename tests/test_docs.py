@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_settings_lists_every_field_with_its_default_and_other_names() -> None:
     assert len(listed) == len(rows)
     expected = {f.name: (shown(f.default), set(f.metadata["aliases"])) for f in dataclasses.fields(TrainConfig)}
     assert listed == expected
+
+
+def test_conversations_has_the_counts_that_are_tested() -> None:
+    tree = ast.parse((REPO / "tests" / "loaders" / "text" / "test_turns.py").read_text(encoding="utf-8"))
+    counts = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and "RIGHT" in ast.dump(node.targets[0])
+    )
+    text = (REPO / "docs" / "conversations.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (.*?) \| (\d+) \| (\d+) \| ", text, re.MULTILINE)
+    assert [int(right) for _, right, _ in listed] == list(counts.values())
+    assert {int(right) + int(refused) for _, right, refused in listed} == {70}
 
 
 def test_settings_lists_every_schema_and_environment_variable() -> None:

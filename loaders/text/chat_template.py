@@ -330,9 +330,11 @@ class ChatTemplate:
     @cached_property
     def _null_form(self) -> str:
         """How to say that a call has no content: some templates fail on a missing one, or on null, or write "None"."""
-        as_text = self._arguments_as_text
-        texts = {form: self._canary_call(form, as_text=as_text) for form in ("missing", "null")}
-        return next((form for form, text in texts.items() if text is not None and "None" not in text), "empty")
+        forms = ["missing", "null", "empty"]
+        for answered in (False, True):
+            texts = {f: self._canary_call(f, as_text=self._arguments_as_text, answered=answered) for f in forms}
+            forms = [form for form, text in texts.items() if text is not None and "None" not in text] or forms
+        return forms[0]
 
     @cached_property
     def _arguments_as_text(self) -> bool:
@@ -344,14 +346,18 @@ class ChatTemplate:
 
         return not right(self._canary_call("empty", as_text=False)) and right(self._canary_call("empty", as_text=True))
 
-    def _canary_call(self, form: str, *, as_text: bool) -> str | None:
-        """The text of a conversation with a call and no content, or None where the template fails on it."""
+    def _canary_call(self, form: str, *, as_text: bool, answered: bool = False) -> str | None:
+        """The text of a conversation with a call and no content, ``answered`` or not, or None where the template fails
+        on it."""
         call: dict[str, Any] = {"name": "look", "arguments": dict([_CANARY])}
         call = {"id": "call00001", "type": "function", "function": call}
         call = _with_text_arguments(call) if as_text else call
         turns: list[dict[str, Any]] = [{"role": "user", "content": "go"}]
         turns.append({"role": "assistant", "content": None, "tool_calls": [call]})
         self._set_content(turns[1], form)
+        if answered:
+            turns.append({"role": "tool", "content": "seen", "tool_call_id": call["id"], "name": "look"})
+            turns.append({"role": "assistant", "content": "done"})
         try:
             return self._text(turns, self._some_tools, False)
         except DataError:

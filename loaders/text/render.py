@@ -201,7 +201,7 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...], trained: frozenset[int
     for number, role in enumerate(roles):
         if order.count(number) != 1:
             how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
-            raise DataError(f"the chat template of {tokenizer.where} {how}")
+            raise DataError(f"the chat template of {tokenizer.where} {how}: leave it out, or use another template")
     text, found = find_turns(tokenizer, numbered(roles), None, trained)
 
     def mark(position: int) -> tuple[int, int]:
