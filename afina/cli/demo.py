@@ -1,4 +1,4 @@
-"""``afina demo``: the seven steps of fine-tuning, told on the model and data inside the package."""
+"""``afina demo``: the seven steps of fine-tuning, told on data inside the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from afina.cli.options import Parser, Verb
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("name", nargs="?", default="support", metavar="NAME", help="which demo [support]")
+    parser.add_argument("name", nargs="?", default="support", metavar="support|sentiment", help="which demo [support]")
     parser.add_argument("--output_dir", default="out/demo", metavar="DIR", help="run folder [out/demo]")
 
 
@@ -19,4 +19,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return run_demo(args.name, output_dir=args.output_dir, json=args.json)
 
 
-VERB = Verb("the whole story on the model and data inside the package", add_options, run)
+VERB = Verb("the whole story on data inside the package", add_options, run)

@@ -1,4 +1,4 @@
-"""``afina demo``: the seven steps of fine-tuning on the model and data inside the package, told with real numbers.
+"""``afina demo``: the seven steps of fine-tuning on data inside the package, told with real numbers.
 
 Only the telling is the demo's own: the same functions serve ``afina train``, ``eval`` and ``generate``.
 """
@@ -23,6 +23,7 @@ import afina
 from afina.engine.checkpoint import read_json
 from afina.engine.evaluate import exact_match
 from afina.engine.generate import generate_batch
+from afina.engine.methods import choose_trained
 from afina.engine.model import GPT
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import prepare_process
@@ -33,19 +34,49 @@ from afina.errors import ConfigError, RunError, nearest
 from afina.loaders.data.dataset import Data
 from afina.loaders.text.render import Example, render_example
 from afina.loaders.text.tokenizer import Tokenizer, load_tokenizer
+from afina.loaders.weights.package_index import MODELS, fetch
 
 PACKAGED = Path(afina.__file__).resolve().parent / "data"
-DEMOS = {"support": "the customer support of Larkspur, a made-up online shop for house and garden"}
 EXAMPLES = 3  # dev questions shown before and after: the first ones, right or wrong
-NEW_TOKENS = 72  # the longest answer has fewer
 BAR = 24
 
 
-def run_demo(name: str = "support", output_dir: str | Path = "out/demo", json: bool = False) -> dict[str, Any]:
-    """Fine-tune afina-tiny on a data set of the package and tell the story on standard output (not with ``json``).
+@dataclass(frozen=True)
+class _Telling:
+    """What one demo says that another does not. ``new_tokens``: more than the longest answer has."""
 
-    Returns the metrics of the run with exact match before and after, three examples and the seconds of it all. An
-    earlier demo in ``output_dir`` is replaced; anything else there raises RunError. ConfigError: no such demo.
+    title: str
+    opening: str
+    right: str
+    ask: str
+    new_tokens: int
+
+
+DEMOS = {
+    "support": _Telling(
+        title="the customer support of Larkspur, a made-up online shop for house and garden",
+        opening="It has read novels and nothing else. Asked as it is, it goes on like a novel:",
+        right="exactly as the shop would",
+        ask="My teapot arrived broken. What now?",
+        new_tokens=72,
+    ),
+    "sentiment": _Telling(
+        title="a real model learns to tell good reviews from bad ones in one word",
+        opening="It has been trained as an assistant. Asked as it is, it answers as an assistant does:",
+        right="with the right word and nothing else",
+        ask="Is this review positive or negative? Answer with one word. I could have watched it for another hour",
+        new_tokens=16,
+    ),
+}
+
+
+def run_demo(name: str = "support", output_dir: str | Path = "out/demo", json: bool = False) -> dict[str, Any]:
+    """Fine-tune a model on a data set of the package and tell the story on standard output (not with ``json``).
+
+    "support" is for the model inside the package; "sentiment" fetches a real one from the package index, once. Returns
+    the metrics of the run with exact match before and after, three examples and the seconds of it all. An earlier demo
+    in ``output_dir`` is replaced; anything else there raises RunError. ConfigError: no such demo; WeightsError: the
+    model cannot be fetched.
     """
     if name not in DEMOS:
         raise ConfigError(f"there is no demo {name!r}{nearest(name, DEMOS)}; found here: {', '.join(DEMOS)}")
@@ -54,6 +85,8 @@ def run_demo(name: str = "support", output_dir: str | Path = "out/demo", json: b
     config = TrainConfig.resolve(folder / "recipe.yaml", {**files, "output_dir": str(output_dir)})
     _refuse_other_runs(Path(output_dir), config)
     page = Page(quiet=json)
+    if config.model in MODELS:
+        fetch(config.model, progress=page.say)
     with _ShownRun(output_dir) as run_folder:
         return _Demo(name, config, page, run_folder).tell()
 
@@ -94,22 +127,20 @@ class _Demo:
 
     def tell(self) -> dict[str, Any]:
         started = time.perf_counter()
-        page, config = self.page, self.config
+        page, config, telling = self.page, self.config, DEMOS[self.name]
         prepare_process(threads=config.threads, seed=config.seed)
-        page.title(f"Afina demo: {DEMOS[self.name]}")
+        page.title(f"Afina demo: {telling.title}")
 
         page.step(1, "Start from a pretrained model")
         tokenizer, model = self._load()
         dev = [json.loads(line)["messages"] for line in Path(str(config.val_file)).read_text("utf-8").splitlines()]
         prompts, references = [row[:-1] for row in dev], [row[-1]["content"] for row in dev]
         before = self._answers(model, tokenizer, prompts)
-        page.say("It has read novels and nothing else. Asked as it is, it goes on like a novel:")
+        page.say(telling.opening)
         page.quote("question", prompts[0][-1]["content"])
         page.quote("answer", before[0])
         match_before = exact_match(before, references)
-        page.say(
-            f"Of {len(dev)} held-out questions it answers {match_before:.1%} exactly as the shop would (exact match)."
-        )
+        page.say(f"Of {len(dev)} held-out questions it answers {match_before:.1%} {telling.right} (exact match).")
 
         page.step(2, "Collect and clean the data")
         data = self._prepare(tokenizer)
@@ -127,11 +158,14 @@ class _Demo:
         )
 
         page.step(5, "Update the weights")
+        config = choose_trained(config, model)
         run = Run(config, model.train(), tokenizer, data, self.folder, lambda text: None)
         run.begin()
         self.folder.shown = Curve(page, run.total, run.batches.steps_per_epoch)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        what = "all" if config.method == "full" else "none of the model's weights, but those of adapters beside them:"
         page.say(
-            f"AdamW moves all {model.num_parameters():,} weights a little against the gradient of the loss, for "
+            f"AdamW moves {what} {trained:,} weights a little against the gradient of the loss, for "
             f"{config.batch_size * config.gradient_accumulation_steps} rows at a time, at a learning rate that warms "
             f"up to {config.learning_rate:g} and then falls ({config.lr_scheduler_type})."
         )
@@ -183,7 +217,7 @@ class _Demo:
 
     def _answers(self, model: GPT, tokenizer: Tokenizer, prompts: list[Any]) -> list[str]:
         # All rows decode together: at this size a step costs much the same for one row and for two hundred.
-        return generate_batch(model, tokenizer, prompts, batch_size=256, max_new_tokens=NEW_TOKENS)
+        return generate_batch(model, tokenizer, prompts, batch_size=256, max_new_tokens=DEMOS[self.name].new_tokens)
 
     def _prepare(self, tokenizer: Tokenizer) -> Data:
         c, data = self.config, read_data(self.config, tokenizer, progress=False)
@@ -246,7 +280,7 @@ class _Demo:
         page.table(f"Done in {seconds:.0f} s. Go on with:", strong=True)
         for command in (
             f"afina chat {run}",
-            f'afina generate {run} --chat --prompt "My teapot arrived broken. What now?"',
+            f'afina generate {run} --chat --prompt "{DEMOS[self.name].ask}"',
             f"afina eval {run} --data {dev} --task exact_match --base {self.config.model}",
             f"afina export {run} --to hf --output my-model",
             f"afina train --model {self.config.model} --data YOUR.jsonl --output_dir runs/mine",

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from afina.cli import chat, demo, doctor, eval, export, generate, train
+from afina.cli import chat, demo, doctor, eval, export, fetch, generate, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
 
@@ -22,6 +22,7 @@ VERBS: dict[str, Verb] = {
     "chat": chat.VERB,
     "export": export.VERB,
     "doctor": doctor.VERB,
+    "fetch": fetch.VERB,
     "demo": demo.VERB,
 }
 
