@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from afina.engine.weights import load_model as load_model
     from afina.engine.weights import save_model as save_model
     from afina.errors import AfinaError as AfinaError
+    from afina.loaders.text.source import load_tokenizer as load_tokenizer
     from afina.loaders.text.tokenizer import Tokenizer as Tokenizer
-    from afina.loaders.text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
     "AfinaError": "afina.errors",
@@ -41,7 +41,7 @@ _HOME = {
     "finetune": "afina.engine.train",
     "generate": "afina.engine.generate",
     "load_model": "afina.engine.weights",
-    "load_tokenizer": "afina.loaders.text.tokenizer",
+    "load_tokenizer": "afina.loaders.text.source",
     "save_model": "afina.engine.weights",
 }
 

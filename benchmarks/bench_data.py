@@ -57,7 +57,7 @@ def child(engine: str, path: Path, tokenizer_path: str, folder: Path) -> dict[st
     """Run one engine in this process."""
     from afina.loaders.data.dataset import prepare
     from afina.loaders.data.rows import read_rows
-    from afina.loaders.text.tokenizer import load_tokenizer
+    from afina.loaders.text.source import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.encodings(["warm up"], offsets=True)

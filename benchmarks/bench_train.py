@@ -209,7 +209,7 @@ def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
 
     from afina.loaders.data.batches import Batches
     from afina.loaders.data.dataset import prepare
-    from afina.loaders.text.tokenizer import load_tokenizer
+    from afina.loaders.text.source import load_tokenizer
 
     torch.set_num_threads(config["threads"])
     batch = config["batch_size"]

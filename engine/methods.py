@@ -25,7 +25,7 @@ def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
     elif config.method in ADAPTED:
         folder = Path(str(config.model)).expanduser()
         adapter = AdapterConfig(
-            base=str(folder.resolve()) if folder.is_dir() else config.model,
+            base=str(folder.resolve()) if folder.exists() else config.model,
             r=config.lora_r or 0,
             alpha=config.lora_alpha or 0,
             dropout=config.lora_dropout or 0.0,

@@ -15,7 +15,7 @@ from afina.kernels.blockwise import from_blocks
 from afina.kernels.nf4 import NF4State, dequantize_nf4, quantize_nf4
 from afina.loaders.families.common import HFTensor
 from afina.loaders.weights.bitsandbytes import QuantizedTensor, read_quantized
-from afina.loaders.weights.safetensors import SafetensorsFolder
+from afina.loaders.weights.source import Weights
 
 BITS = 4.127  # bits of a weight with double quantisation (kernels/nf4.py)
 
@@ -112,7 +112,7 @@ def shapes_of_nf4(rows: int, width: int, dtype: torch.dtype) -> NF4Weight:
 
 
 def read_nf4(
-    files: SafetensorsFolder,
+    files: Weights,
     tensors: Mapping[str, HFTensor],
     stored: Mapping[str, QuantizedTensor],
     dtype: torch.dtype,
@@ -138,14 +138,14 @@ def read_nf4(
                 packed, state = by_heads(packed, state, tensor)
             except ValueError as problem:
                 raise WeightsError(
-                    f"{files.folder}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
+                    f"{files.path}: tensor {name}: q, k and v of each head lie together and cannot be told apart "
                     f"quantised ({problem}): use the unquantised model, without quantize"
                 ) from problem
         parts.append(Part(tensor.start, tensor.stop, packed, state))
     return NF4Weight(parts)
 
 
-def _stored(files: SafetensorsFolder, stored: QuantizedTensor, device: torch.device) -> tuple[Tensor, NF4State]:
+def _stored(files: Weights, stored: QuantizedTensor, device: torch.device) -> tuple[Tensor, NF4State]:
     """A matrix that the file holds as NF4."""
     found = {name: value.to(device) for name, value in read_quantized(files, stored).items()}
     dtype = getattr(torch, stored.dtype)
@@ -162,7 +162,7 @@ def _stored(files: SafetensorsFolder, stored: QuantizedTensor, device: torch.dev
 
 
 def _quantized(
-    files: SafetensorsFolder, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, dense: bool
+    files: Weights, name: str, tensor: HFTensor, dtype: torch.dtype, device: torch.device, *, dense: bool
 ) -> tuple[Tensor, NF4State | None]:
     """A matrix that the file holds dense, as codes, or with ``dense`` as it is."""
     shape = files.shape(name)
@@ -174,7 +174,7 @@ def _quantized(
         return quantize_nf4(weight)
     except ValueError as problem:  # read with allow_nonfinite
         raise WeightsError(
-            f"{files.folder}: tensor {name} cannot be quantised ({problem}): load it without quantize"
+            f"{files.path}: tensor {name} cannot be quantised ({problem}): load it without quantize"
         ) from problem
 
 

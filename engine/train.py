@@ -40,7 +40,8 @@ from afina.engine.train_config import TrainConfig
 from afina.engine.weights import choose_device, load_model, new_model, save_model
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
-from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer, check_vocab
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 

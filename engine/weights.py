@@ -1,4 +1,5 @@
-"""Models from and to disk, in the HF layout: config.json, safetensors, tokenizer files."""
+"""Models from disk, a folder in the HF layout or a GGUF file, and to disk as a folder: config.json, safetensors,
+tokenizer files."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from afina.loaders.jsonfile import read_json
 from afina.loaders.weights.bitsandbytes import QuantizedTensor, quantized_tensors
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import base_format, find_base, is_adapter
-from afina.loaders.weights.safetensors import Later, SafetensorsFolder, save_tensors
+from afina.loaders.weights.safetensors import Later, save_tensors
+from afina.loaders.weights.source import Weights, open_weights, read_hf_config
 
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
@@ -51,13 +53,13 @@ def load_model(
 ) -> GPT:
     """Load a model in eval mode.
 
-    ``source``: a folder, a run folder (its best model), "afina-tiny" or a hub id. ``dtype``: "float32", "bfloat16",
-    "float16", or "auto": float32 on a CPU, bfloat16 on a GPU. ``device``: "cpu", "cuda", or "auto". ``allow_nonfinite``
-    accepts NaN and Inf. ``quantize``: "nf4" holds the matrices of the layers as NF4 with double quantisation, made of
-    the weights in ``dtype`` (QLoRA's frozen base: they have no gradient), "nf4-bfloat16" and so on of the weights in
-    that dtype; None as the files do, so NF4 where bitsandbytes wrote them, whatever this says. Raises ``WeightsError``
-    and ``ConfigError``. Weights are streamed: the peak is the model itself as it is held, and one buffer; quantising,
-    also one tensor of the file and 50 MB.
+    ``source``: a folder, a run folder (its best model), a GGUF file, "afina-tiny" or a hub id. ``dtype``: "float32",
+    "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU. ``device``: "cpu", "cuda", or "auto".
+    ``allow_nonfinite`` accepts NaN and Inf. ``quantize``: "nf4" holds the matrices of the layers as NF4 with double
+    quantisation, made of the weights in ``dtype`` (QLoRA's frozen base: they have no gradient), "nf4-bfloat16" and so
+    on of the weights in that dtype; None as the files do, so NF4 where bitsandbytes wrote them, whatever this says, but
+    dequantised where a GGUF file has blocks. Raises ``WeightsError`` and ``ConfigError``. Weights are streamed: the
+    peak is the model itself as it is held, and one buffer; quantising, also one tensor of the file and 50 MB.
 
     ``adapter``: a folder, run folder or hub id of an adapter to put on the model. An adapter as ``source`` is put on
     the base that it names; that is loaded as it was in training, so as NF4 for one of QLoRA.
@@ -82,11 +84,11 @@ def load_model(
     kind = choose_dtype(dtype, where)
     published = hf.get("quantization_config") is not None  # and then its own choice of matrices holds
     check_memory(config, kind, where, quantized=published or quantize is not None)
-    files = SafetensorsFolder(folder, allow_nonfinite=allow_nonfinite)
+    files = open_weights(folder, allow_nonfinite=allow_nonfinite)
     model = GPT(config, device="meta", dtype=kind)
     model.hf_config = hf
     stored = quantized_tensors(files, announced=published)
-    table = _match(model, files, folder, stored)
+    table = _match(model, files, stored)
     held = _held_quantized(model, table, stored, everything=quantize is not None and not published)
     for ours in held:
         _layer(model, ours).hold(None)  # it is never dense, not even for a moment
@@ -176,8 +178,9 @@ def hf_tensors(model: GPT, values: Mapping[str, Tensor] | None = None) -> Iterat
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's config, and the contents of its config.json. Raises ``ConfigError``."""
-    hf = read_json(Path(folder) / "config.json")
+    """The model's config, and the contents of its config.json or what its GGUF file says in its place. ``folder`` is
+    what ``resolve`` gave. Raises ``ConfigError``."""
+    hf = read_hf_config(Path(folder))
     return ModelConfig.from_hf(hf), hf
 
 
@@ -220,7 +223,7 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     if needed > memory:
         held = str(dtype).removeprefix("torch.") + (" and nf4" if quantized else "")
         raise ConfigError(
-            f"config.json: {count:,} parameters (hidden_size {config.hidden_size}, {config.num_layers} layers, "
+            f"the config: {count:,} parameters (hidden_size {config.hidden_size}, {config.num_layers} layers, "
             f"vocab_size {config.vocab_size}) take {needed / 1e9:,.1f} GB in {held}, but the {device.type} has "
             f"{memory / 1e9:,.1f} GB: check the sizes, or use a smaller model or dtype"
         )
@@ -272,9 +275,7 @@ def _held_quantized(
     return {ours: tensors for ours, tensors in held.items() if everything or not stored.keys().isdisjoint(tensors)}
 
 
-def _match(
-    model: GPT, files: SafetensorsFolder, folder: Path, stored: Mapping[str, QuantizedTensor]
-) -> dict[str, HFTensor]:
+def _match(model: GPT, files: Weights, stored: Mapping[str, QuantizedTensor]) -> dict[str, HFTensor]:
     """The table by the names that this file uses; ``stored`` are its quantised matrices. Raises ``WeightsError``
     listing all that is missing or too much."""
     family = load_family(model.hf_config)
@@ -292,42 +293,47 @@ def _match(
     parameters = dict(model.named_parameters())
     problems: list[str] = []
 
+    def told(name: str) -> str:
+        return files.spelling(name)
+
     def near(name: str, names: set[str]) -> str:
-        return nearest(name, names) if len(problems) < LISTED else ""  # it is slow, and the rest is not shown
+        # It is slow, and the rest is not shown.
+        return nearest(told(name), map(told, names)) if len(problems) < LISTED else ""
 
     missing, extra = table.keys() - found, found - table.keys()
     for name, tensor in table.items():
         if name in missing:
-            problems.append(f"{name} missing{near(name, extra)}")
+            problems.append(f"{told(name)} missing{near(name, extra)}")
             continue
         rows = parameters[tensor.ours][tensor.start : tensor.stop]
         if name in stored and (rows.dim() != 2 or not tensor.ours.startswith("layers.")):
-            problems.append(f"{name} is quantised, which only the matrices of the layers may be")
+            problems.append(f"{told(name)} is quantised, which only the matrices of the layers may be")
             continue
         # bitsandbytes has (out, in) everywhere: transformers turns what it stores transposed.
         shape = tuple(rows.t().shape if tensor.transpose and name not in stored else rows.shape)
         has = stored[name].shape if name in stored else files.shape(name)
         if has != shape:
-            problems.append(f"{name} has shape {has}, expected {shape}")
+            problems.append(f"{told(name)} has shape {has}, expected {shape}")
     for name in sorted(extra):
         if tied and name == family.head:
             if not _equal(files, name, embedding):
                 problems.append(
-                    f"{name} differs from {embedding}, but config.json ties them: set tie_word_embeddings to false, "
-                    "or remove the copy"
+                    f"{told(name)} differs from {told(embedding)}, but {files.config_name} ties them: set "
+                    "tie_word_embeddings to false, or remove the copy"
                 )
         elif not any(re.search(pattern, name) for pattern in family.ignorable):
-            problems.append(f"{name} unexpected{near(name, missing)}")
+            problems.append(f"{told(name)} unexpected{near(name, missing)}")
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise WeightsError(
-            f"{folder}: the weights differ from config.json (model_type {family.model_type}) in {len(problems)} "
-            f"places: {'; '.join(problems[:LISTED])}{more}: download the model again, or the config that belongs to it"
+            f"{files.path}: the weights differ from {files.config_name} (model_type {family.model_type}) in "
+            f"{len(problems)} places: {'; '.join(problems[:LISTED])}{more}: download the model again, or the config "
+            "that belongs to it"
         )
     return table
 
 
-def _equal(files: SafetensorsFolder, one: str, other: str) -> bool:
+def _equal(files: Weights, one: str, other: str) -> bool:
     """Whether two matrices of the file hold the same, compared in pieces."""
     shape = files.shape(one)
     if shape != files.shape(other) or files.dtype(one) != files.dtype(other) or len(shape) != 2:

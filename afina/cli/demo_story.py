@@ -33,7 +33,8 @@ from afina.engine.weights import load_model
 from afina.errors import ConfigError, RunError, nearest
 from afina.loaders.data.dataset import Data
 from afina.loaders.text.render import Example, render_example
-from afina.loaders.text.tokenizer import Tokenizer, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.weights.package_index import MODELS, fetch
 
 PACKAGED = Path(afina.__file__).resolve().parent / "data"

@@ -88,7 +88,7 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
     from afina.engine.generate import complete, encode_prompt
     from afina.engine.lora import set_adapter
     from afina.loaders.data.rows import read_rows
-    from afina.loaders.text.tokenizer import load_tokenizer
+    from afina.loaders.text.source import load_tokenizer
 
     rows = list(
         read_rows(

@@ -99,7 +99,8 @@ def open_model(args: argparse.Namespace, source: str) -> tuple[GPT, Tokenizer]:
     """The model and its tokenizer, as the options of ``model_options`` ask for, without --adapter."""
     from afina.engine.runtime import prepare_process
     from afina.engine.weights import load_model
-    from afina.loaders.text.tokenizer import check_vocab, load_tokenizer
+    from afina.loaders.text.source import load_tokenizer
+    from afina.loaders.text.tokenizer import check_vocab
 
     dtype, device, threads, allow = (
         option(args, TrainConfig, name) for name in ("dtype", "device", "threads", "allow_nonfinite")

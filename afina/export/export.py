@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -33,11 +34,13 @@ from afina.export.compare import Rows, compare, held_out, logits, without_adapte
 from afina.export.merge import base_of, check_base, merge
 from afina.loaders.jsonfile import read_json
 from afina.loaders.text.gguf_vocab import compare_vocabulary
-from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer, check_vocab
 from afina.loaders.weights.gguf import check_architecture, differences, write_gguf
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile, is_adapter
 from afina.loaders.weights.safetensors import SafetensorsFolder, write_safetensors
+from afina.loaders.weights.source import open_weights
 
 FORMATS: dict[str, tuple[str, ...]] = {  # and the dtypes of each
     "hf": ("auto", *DTYPES),
@@ -208,14 +211,14 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
             dtype = "float16" if dtype == "auto" else dtype
             path = working if place.suffix == ".gguf" else working / f"model-{dtype}.gguf"
             return check | _write_gguf(model, tokenizer, rows, path, dtype)
-        stored = _stored_dtype(holder, hf)
-        target = stored if dtype == "auto" else DTYPES[dtype]
+        stored = _stored_dtypes(holder, hf)
+        target = stored[0] if dtype == "auto" else DTYPES[dtype]
         _write_hf(model, tokenizer, working, target)
         del model
         log("loading what was written")
         found = logits(load_model(working, dtype="float32", device="cpu"), rows)
         likeness = compare(found, expected)
-        as_they_were = target == stored and merged is expected
+        as_they_were = stored == [target] and merged is expected
         limit = SAME if as_they_were else max(ROUNDED[target], check.get("merge_limit", SAME))
         if not likeness.error <= limit:
             raise ExportFailedError(
@@ -320,18 +323,23 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def _stored_dtype(folder: Path, hf: dict[str, Any]) -> torch.dtype:
-    """What the weights are stored in; of quantised ones, what they were before, by config.json."""
+def _stored_dtypes(folder: Path, hf: dict[str, Any]) -> list[torch.dtype]:
+    """What the weights are stored in, most of them first; of quantised ones, what they were before, by config.json, or
+    float32, which holds what the blocks of a GGUF file stand for."""
     if hf.get("quantization_config") is not None:
         named = str(hf.get("dtype") or hf.get("torch_dtype"))
-        return DTYPES.get(named, torch.float32)
-    checkpoint = SafetensorsFolder(folder)
-    commonest = Counter(checkpoint.dtype(name) for name in checkpoint.names()).most_common(1)
-    return commonest[0][0] if commonest and commonest[0][0] in DTYPES.values() else torch.float32
+        return [DTYPES.get(named, torch.float32)]
+    files = open_weights(folder)
+    held: Counter[torch.dtype] = Counter()
+    for name in files.names():
+        held[files.dtype(name)] += math.prod(files.shape(name))
+    found = [dtype for dtype, _ in held.most_common()]
+    return found if found and found[0] in DTYPES.values() else [torch.float32]
 
 
 def _progress(folder: Path) -> Callable[[str], None]:
     """Tells on standard error what is going on, where the weights are so large that it takes more than a moment."""
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) < LARGE:
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    if sum(path.stat().st_size for path in files) < LARGE:
         return lambda text: None
     return lambda text: print(f"{text} ...", file=sys.stderr, flush=True)

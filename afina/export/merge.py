@@ -17,7 +17,7 @@ from afina.engine.linear import Linear
 from afina.engine.model import GPT
 from afina.errors import WeightsError
 from afina.loaders.weights.peft import BASE_HASH, AdapterFile, find_base
-from afina.loaders.weights.safetensors import SafetensorsFolder
+from afina.loaders.weights.source import open_weights
 
 
 class Base(NamedTuple):
@@ -38,7 +38,7 @@ def base_of(folder: Path, base: str | None) -> Base:
 def check_base(folder: Path, base: Base) -> None:
     """Read all the base's files. Raises WeightsError where they are not those that the adapter was trained on: another
     model, a changed one, or one that has the adapter merged in already."""
-    if base.recorded is not None and base.recorded != (found := SafetensorsFolder(base.folder).fingerprint()):
+    if base.recorded is not None and base.recorded != (found := open_weights(base.folder).fingerprint()):
         raise WeightsError(
             f"{base.folder} is not the model that {folder} was trained on (SHA-256 of the weights {found[:12]}, "
             f"recorded {base.recorded[:12]}): another one, a changed one, or one with the adapter merged in already; "

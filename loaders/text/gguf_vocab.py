@@ -14,7 +14,7 @@ import itertools
 import json
 import random
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -363,3 +363,40 @@ def compare_vocabulary(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -
             raise ValueError(f"{path}: the ids of {shown!r} differ: {found}")
         count += 1
     return count
+
+
+# --- TEMPORARY: stands in until the whole of it is here; byte-level BPE only ------------------------------------------
+
+
+def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> Tokenizer:
+    """TEMPORARY. The tokenizer of a GGUF file with a byte-level BPE, of the key-values ``tokenizer.*``."""
+
+    def get(key: str, default: Any = None) -> Any:
+        value = fields.get(f"tokenizer.ggml.{key}", default)
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    if get("model") != "gpt2" or get("pre") not in SPLITTINGS:
+        raise TokenizerError(f"{where}: tokenizer.ggml.model = {get('model')!r}, pre = {get('pre')!r}: not yet")
+    tokens, types, way = get("tokens"), get("token_type"), SPLITTINGS[get("pre")]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": token, "special": kind == CONTROL, **flags}
+        for i, (token, kind) in enumerate(zip(tokens, types))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=way.ignore_merges))
+    backend.pre_tokenizer = _pre_tokenizer(way)
+    state = json.loads(backend.to_str())
+    state["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    state["added_tokens"] = added
+    names = {name: get(f"{key}_token_id") for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    config: dict[str, Any] = {f"{name}_token": tokens[i] for name, i in names.items() if i is not None}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if (template := fields.get("tokenizer.chat_template")) is not None:
+        config["chat_template"] = template
+    files = {"tokenizer.json": json.dumps(state).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    ends = [get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    files["generation_config.json"] = json.dumps({"eos_token_id": [i for i in ends if i is not None]}).encode()
+    return Tokenizer(files, where)

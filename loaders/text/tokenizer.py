@@ -46,16 +46,26 @@ _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Return the tokenizer of a model: a folder, a run folder, a hub id or "afina-tiny". Raises TokenizerError.
+    """The tokenizer of a model in a folder: :func:`afina.loaders.text.source.load_tokenizer` without GGUF files."""
+    return read_tokenizer(tokenizer_place(source))
+
+
+def tokenizer_place(source: str | Path) -> Path:
+    """Where the tokenizer of a model lies: a folder, or a GGUF file. Raises WeightsError for a model that is not there.
 
     A folder that holds tokenizer files and no model (no config.json) is accepted too. An adapter without any has its
     base's.
     """
-    folder = Path(source)
-    if not folder.is_dir() or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        folder = resolve(source)
-        if is_adapter(folder) and not (folder / "tokenizer.json").is_file():
-            folder = find_base(folder)[1]
+    place = Path(source)
+    if not place.is_dir() or not any((place / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        place = resolve(source)
+        if is_adapter(place) and not (place / "tokenizer.json").is_file():
+            place = find_base(place)[1]
+    return place
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer whose files lie in ``folder``. Raises TokenizerError."""
     files: dict[str, bytes] = {}
     for name in (*FILES, "config.json"):
         path = folder / name

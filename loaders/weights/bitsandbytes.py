@@ -26,7 +26,7 @@ from afina.loaders.jsonfile import parse_json, show
 if TYPE_CHECKING:  # the config is read without torch
     from torch import Tensor
 
-    from afina.loaders.weights.safetensors import SafetensorsFolder
+    from afina.loaders.weights.source import Weights
 
 SUPPORTED = "supported are bitsandbytes' nf4 and unquantised models"
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -95,7 +95,7 @@ class QuantizedTensor:
         return [*(f"{self.name}.{part}" for part in parts), f"{self.name}.{STATE}nf4"]
 
 
-def quantized_tensors(files: SafetensorsFolder, *, announced: bool) -> dict[str, QuantizedTensor]:
+def quantized_tensors(files: Weights, *, announced: bool) -> dict[str, QuantizedTensor]:
     """The quantised matrices of a checkpoint by name; only their JSON has been read.
 
     ``announced``: config.json has a quantization_config. Raises WeightsError, one line, where the tensors contradict
@@ -110,20 +110,20 @@ def quantized_tensors(files: SafetensorsFolder, *, announced: bool) -> dict[str,
     if bool(found) != announced:
         weights, config = ("no tensor", "a") if announced else (next(iter(found)), "no")
         raise WeightsError(
-            f"{files.folder}: {weights} is quantised, but config.json has {config} quantization_config: download "
+            f"{files.path}: {weights} is quantised, but config.json has {config} quantization_config: download "
             "the config that belongs to the weights"
         )
     return found
 
 
-def read_quantized(files: SafetensorsFolder, tensor: QuantizedTensor) -> dict[str, Tensor]:
+def read_quantized(files: Weights, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of one matrix, on the CPU: "packed" and those of ``PARTS`` that it has."""
     parts = PARTS if tensor.nested_blocksize is not None else PARTS[:2]
     return {"packed": files.read(tensor.name)} | {part: files.read(f"{tensor.name}.{part}") for part in parts}
 
 
-def _read_state(files: SafetensorsFolder, name: str, state: str, kind: str) -> QuantizedTensor:
-    where = f"{files.folder}: tensor {show(state)}"
+def _read_state(files: Weights, name: str, state: str, kind: str) -> QuantizedTensor:
+    where = f"{files.path}: tensor {show(state)}"
 
     def bad(found: str) -> WeightsError:
         return WeightsError(f"{where}: {found}: download the model again, or quantise it anew")
@@ -163,7 +163,7 @@ def _read_state(files: SafetensorsFolder, name: str, state: str, kind: str) -> Q
     return tensor
 
 
-def _check_parts(files: SafetensorsFolder, tensor: QuantizedTensor) -> None:
+def _check_parts(files: Weights, tensor: QuantizedTensor) -> None:
     count = math.prod(tensor.shape)
     blocks = -(-count // tensor.blocksize)
     nested = tensor.nested_blocksize
@@ -179,6 +179,6 @@ def _check_parts(files: SafetensorsFolder, tensor: QuantizedTensor) -> None:
         found = str(files.dtype(name)).removeprefix("torch."), files.shape(name)
         if found != (dtype, shape):
             raise WeightsError(
-                f"{files.folder}: tensor {show(name)} is {found[0]} {found[1]}, expected {dtype} {shape} for a "
+                f"{files.path}: tensor {show(name)} is {found[0]} {found[1]}, expected {dtype} {shape} for a "
                 f"quantised matrix of shape {tensor.shape}: download the model again"
             )

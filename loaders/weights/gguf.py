@@ -1,16 +1,18 @@
-"""GGUF, the one file of weights, config and vocabulary that llama.cpp and all that is built on it read.
+"""GGUF, the one file of weights, config and vocabulary that llama.cpp and all that is built on it read: both ways.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A file is a list of key-values (the config under
-llama.cpp's names, and the vocabulary: `gguf_vocab.py`), a list of tensors, and their bytes. llama.cpp has the maths of
-each architecture in code, so whatever a config asks for that this code does not compute is refused here: a key that
-nobody reads would give a model that loads and is wrong.
+llama.cpp's names, `gguf_config.py`, and the vocabulary, `gguf_vocab.py`), a list of tensors, and their bytes
+(`gguf_file.py` reads them). Here each tensor's name and what llama.cpp's converter does to its values stand beside the
+way back.
 
-The `gguf` package writes the format; it is imported when a file is written or read, not before.
+The `gguf` package writes the format and takes blocks of quantised numbers apart; it is imported when that is done, not
+before.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -23,8 +25,13 @@ from torch import Tensor
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.loaders.families.common import Fields
 from afina.loaders.families.registry import load_family
+from afina.loaders.jsonfile import show
 from afina.loaders.text.gguf_vocab import gguf_package, write_vocabulary
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab
+from afina.loaders.weights.gguf_config import ARCHITECTURES, architecture_of, read_config, write_config
+from afina.loaders.weights.gguf_file import PLAIN, GGUFFile
+from afina.loaders.weights.gguf_rope import ROPE_FACTORS, rope_factors
+from afina.loaders.weights.stream import SAMPLE
 
 # The dtypes a file can be asked for -> the names of the format.
 DTYPES = {
@@ -34,30 +41,26 @@ DTYPES = {
     "q8_0": "Q8_0",
 }
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The largest magnitude that a dtype holds; a block of Q8_0 is 32 bytes from -127 to 127 and their scale, in float16.
 _LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}
 
-# model_type -> llama.cpp's architecture. Mistral is Llama there.
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gpt2": "gpt2",
-}
-_ROPES = {
-    "llama": ("default", "linear", "llama3", "yarn"),
-    "qwen2": ("default", "linear", "yarn"),
-    "qwen3": ("default", "linear", "yarn"),
-    "gemma2": ("default", "linear"),
-    "gemma3": ("default", "linear"),
-}
-# Gemma's attention scale is not in the file: llama.cpp knows the 27B models by their number of layers.
-_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-_SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # without a list in the file, every so manieth layer is full
+# HF's names -> llama.cpp's, without ".weight" and ".bias": outside of the layers, and of a layer's parts.
+_OUTER = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
+}  # fmt: skip
+_PARTS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_1": "attn_norm", "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+_GEMMA_PARTS = _PARTS | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
 
 COMPARED_ROWS = 64  # of a matrix, when a file is compared with what it was made of
 
@@ -88,21 +91,18 @@ def write_gguf(
     arch = architecture_of(hf_config, fields)
     check_vocab(tokenizer, fields["vocab_size"])
     expected = {tensor.name for tensor in family.tensors(fields)}
-    names = gguf.get_tensor_name_map(
-        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), fields["num_layers"]
-    )
 
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[DTYPES[dtype]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _write_config(gguf, writer, arch, fields)
+    write_config(gguf, writer, arch, fields)
     write_vocabulary(gguf, writer, tokenizer, fields["vocab_size"])
 
     kinds: dict[str, str] = {}
     shapes = {name: converted(arch, fields, name, x.to("meta")).shape for name, x in tensors()}
-    if factors := _rope_factors(fields):
-        writer.add_tensor_info("rope_freqs.weight", (len(factors),), np.dtype(np.float32), 4 * len(factors))
+    if factors := rope_factors(fields):
+        writer.add_tensor_info(ROPE_FACTORS, (len(factors),), np.dtype(np.float32), 4 * len(factors))
     if shapes.keys() != expected:
         one = min(shapes.keys() ^ expected)
         what = "is missing" if one in expected else "belongs to no such model"
@@ -111,9 +111,10 @@ def write_gguf(
         kind = kinds[name] = _kind(DTYPES[dtype], name, shape)
         quantization = gguf.GGMLQuantizationType[kind]
         block, size = gguf.GGML_QUANT_SIZES[quantization]
-        theirs = names.get_name(name, (".weight", ".bias"))
         nbytes = shape.numel() // block * size
-        writer.add_tensor_info(theirs, tuple(shape), np.dtype(np.float32), nbytes, raw_dtype=quantization)
+        writer.add_tensor_info(
+            their_name(arch, name), tuple(shape), np.dtype(np.float32), nbytes, raw_dtype=quantization
+        )
 
     try:
         with closing(writer):
@@ -138,17 +139,133 @@ def write_gguf(
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
+def their_name(arch: str, name: str) -> str:
+    """llama.cpp's name of a tensor that HF calls ``name``."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _OUTER:
+        return f"{_OUTER[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{(_GEMMA_PARTS if arch.startswith('gemma') else _PARTS)[part]}.{kind}"
+
+
 def converted(arch: str, fields: Fields, name: str, x: Tensor) -> Tensor:
-    """A tensor of the file as llama.cpp wants it: another order of rows, the transpose, or norm weights plus one."""
-    if arch == "gpt2" and ".c_" in name and name.endswith(".weight"):
-        return x.t()  # HF's Conv1D stores (in, out)
+    """A tensor of HF's as llama.cpp wants it: another order of rows, the transpose, or norm weights plus one."""
+    if _is_transposed(arch, name):
+        return x.t()
+    if _is_plus_one(arch, name):
+        return x.float() + 1
+    heads = _turned_heads(arch, fields, name)
+    return x if heads is None else _in_their_order(x, heads).flatten(0, 2)
+
+
+def _is_transposed(arch: str, name: str) -> bool:
+    return arch == "gpt2" and ".c_" in name and name.endswith(".weight")  # HF's Conv1D stores (in, out)
+
+
+def _is_plus_one(arch: str, name: str) -> bool:
+    return arch.startswith("gemma") and name.endswith("norm.weight")  # HF multiplies by 1 + w
+
+
+def _turned_heads(arch: str, fields: Fields, name: str) -> int | None:
+    """How many heads a matrix or bias of q or k has, where llama.cpp has their rows in another order; else None."""
     if arch == "llama" and any(f".{p}_proj." in name for p in "qk"):
-        # Its RoPE turns neighbours (0, 1), (2, 3), ...; HF's turns the halves (0, D/2), (1, D/2 + 1), ...
-        heads = fields["num_heads" if ".q_proj." in name else "num_kv_heads"]
-        return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    if arch.startswith("gemma") and name.endswith("norm.weight"):
-        return x.float() + 1  # HF multiplies by 1 + w
-    return x
+        return int(fields["num_heads" if ".q_proj." in name else "num_kv_heads"])
+    return None
+
+
+def _in_their_order(x: Tensor, heads: int) -> Tensor:
+    """A view of HF's rows (heads * D, ...) in llama.cpp's order (heads, D / 2, 2, ...), which may be written to: its
+    RoPE turns neighbours (0, 1), (2, 3), ...; HF's turns the halves (0, D/2), (1, D/2 + 1), ..."""
+    return x.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+
+
+class GGUFWeights:
+    """The weights of a GGUF file under HF's names, in HF's shapes and order; see ``source.Weights``.
+
+    A tensor that belongs to no such model keeps the file's name. Raises WeightsError and ConfigError.
+    """
+
+    config_name = "its keys"
+
+    def __init__(self, path: Path, *, allow_nonfinite: bool = False) -> None:
+        self.path = Path(path)
+        self.file = GGUFFile(self.path)
+        self._finite = not allow_nonfinite
+        hf = read_config(self.file)
+        family = load_family(hf)
+        self._fields = family.config_fields(hf)
+        self._arch = ARCHITECTURES[hf["model_type"]]
+        known = [tensor.name for tensor in family.tensors(self._fields)]
+        self._theirs = {name: their_name(self._arch, name) for name in [*known, family.head]}
+        ours = {theirs: name for name, theirs in self._theirs.items()}
+        read = {ROPE_FACTORS} if self._arch == "llama" else set()  # by the config
+        self._names = {ours.get(name, name): name for name in self.file.names() if name not in read}
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._names)
+
+    def spelling(self, name: str) -> str:
+        """Return the file's own name of a tensor, there or not."""
+        return self._theirs.get(name, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor as HF has it."""
+        shape = self.file.shape(self._stored(name))
+        return shape[::-1] if _is_transposed(self._arch, name) else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor in the file, float32 where it is quantised."""
+        return self.file.dtype(self._stored(name))
+
+    def _stored(self, name: str) -> str:
+        if name not in self._names:
+            raise WeightsError(f"{self.path}: holds no tensor {show(name)}{nearest(name, self._names)}: check the name")
+        return self._names[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, in HF's shape and the file's dtype."""
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor, *, rows: slice | None = None, transpose: bool = False) -> None:
+        """Fill ``out`` as :meth:`SafetensorsFolder.read_into` does. Raises ValueError for rows that do not lie together
+        in the file, which the layers of some architectures have."""
+        stored, arch = self._stored(name), self._arch
+        turned = _is_transposed(arch, name)
+        heads = _turned_heads(arch, self._fields, name)
+        if (turned and rows is not None) or (heads is not None and (transpose or rows is not None)):
+            raise ValueError(f"{name}: {'rows' if rows is not None else 'columns'} do not lie together in a GGUF file")
+        if heads is not None and out.shape == self.file.shape(stored):
+            out = _in_their_order(out.detach(), heads)
+        self.file.read_into(
+            stored,
+            out,
+            rows=rows,
+            transpose=transpose != turned,
+            finite=self._finite,
+            add=-1.0 if _is_plus_one(arch, name) else 0.0,
+        )
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of all names, types, shapes and bytes."""
+        return self._digest(None)
+
+    def sample(self) -> str:
+        """Return the SHA-256 (hex) of all names, types and shapes, and of the first SAMPLE bytes of each tensor."""
+        return self._digest(SAMPLE)
+
+    def _digest(self, limit: int | None) -> str:
+        digest = hashlib.sha256()
+        for name in self.file.names():
+            digest.update(json.dumps([name, self.file.kind(name), self.file.shape(name)]).encode())
+            pieces = self.file.stored(name) if limit is None else self.file.stored(name, limit)
+            for piece in pieces:
+                digest.update(piece)
+                if limit is not None:
+                    break
+        return digest.hexdigest()
 
 
 def _kind(kind: str, name: str, shape: torch.Size) -> str:
@@ -164,117 +281,8 @@ def _array(gguf: Any, x: Tensor, kind: str, name: str) -> np.ndarray[Any, Any]:
     if kind == "Q8_0":
         quantized: np.ndarray[Any, Any] = gguf.quants.quantize(x.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
         return quantized
-    x = x.to(_TORCH[kind]).contiguous()
+    x = x.to(PLAIN[kind]).contiguous()
     return x.view(torch.int16).numpy() if kind == "BF16" else x.numpy()  # numpy has no bfloat16
-
-
-def _rope_factors(fields: Fields) -> list[float]:
-    """What llama.cpp divides the angle of each pair by: Llama 3.1's scaling, which is no key of the format."""
-    rope = fields["ropes"][0] if fields.get("ropes") else {}
-    if rope.get("kind") != "llama3":
-        return []
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    factors = []
-    for i in range(0, rope["dim"], 2):
-        turns = rope["original_max_positions"] / (2 * math.pi * rope["theta"] ** (i / rope["dim"]))
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-        factors.append(1 / ((1 - smooth) / factor + smooth))
-    return factors
-
-
-# --- Config -----------------------------------------------------------------------------------------------------------
-
-
-def architecture_of(hf: Mapping[str, Any], fields: Fields) -> str:
-    """llama.cpp's name of the architecture. Raises ConfigError for what its code does not compute."""
-    model_type = hf["model_type"]
-    if model_type not in ARCHITECTURES:
-        mend = "export with --to hf and convert that with llama.cpp's convert_hf_to_gguf.py"
-        raise ConfigError(f"config.json: model_type = {model_type!r}: gguf is for {', '.join(ARCHITECTURES)}: {mend}")
-    arch = ARCHITECTURES[model_type]
-    for problem in _not_computed(arch, hf, fields):
-        raise ConfigError(f"config.json ({model_type}): {problem}: export with --to hf, which transformers loads")
-    return arch
-
-
-def _not_computed(arch: str, hf: Mapping[str, Any], fields: Fields) -> Iterator[str]:
-    """Each setting that llama.cpp's code for the architecture does not follow, in words."""
-    gemma = arch.startswith("gemma")
-    windows = {window for window in fields["layer_windows"] if window and window < fields["max_positions"]}
-    if windows and not gemma:
-        window = min(windows)
-        mend = f"setting max_position_embeddings to {window} keeps what it computes up to there"
-        yield f"sliding_window = {window}: llama.cpp's {arch} attends to all of the context ({mend})"
-    for rope in fields.get("ropes", ()):
-        if rope["kind"] not in _ROPES[arch]:
-            yield f"RoPE of type {rope['kind']!r}: llama.cpp's {arch} knows {', '.join(_ROPES[arch])}"
-        if rope["kind"] == "yarn" and (rope["beta_fast"], rope["beta_slow"], rope["truncate"]) != (32.0, 1.0, True):
-            yield f"YaRN with other than beta_fast 32, beta_slow 1, truncate true: llama.cpp's {arch} reads none"
-    if arch == "gemma3" and fields["ropes"][1]["kind"] != "default":
-        yield "scaled RoPE in sliding layers: llama.cpp's gemma3 scales the full ones only"
-    if arch not in ("llama", "gpt2") and fields.get("o_bias"):
-        yield f"attention_bias = true: llama.cpp's {arch} adds none after attention"
-    if arch == "qwen2" and fields["num_heads"] * fields["head_dim"] != fields["hidden_size"]:
-        yield f"head_dim = {fields['head_dim']}: llama.cpp's qwen2 takes hidden_size / num_attention_heads"
-    if arch == "gpt2" and fields["activation"] != "gelu_tanh":
-        yield f"activation_function = {hf['activation_function']!r}: llama.cpp's gpt2 computes gelu_new"
-    if arch == "gpt2" and fields["attention_scale"] is not None:
-        yield "scale_attn_weights = false: llama.cpp's gpt2 scales the scores"
-    if gemma:
-        big = fields["num_layers"] == _GEMMA_27B[arch]
-        size = fields["hidden_size"] // fields["num_heads"] if big else fields["head_dim"]
-        if not math.isclose(fields["attention_scale"], size**-0.5, rel_tol=1e-6):
-            wanted = round(fields["attention_scale"] ** -2)
-            yield f"query_pre_attn_scalar = {wanted}: llama.cpp's {arch} of this size computes with {size}"
-    if arch == "gemma2":
-        for key, name in (("attention_softcap", "attn_logit"), ("logit_softcap", "final_logit")):
-            if fields[key] is None:
-                yield f"{name}_softcapping = None: llama.cpp's gemma2 always caps"
-        if not fields["tie_embeddings"]:
-            yield "tie_word_embeddings = false: llama.cpp's gemma2 has no output matrix of its own"
-
-
-def _write_config(gguf: Any, writer: Any, arch: str, fields: Fields) -> None:
-    """The key-values that llama.cpp builds the model from."""
-    writer.add_context_length(fields["max_positions"])
-    writer.add_embedding_length(fields["hidden_size"])
-    writer.add_block_count(fields["num_layers"])
-    writer.add_feed_forward_length(fields["intermediate_size"])
-    writer.add_head_count(fields["num_heads"])
-    writer.add_vocab_size(fields["vocab_size"])
-    if arch == "gpt2":
-        writer.add_layer_norm_eps(fields["norm_eps"])
-        return
-    writer.add_layer_norm_rms_eps(fields["norm_eps"])
-    writer.add_head_count_kv(fields["num_kv_heads"])
-    writer.add_key_length(fields["head_dim"])
-    writer.add_value_length(fields["head_dim"])
-    writer.add_rope_dimension_count(fields["head_dim"])
-
-    rope = fields["ropes"][0]
-    writer.add_rope_freq_base(rope["theta"])
-    if rope["kind"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["kind"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["kind"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_positions"])
-        # llama.cpp multiplies cos and sin by YaRN's own factor and by this one.
-        own = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / own)
-
-    if arch in _SLIDING_PERIOD:
-        slides = [window is not None for window in fields["layer_windows"]]
-        if any(slides):
-            writer.add_sliding_window(max(filter(None, fields["layer_windows"])))
-        period = _SLIDING_PERIOD[arch]
-        if slides != [(i + 1) % period != 0 for i in range(len(slides))] and (any(slides) or arch == "gemma2"):
-            writer.add_sliding_window_pattern(slides)
-        if fields.get("attention_softcap"):
-            writer.add_attn_logit_softcapping(fields["attention_softcap"])
-        if fields["logit_softcap"]:
-            writer.add_final_logit_softcapping(fields["logit_softcap"])
-    if arch == "gemma3":
-        writer.add_rope_freq_base_swa(fields["ropes"][1]["theta"])
 
 
 # --- Check ------------------------------------------------------------------------------------------------------------
@@ -303,21 +311,20 @@ def differences(
 
     Raises WeightsError for a tensor that the file lacks or has in another shape.
     """
-    gguf = gguf_package()
     fields = load_family(hf_config).config_fields(hf_config)
     arch = ARCHITECTURES[hf_config["model_type"]]
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = gguf.get_tensor_name_map(number, fields["num_layers"])
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    file = GGUFFile(path)
     for name, tensor in tensors:
-        found = stored.get(names.get_name(name, (".weight", ".bias")))
+        stored = their_name(arch, name)
         wanted = converted(arch, fields, name, tensor)
-        shape = () if found is None else tuple(reversed(found.shape.tolist()))
-        if found is None or shape != tuple(wanted.shape):
+        shape = file.shape(stored) if stored in file.entries else ()
+        if shape != tuple(wanted.shape):
             raise WeightsError(f"{path}: {name} has shape {shape}, expected {tuple(wanted.shape)}: write it again")
-        step = max(1, wanted.shape[0] // COMPARED_ROWS) if wanted.dim() > 1 else 1
-        expected = wanted[::step].float().cpu()
-        values = torch.tensor(gguf.quants.dequantize(found.data[::step], found.tensor_type)).view_as(expected)
-        largest = expected.abs().max()
-        error = (values - expected).abs().max() / largest if largest > 0 else values.abs().max()
-        yield Difference(name, found.tensor_type.name, float(error))
+        step = max(1, shape[0] // COMPARED_ROWS) if len(shape) > 1 else shape[0]
+        error = largest = 0.0
+        for first in range(0, shape[0], step):
+            some = slice(first, first + 1 if len(shape) > 1 else None)
+            expected = wanted[some].float().cpu()
+            error = max(error, float((file.read(stored, some).float() - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+        yield Difference(name, file.kind(stored), error / largest if largest > 0 else error)

@@ -24,11 +24,19 @@ from torch import Tensor
 from afina.durable import open_file
 from afina.errors import WeightsError, nearest
 from afina.loaders.jsonfile import parse_json, read_json, show
+from afina.loaders.weights.stream import (
+    PIECE,
+    SAMPLE,
+    as_bytes,
+    consecutive,
+    pieces,
+    read_bytes,
+    stored_bytes,
+    stream,
+)
 
 MAX_HEADER = 16 * 2**20
 MAX_TENSORS = 100_000
-PIECE = 4 * 2**20  # bytes that are read, checked and converted at a time
-SAMPLE = 4096
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # In the order in which the format's own library lays tensors out: wide first, so that all stay aligned.
@@ -148,59 +156,27 @@ class SafetensorsFile:
         """Fill ``out`` with a tensor of the file. See :meth:`Checkpoint.read_into`; ``finite``: refuse NaN and Inf."""
         dtype, shape, offset = self.entries[name]
         if rows is not None:
-            first, last, step = rows.indices(shape[0])
-            if step != 1 or last < first:
-                raise ValueError(f"rows must be a slice of consecutive rows, got {rows}")
+            first, last = consecutive(rows, shape[0])
             offset += first * math.prod(shape[1:]) * dtype.itemsize
             shape = (last - first, *shape[1:])
-        out = out.detach().t() if transpose else out.detach()
-        if out.numel() != math.prod(shape) or tuple(out.shape[out.dim() - len(shape) + 1 :]) != shape[1:]:
-            wanted = f"{'its transpose of shape' if transpose else 'shape'} {tuple(out.shape)} was expected"
-            raise self._bad(f"tensor {show(name)} has shape {shape} where {wanted}", "config.json is of another model?")
-        if dtype != out.dtype and not (dtype.is_floating_point and out.dtype.is_floating_point):
-            raise self._bad(
-                f"tensor {show(name)} is {dtype} where {out.dtype} was expected", "load unquantised weights"
-            )
-
-        narrower = dtype != out.dtype and torch.finfo(out.dtype).max < torch.finfo(dtype).max
-        buffer = torch.empty(min(PIECE, out.numel() * dtype.itemsize), dtype=torch.uint8)
-        done = 0
         with self._open(offset) as file:
-            for piece in _pieces(out, PIECE // max(dtype.itemsize, out.itemsize)):
-                source = piece
-                if dtype != out.dtype or piece.device.type != "cpu" or not piece.is_contiguous():
-                    source = buffer[: piece.numel() * dtype.itemsize].view(dtype).view(piece.shape)
-                self._fill(file, source)
-                if finite and (bad := _first_not_finite(source)) is not None:
-                    mend = "load a sound copy, or accept it with --allow-nonfinite"
-                    raise self._bad(f"tensor {show(name)} holds NaN or Inf (first at element {done + bad:,})", mend)
-                if dtype == torch.bool and source.numel() and int(source.view(torch.uint8).max()) > 1:
-                    raise self._bad(f"tensor {show(name)} is BOOL but holds bytes other than 0 and 1")
-                if source is not piece:
-                    piece.copy_(source)
-                    if finite and narrower and _first_not_finite(piece) is not None:
-                        mend = "load it as bfloat16 or float32"
-                        raise self._bad(f"tensor {show(name)} holds values too large for {out.dtype}", mend)
-                done += piece.numel()
+            stream(
+                out,
+                lambda target: read_bytes(file, as_bytes(target), self._bad),
+                name=name,
+                shape=shape,
+                dtype=dtype,
+                transpose=transpose,
+                finite=finite,
+                bad=self._bad,
+                limit=PIECE,
+            )
 
     def stored(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of a tensor as they lie in the file, at most ``limit`` at a time, all in one buffer."""
         dtype, shape, offset = self.entries[name]
-        size = math.prod(shape) * dtype.itemsize
-        buffer = torch.empty(min(limit, size), dtype=torch.uint8)
         with self._open(offset) as file:
-            for start in range(0, size, limit):
-                piece = buffer[: size - start]
-                self._fill(file, piece)
-                yield memoryview(_bytes(piece))
-
-    def _fill(self, file: FileIO, piece: Tensor) -> None:
-        left = memoryview(_bytes(piece))
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise self._bad("ended while it was being read", "it changed meanwhile, load it again")
-            left = left[count:]
+            yield from stored_bytes(file, math.prod(shape) * dtype.itemsize, self._bad, limit)
 
 
 class SafetensorsFolder:
@@ -211,17 +187,19 @@ class SafetensorsFolder:
     ``allow_nonfinite``: read NaN and Inf instead of refusing them. Raises WeightsError.
     """
 
+    config_name = "config.json"
+
     def __init__(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
-        self.folder = Path(folder)
+        self.path = Path(folder)
         self._finite = not allow_nonfinite
         self._home: dict[str, SafetensorsFile] = {}
-        if os.path.lexists(self.folder / SINGLE):
-            file = SafetensorsFile(_inside(self.folder, SINGLE))
+        if os.path.lexists(self.path / SINGLE):
+            file = SafetensorsFile(_inside(self.path, SINGLE))
             self._home = dict.fromkeys(file.entries, file)
-        elif os.path.lexists(self.folder / INDEX):
-            self._open_shards(self.folder / INDEX)
+        elif os.path.lexists(self.path / INDEX):
+            self._open_shards(self.path / INDEX)
         else:
-            raise WeightsError(_nothing_found(self.folder))
+            raise WeightsError(_nothing_found(self.path))
 
     def _open_shards(self, index: Path) -> None:
         weight_map = read_json(index, error=WeightsError, max_bytes=MAX_HEADER).get("weight_map")
@@ -232,7 +210,7 @@ class SafetensorsFolder:
         if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
             raise WeightsError(f'{index}: "weight_map" gives no file name for {show(wrong[0])}: download it again')
         for shard in sorted(set(weight_map.values())):
-            file = SafetensorsFile(_inside(self.folder, shard, index))
+            file = SafetensorsFile(_inside(self.path, shard, index))
             for name in file.entries:
                 if (place := weight_map.get(name)) != shard:
                     says = "does not list" if place is None else f"places in {show(place)}"
@@ -246,12 +224,16 @@ class SafetensorsFolder:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._home:
-            raise WeightsError(f"{self.folder}: holds no tensor {name!r}{nearest(name, self._home)}")
+            raise WeightsError(f"{self.path}: holds no tensor {name!r}{nearest(name, self._home)}")
         return self._home[name]
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
         return sorted(self._home)
+
+    def spelling(self, name: str) -> str:
+        """Return the file's own name of a tensor: the same."""
+        return name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor as the file stores it."""
@@ -379,36 +361,8 @@ def save_tensors(
 
 
 def _write(file: BinaryIO, x: Tensor) -> None:
-    for piece in _pieces(x.detach(), PIECE // x.itemsize):
-        file.write(_bytes(piece.cpu().contiguous()))
-
-
-def _pieces(x: Tensor, limit: int) -> Iterator[Tensor]:
-    """Yield views of ``x`` that cover it in row-major order, each of at most ``limit`` elements."""
-    if x.is_contiguous():
-        yield from x.view(-1).split(limit)
-    elif x.dim() > 1 and (inner := x[0].numel()) > limit:
-        for row in x:
-            yield from _pieces(row, limit)
-    else:
-        yield from x.split(limit // inner if x.dim() > 1 else limit)
-
-
-def _bytes(x: Tensor) -> Any:
-    """Return the memory of a contiguous CPU tensor as a flat array of bytes."""
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy()  # x.view(-1) keeps the stride of one element
-
-
-def _first_not_finite(x: Tensor) -> int | None:
-    """Return the index in row-major order of the first NaN or Inf, None when all are finite."""
-    if not (x.is_floating_point() or x.is_complex()):
-        return None
-    if x.dtype.itemsize == 1:
-        x = x.float()
-    if x.sum().isfinite():  # one cheap pass: NaN and Inf survive a sum; a large sum may overflow, so look again
-        return None
-    bad = x.isfinite().logical_not().flatten().nonzero()
-    return int(bad[0]) if len(bad) else None
+    for piece in pieces(x.detach(), PIECE // x.itemsize):
+        file.write(as_bytes(piece.cpu().contiguous()))
 
 
 def _inside(folder: Path, name: str, index: Path | None = None) -> Path:

@@ -20,7 +20,7 @@ from afina.engine.evaluate import evaluate_loss
 from afina.engine.train import read_data
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
-from afina.loaders.text.tokenizer import load_tokenizer
+from afina.loaders.text.source import load_tokenizer
 from afina.loaders.weights.peft import CONFIG, WEIGHTS
 from afina.loaders.weights.safetensors import read_safetensors, write_safetensors
 

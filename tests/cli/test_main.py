@@ -568,7 +568,7 @@ def test_bad_tools(
 def test_generate_rows(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from afina.engine.generate import generate
     from afina.engine.weights import load_model
-    from afina.loaders.text.tokenizer import load_tokenizer
+    from afina.loaders.text.source import load_tokenizer
 
     rows = [
         {"id": 7, "prompt": "one two", "completion": " three"},
@@ -683,7 +683,7 @@ def test_eval_counts_every_token_once(model: str, rows: str, capsys: pytest.Capt
 def test_eval_with_a_task_and_a_base(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from afina.engine.generate import generate_batch
     from afina.engine.weights import load_model
-    from afina.loaders.text.tokenizer import load_tokenizer
+    from afina.loaders.text.source import load_tokenizer
 
     prompts = [f"one two {i}\n" for i in range(6)]
     said = generate_batch(load_model(model), load_tokenizer(model), prompts, max_new_tokens=30)

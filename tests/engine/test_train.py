@@ -27,7 +27,7 @@ from afina.kernels.attention import attention
 from afina.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
 from afina.loaders.data.batches import Batches
 from afina.loaders.data.dataset import prepare
-from afina.loaders.text.tokenizer import load_tokenizer
+from afina.loaders.text.source import load_tokenizer
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "password", "settings", "page", "card", "one")
 

@@ -28,7 +28,7 @@ from afina.export.compare import Rows, compare, held_out, logits
 from afina.export.export import READ_BACK, export
 from afina.export.merge import merge
 from afina.loaders.data.dataset import prepare
-from afina.loaders.text.tokenizer import load_tokenizer
+from afina.loaders.text.source import load_tokenizer
 from afina.loaders.weights.gguf import differences
 from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile
 from afina.loaders.weights.safetensors import read_safetensors, write_safetensors

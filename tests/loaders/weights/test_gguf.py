@@ -20,7 +20,8 @@ from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, load_model, new_model
 from afina.errors import ConfigError, TokenizerError, WeightsError
 from afina.loaders.text.gguf_vocab import read_vocabulary
-from afina.loaders.text.tokenizer import Tokenizer, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.weights.gguf import write_gguf
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
