@@ -14,6 +14,7 @@ from pathlib import Path
 from afina.durable import cache_folder, publish
 from afina.errors import WeightsError, nearest
 from afina.loaders.jsonfile import show
+from afina.loaders.weights.package_index import MODELS, fetched
 
 BUILT_IN = "afina-tiny"
 # Weights, configs, tokenizers and templates of the repository's top folder; never code or pickles.
@@ -27,7 +28,7 @@ def resolve(source: str | Path) -> Path:
 
     ``source``: a folder with config.json (or an adapter's, with adapter_config.json); a run folder (its best model); a
     GGUF file, a folder with one and no config.json, or a zip archive (a wheel, say) with one, which is unpacked into
-    the cache folder; "afina-tiny"; or "owner/name", with a branch, tag or commit as "owner/name@revision". What is on
+    the cache folder; "afina-tiny"; a model that `afina fetch` has fetched; or "owner/name", with a branch, tag or commit as "owner/name@revision". What is on
     the disk wins over a hub name. A GGUF file is known by its name or its first bytes, and not opened further. Raises
     WeightsError.
     """
@@ -39,7 +40,11 @@ def resolve(source: str | Path) -> Path:
             return _file(path)
         if str(source) == BUILT_IN:
             return Path(str(importlib.resources.files("afina"))) / "data" / BUILT_IN
-        near = nearest(path.name, [BUILT_IN, *(os.listdir(path.parent) if path.parent.is_dir() else ())])
+        if (name := str(source)) in MODELS:
+            if (fetched_file := fetched(name)) is None:
+                raise WeightsError(f"{name}: is not on this machine yet: run `afina fetch {name}`")
+            return fetched_file
+        near = nearest(path.name, [BUILT_IN, *MODELS, *(os.listdir(path.parent) if path.parent.is_dir() else ())])
     except (OSError, RuntimeError) as problem:  # RuntimeError: ~name of no user
         reason = getattr(problem, "strerror", None) or problem
         raise WeightsError(

@@ -172,6 +172,15 @@ def test_a_call_its_result_and_the_answer(name: str) -> None:
     assert [row.text[start:end] for start, end in row.spans] == list(GOLDEN[name])
 
 
+def test_a_turn_that_the_prompt_does_not_open_is_learnt_from_behind_its_header() -> None:
+    """Behind a turn of the assistant some templates write no generation prompt; the header is not the model's."""
+    templates = real_files.chat_templates()
+    for name, end in (("GigaChat3-10B-A1.8B", "<|message_sep|>"), ("Reka-Edge", "\n\n<sep>")):
+        row = render_example(template_tokenizer(templates[name]), example("two turns in a row"))
+        learnt = [row.text[start:stop].strip() for start, stop in row.spans]
+        assert learnt == [f"{which} answer{end}" for which in ("first", "second", "third")]
+
+
 def test_thoughts_of_the_last_turn_are_learnt_and_none_is_lost_silently() -> None:
     thinks = template_tokenizer(real_files.chat_templates()["Qwen-Qwen3-0.6B"])
     row = render_example(thinks, example("reasoning in two turns"))
@@ -226,6 +235,7 @@ def test_control_tokens_in_calls_and_tools_stay_data() -> None:
     found = [tokenizer.special_pattern.findall(row.text) for row in (clean, attacked)]
     assert found[0] == found[1]
     assert "< |im_end|>" in attacked.text
+    assert tokenizer.special_pattern.findall(tokenizer.render(messages, tools=tools)) == found[0]
 
 
 def test_what_a_template_leaves_out_is_named() -> None:
