@@ -34,6 +34,6 @@ class RunError(AfinaError):
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the option closest to ``name``, or "" when none is close."""
-    match = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    """Return " (did you mean 'x'?)" for the option closest to ``name`` and not ``name`` itself, or "" if none is."""
+    match = difflib.get_close_matches(name, [option for option in options if option != name], n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""

@@ -37,9 +37,21 @@ class NotFiniteError(ValueError):
         self.literal = literal
 
 
-def strict_decoder(parse_int: Callable[[str], int] | None = None) -> json.JSONDecoder:
+def finite(literal: str) -> float:
+    """The number that a JSON literal stands for. Raises NotFiniteError for NaN, the infinities and 1e999."""
+    value = float(literal)
+    if not math.isfinite(value):
+        raise NotFiniteError(literal)
+    return value
+
+
+def strict_decoder(
+    parse_int: Callable[[str], int] | None = None, parse_float: Callable[[str], float] = finite
+) -> json.JSONDecoder:
     """A decoder that refuses what JSON readers differ on: DuplicateKeyError, NotFiniteError, json.JSONDecodeError."""
-    return json.JSONDecoder(object_pairs_hook=_unique, parse_int=parse_int, parse_float=_number, parse_constant=_number)
+    return json.JSONDecoder(
+        object_pairs_hook=_unique, parse_int=parse_int, parse_float=parse_float, parse_constant=finite
+    )
 
 
 def has_half_characters(value: Any) -> bool:
@@ -60,13 +72,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise DuplicateKeyError(key)
             seen.add(key)
     return result
-
-
-def _number(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise NotFiniteError(literal)
-    return value
 
 
 def read_json(path: str | Path, *, error: type[AfinaError] = ConfigError, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

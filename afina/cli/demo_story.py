@@ -164,9 +164,9 @@ class _Demo:
         run.begin()
         self.folder.shown = Curve(page, run.total, run.batches.steps_per_epoch)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        what = "all" if config.method == "full" else "none of the model's weights, but those of adapters beside them:"
+        what = "moves all" if config.method == "full" else "leaves the model's weights alone and moves, in adapters,"
         page.say(
-            f"AdamW moves {what} {trained:,} weights a little against the gradient of the loss, for "
+            f"AdamW {what} {trained:,} weights a little against the gradient of the loss, for "
             f"{config.batch_size * config.gradient_accumulation_steps} rows at a time, at a learning rate that warms "
             f"up to {config.learning_rate:g} and then falls ({config.lr_scheduler_type})."
         )
@@ -263,7 +263,8 @@ class _Demo:
 
     def _show_files(self, best: Path) -> None:
         size = sum(p.stat().st_size for p in best.glob("*.safetensors")) / 1e6
-        self.page.fact("model", f"{_short(best)} ({size:.1f} MB, Hugging Face layout)")
+        layout = "PEFT's" if (best / "adapter_config.json").is_file() else "Hugging Face"
+        self.page.fact("model", f"{_short(best)} ({size:.1f} MB, {layout} layout)")
         self.page.fact("files", ", ".join(sorted(p.name for p in best.iterdir())))
 
     def _show_results(self, metrics: Mapping[str, Any], before: float, after: float, rows: int) -> None:

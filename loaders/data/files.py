@@ -6,37 +6,55 @@ caller can list the bad lines or skip them.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import importlib
 import io
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence, Set
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from afina.errors import DataError, nearest
-from afina.loaders.jsonfile import NotFiniteError, has_half_characters, show, strict_decoder
+from afina.loaders.data.encodings import first_fault, open_utf8
+from afina.loaders.data.hints import FOREIGN, is_saved_dataset, json_fault, json_kind, no_object_hint
+from afina.loaders.data.tables import BadHeaderError, table_rows
+from afina.loaders.jsonfile import finite, has_half_characters, show, strict_decoder
 
 MAX_LINE = 16 * 2**20  # bytes of a line, and characters of an element of a JSON array
 PIECE = 1 << 14  # characters of plain text handled at once
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-EXPECTED = "expected .jsonl, .json, .csv, .tsv, .parquet or .txt"
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+EXPECTED = "expected .jsonl, .json, .csv, .tsv, .txt (each also as .gz) or .parquet"
+# What stands beside the rows in a folder and holds none.
+_PAPERS = re.compile(
+    r"(readme|licen[cs]e|notice|copying|citation|changelog|requirements)\b.*|dataset_infos?\.json", re.IGNORECASE
+)
 _BLANKS = re.compile(r"(?<![ \t])[ \t]+\n")  # the look behind keeps it linear on long runs
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line break; byte-order marks
 Source = str | Path | Sequence[str | Path]
 
 
 class Record(NamedTuple):
-    """One record: its line (of a Parquet file its row), its value or its problem; ``more``: the document goes on."""
+    """One record: its line (of a Parquet file its row), its value, or its problem and how to mend it.
+
+    ``more``: the document goes on in the next record.
+    """
 
     line: int
     value: dict[str, Any]
     problem: str = ""
     more: bool = False
+    mend: str = ""
+
+
+def kind_of_file(path: Path) -> str:
+    """The suffix that says what a data file holds, in lower case: ".csv" also for .csv.gz, ".jsonl" for .ndjson."""
+    name = path.name.lower().removesuffix(".gz").replace(".ndjson", ".jsonl")
+    return Path(name).suffix
 
 
 def data_files(source: Source) -> list[Path]:
@@ -50,9 +68,13 @@ def data_files(source: Source) -> list[Path]:
         path = Path(source)
         try:
             if path.is_dir():
-                names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-                files = [path / name for name in names if name.lower().endswith(SUFFIXES)]
+                if mend := is_saved_dataset(path):
+                    raise DataError(f"{path}: a folder that datasets.save_to_disk wrote: export its rows, {mend}")
+                inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+                files = [p for p in inside if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+                files = [p for p in files if not _PAPERS.fullmatch(p.name)]
                 if not files:
+                    names = [f"{p.name}/" if p.is_dir() else p.name for p in inside]
                     found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
                     raise DataError(f"{path}: no data file in this folder (found {found}): {EXPECTED}")
             elif not path.is_file():
@@ -60,13 +82,16 @@ def data_files(source: Source) -> list[Path]:
                     raise DataError(f"{path}: neither a file nor a folder: {EXPECTED}")
                 near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
                 raise DataError(f"{path}: no such file{near}: check the path of the data")
-            elif path.suffix.lower() not in SUFFIXES:
+            elif path.suffix.lower() in FOREIGN:
+                kind, mend = FOREIGN[path.suffix.lower()]
+                raise DataError(f"{path}: {kind} is not read: {mend} ({EXPECTED})")
+            elif not path.name.lower().endswith(SUFFIXES):
                 raise DataError(f"{path}: unknown file type {path.suffix or '(no extension)'}: {EXPECTED}")
             else:
                 files = [path]
         except OSError as problem:  # no permission, a name too long
             raise unreadable(path, problem) from problem
-    kinds = {file.suffix.lower().replace(".ndjson", ".jsonl") for file in files}
+    kinds = {kind_of_file(file) for file in files}
     if len(kinds) != 1:
         found = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file"
         raise DataError(f"{source_name(source)}: {found}: name one file, or several of one kind")
@@ -85,80 +110,122 @@ def unreadable(path: Path, problem: Exception) -> DataError:
 
 
 class Reader:
-    """Iterates over the records of one file; ``done`` counts the bytes read so far, for progress bars."""
+    """Iterates over the records of one file.
+
+    ``taken``: what had to be found out about the file to read it, in words: an encoding, a delimiter.
+    ``start``: its first characters.
+    """
 
     def __init__(self, path: Path, names: Set[str]) -> None:
-        """``names``: keys that a header may hold; a .tsv whose first line has none is text<TAB>label."""
-        self.path, self.names, self.done = path, names, 0
+        """``names``: keys that a header may hold, by which a .csv's delimiter and a .tsv's header are recognised."""
+        self.path, self.names, self.taken, self.start = path, names, list[str](), ""
+        self._done = 0
+
+    @property
+    def done(self) -> int:
+        """Bytes of the file that were read so far, for progress bars."""
+        return self._done
 
     def __iter__(self) -> Iterator[Record]:
-        kind = self.path.suffix.lower()
+        kind = kind_of_file(self.path)
         try:
             if kind == ".parquet":
                 yield from self._parquet()
                 return
-            with self.path.open("rb") as file:
-                if kind == ".txt":
-                    yield from self._text(file)
-                elif kind == ".json" and _first_character(file) == b"[":
-                    yield from self._array(file)
-                elif kind in (".csv", ".tsv"):
-                    yield from self._table(file, kind)
-                else:
-                    yield from self._json_lines(file, kind)
+            self._source, file = open_utf8(self.path)
+            with file:
+                self.taken += self._source.taken
+                self.start = file.peek(1 << 16).decode(errors="replace")
+                for record in self._records(file, kind):
+                    self._done = self._source.consumed
+                    yield record
+                self._done = self._source.consumed
         except OSError as problem:
             raise unreadable(self.path, problem) from problem
         except UnicodeDecodeError as problem:
-            raise DataError(f"{self.path}: {_first_fault(self.path)}: save the file as UTF-8") from problem
+            raise DataError(f"{self.path}: {': '.join(first_fault(self.path))}") from problem
+        except BadHeaderError as problem:
+            raise DataError(f"{self.path}: {problem}") from problem
+
+    def _records(self, file: io.BufferedReader, kind: str) -> Iterator[Record]:
+        if kind == ".txt":
+            yield from self._text(file)
+        elif kind in (".csv", ".tsv"):
+            for row in table_rows(self._lines(file), tabs=kind == ".tsv", names=self.names, max_field=MAX_LINE):
+                if isinstance(row, str):
+                    self.taken.append(row)
+                elif row.problem:
+                    yield Record(row.line, row.fields, row.problem, mend=self._utf8_mend(row.problem))
+                else:
+                    yield Record(row.line, row.fields)
+        elif self.start.lstrip().startswith("[") and (kind == ".json" or not _opens_with_a_list(self.start)):
+            self.taken += ["read as a JSON array"] * (kind == ".jsonl")
+            yield from self._array(file)
+        else:
+            yield from self._json_lines(file, kind)
+
+    @property
+    def likeness(self) -> str:
+        """What a file whose first record is no row probably is, and how to mend it; "" where nothing is known."""
+        return json_kind(self.start) if kind_of_file(self.path) in (".json", ".jsonl") else ""
 
     def _lines(self, file: io.BufferedReader) -> Iterator[tuple[int, str, str]]:
         """Yield (line number, text, problem) for each line."""
+        start = self._source.mark
         for number in count(1):
             line = file.readline(MAX_LINE + 1)
             if not line:
                 return
-            start = self.done
-            self.done += len(line)
-            if len(line) > MAX_LINE:
+            size = len(line)
+            if size > MAX_LINE:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)
-                    self.done += len(line)
+                    size += len(line)
                 yield number, "", f"longer than {MAX_LINE >> 20} MiB"
-                continue
-            if number == 1 and line.startswith(codecs.BOM_UTF8):
-                line, start = line[3:], 3
-            try:
-                yield number, line.decode(), ""
-            except UnicodeDecodeError as fault:
-                at = f"byte {fault.start + 1} of the line (byte {start + fault.start + 1} of the file)"
-                yield number, line.decode("utf-8", "replace"), f"{at} is not UTF-8"
+            else:
+                try:
+                    yield number, line.decode(), ""
+                except UnicodeDecodeError as fault:
+                    place = f"byte {start + fault.start + 1} of {self._source.whole}"
+                    at = f"byte {fault.start + 1} of the line ({place})"
+                    yield number, line.decode("utf-8", "replace"), f"{at} {_NOT_UTF8}"
+            start += size
+
+    def _utf8_mend(self, problem: str) -> str:
+        return self._utf8_hint if _NOT_UTF8 in problem else ""
+
+    @cached_property
+    def _utf8_hint(self) -> str:
+        return first_fault(self.path)[1]
 
     def _json_lines(self, file: io.BufferedReader, kind: str) -> Iterator[Record]:
         for number, text, problem in self._lines(file):
             if problem:
-                yield Record(number, {}, problem)
+                yield Record(number, {}, problem, mend=self._utf8_mend(problem))
             elif text := text.rstrip():
                 try:
                     record = _checked(number, _JSON.decode(text), text)
                 except (ValueError, RecursionError) as fault:
+                    problem, mend = json_fault(fault, text)
                     if kind == ".json":
-                        raise self._no_array(number, _reason(fault)) from fault
-                    record = Record(number, {}, _reason(fault))
+                        if likeness := self.likeness:
+                            raise DataError(f"{self.path}: {likeness}") from fault
+                        raise self._no_array(number, problem, mend) from fault
+                    record = Record(number, {}, problem, mend=mend)
                 yield record
 
-    def _no_array(self, line: int, what: str) -> DataError:
+    def _no_array(self, line: int, what: str, hint: str = "") -> DataError:
         expected = "expected an array of objects, or an object on each line (JSONL)"
-        return DataError(f"{self.path}: line {line}: {what}: {expected}")
+        return DataError(f"{self.path}: line {line}: {what}: {expected}{'; ' * bool(hint)}{hint}")
 
     def _array(self, file: io.BufferedReader) -> Iterator[Record]:
         """Decode a JSON array element by element: the file is never in memory as a whole."""
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         buffer, at, line = "", 0, 1
 
         def read_on() -> bool:
             nonlocal buffer, at
             chunk = text.read(max(1 << 20, len(buffer) - at))
-            self.done = file.tell()
             buffer, at = buffer[at:] + chunk, 0
             return bool(chunk)
 
@@ -182,9 +249,10 @@ class Reader:
                     fault = line + buffer.count("\n", at, problem.pos)
                     cut_off = problem.msg.startswith("Unterminated") or problem.pos > len(buffer) - 16
                     if not cut_off or len(buffer) - at > MAX_LINE or not read_on():
-                        raise self._no_array(fault, problem.msg) from problem
+                        _, hint = json_fault(problem, buffer[at : problem.pos + 10])
+                        raise self._no_array(fault, problem.msg, hint) from problem
                 except (ValueError, RecursionError) as problem:
-                    raise self._no_array(line, _reason(problem)) from problem
+                    raise self._no_array(line, *json_fault(problem)) from problem
             record = _checked(place, value, buffer, at, end)
             line += buffer.count("\n", at, end)
             at = end
@@ -205,49 +273,6 @@ class Reader:
         if peek():
             raise self._no_array(line, "text after the closing bracket")
 
-    def _table(self, file: io.BufferedReader, kind: str) -> Iterator[Record]:
-        """CSV as RFC 4180 has it, or TSV: one line a row, tabs between fields, quotes only around a whole field."""
-        csv.field_size_limit(MAX_LINE)
-        faults: list[str] = []
-        last = 0
-
-        def texts() -> Iterator[str]:
-            nonlocal last
-            for last, text, problem in self._lines(file):
-                if problem:
-                    faults.append(f"{problem} (line {last})")
-                yield text
-
-        rows = (
-            csv.reader(texts(), strict=True)
-            if kind == ".csv"
-            else (list(map(_unquoted, text.rstrip("\r\n").split("\t"))) for text in texts())
-        )
-        header: list[str] = []
-        while True:
-            line, problem, fields = last + 1, "", []
-            try:
-                fields = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as fault:
-                problem = f"not valid CSV: {fault}"
-            if faults:
-                problem = faults[0]
-                faults.clear()
-            if not header:
-                header = [name.strip() for name in fields]
-                if problem or len(set(header)) < len(header):
-                    problem = problem or f"two columns have the same name: {show(header)}"
-                    raise DataError(f"{self.path}: line {line}: {problem}: mend the header")
-                if kind == ".csv" or len(header) != 2 or self.names & set(header):
-                    continue
-                header = ["text", "label"]
-            if not problem and len(fields) != len(header) and any(fields):
-                problem = f"{len(fields)} fields where the header has {len(header)}"
-            if problem or any(fields):
-                yield Record(line, dict(zip(header, fields)), problem)
-
     def _parquet(self) -> Iterator[Record]:
         try:
             arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
@@ -266,17 +291,16 @@ class Reader:
                             if isinstance(value.get(key), int) and 0 <= value[key] < len(names):
                                 value[key] = names[value[key]]
                         yield Record(number, value)
-                    self.done = size * number // rows
+                    self._done = size * number // rows
         except (arrow.ArrowException, UnicodeDecodeError) as problem:
             reason = " ".join(str(problem).split())[:200]
             raise DataError(f"{self.path}: not a Parquet file that can be read ({reason}): write it again") from problem
 
     def _text(self, file: io.BufferedReader) -> Iterator[Record]:
         """Plain text in pieces that end with a paragraph, a line or a word."""
-        text = io.TextIOWrapper(file, encoding="utf-8-sig")
+        text = io.TextIOWrapper(file, encoding="utf-8")
         line, buffer, held = 1, "", Record(0, {})
         while chunk := text.read(PIECE):
-            self.done = file.tell()
             *pieces, buffer = cut_text(buffer + chunk)
             for piece in pieces:
                 if (cleaned := clean_text(piece, end=False)).strip():
@@ -330,38 +354,48 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-_JSON = strict_decoder(parse_int=_integer)
+class SpelledFloat(float):
+    """A number with the spelling that it has in the file: as text, 19.90 is not 19.9."""
+
+    spelling: str
 
 
-def _reason(problem: Exception) -> str:
-    if isinstance(problem, json.JSONDecodeError):
-        return f"not valid JSON: {problem.msg} (column {problem.colno})"
-    if isinstance(problem, NotFiniteError):
-        return f"{problem}, and JSON has no other"
-    return "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
+def _spelled(literal: str) -> SpelledFloat:
+    value = SpelledFloat(finite(literal))
+    value.spelling = literal
+    return value
+
+
+def as_text(value: Any) -> str | None:
+    """A text as it is, a finite number or a boolean as JSON spells it; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
+        return None
+    return getattr(value, "spelling", None) or json.dumps(value)
+
+
+_JSON = strict_decoder(parse_int=_integer, parse_float=_spelled)
+_NOT_UTF8 = "is not UTF-8"
+
+
+def _opens_with_a_list(start: str) -> bool:
+    """Whether the first line of a file is a whole JSON list and more lines follow: no array, but lists line by line."""
+    line, _, rest = start.lstrip().partition("\n")
+    try:
+        return bool(json.loads(line) and rest.strip())
+    except (ValueError, RecursionError):
+        return False
 
 
 def _checked(line: int, value: Any, text: str, start: int = 0, end: int | None = None) -> Record:
     """The record of a JSON value that stands in ``text`` from ``start`` to ``end``."""
     if not isinstance(value, dict):
-        return Record(line, {}, f"holds {show(value)} where an object {{...}} was expected")
+        problem = f"holds {show(value)} where an object {{...}} was expected"
+        return Record(line, {}, problem, mend=no_object_hint(value))
     if text.find("\\u", start, end) >= 0 and has_half_characters(value):
         return Record(line, {}, "a \\u escape is half a character (a lone surrogate)")
     return Record(line, value)
-
-
-def _first_character(file: io.BufferedReader) -> bytes:
-    """Look at the start of a file for its first character that is no space, and go back."""
-    start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    file.seek(0)
-    return start
-
-
-def _unquoted(field: str) -> str:
-    """A TSV field without its quotes, where some other program quoted it as in CSV; prose with quotes stays."""
-    if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', ""):
-        return field[1:-1].replace('""', '"')
-    return field
 
 
 def _label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
@@ -371,21 +405,3 @@ def _label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
         return {key: value["names"] for key, value in features.items() if value.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _first_fault(path: Path) -> str:
-    """Where a file stops being UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line, before = 1, 0
-    with path.open("rb") as file:
-        while True:
-            chunk = file.read(1 << 20)
-            held = decoder.getstate()[0]
-            try:
-                line += decoder.decode(chunk, final=not chunk).count("\n")
-            except UnicodeDecodeError as problem:
-                line += problem.object.count(b"\n", 0, problem.start)
-                return f"line {line}: byte {before - len(held) + problem.start + 1} of the file is not UTF-8"
-            before += len(chunk)
-            if not chunk:
-                return "not UTF-8"

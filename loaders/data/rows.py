@@ -24,7 +24,8 @@ from typing import Any
 
 from afina.errors import DataError, nearest
 from afina.loaders.data.conversations import Unfit, kind_of, read_conversation
-from afina.loaders.data.files import Reader, Record, Source, clean_text, data_files, source_name
+from afina.loaders.data.files import Reader, Record, Source, as_text, clean_text, data_files, source_name
+from afina.loaders.data.hints import MAX_COUNTED, BadLines, bad_kind, preference_hint, rated_hint
 from afina.loaders.jsonfile import show
 from afina.loaders.text.render import Example, Rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
@@ -59,7 +60,6 @@ _ALSO = {
     "conversations": {"system", *_TOOL_KEYS},
     "prompt/completion": {"tools"},
 }
-MAX_LISTED = 20  # bad lines that one message lists
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
@@ -111,7 +111,9 @@ def read_rows(
     ``columns`` maps keys of the schemas to the keys of the file. ``chat``: instructions become messages. ``targets``:
     rows must hold what is to be learnt (else a missing completion is "" and a conversation may end with the user).
     ``roles``: whose turns in a conversation are learnt where the row does not say it itself.
-    ``counts`` receives "rows", "bad_lines", "empty", the schema's name under "schema:" and unused keys under "unused:".
+    ``counts`` receives "rows", "bad_lines", "empty", "numbers" (taken as their text), and by prefix: the schema's name
+    under "schema:", unused keys under "unused:", kinds of bad lines under "bad:", and under "taken:" what had to be
+    found out about the files to read them.
     ``progress`` is called with the bytes read since its last call.
 
     Raises DataError, one line naming the file and up to 20 bad lines; with ``skip_bad_lines`` these are only counted,
@@ -122,40 +124,41 @@ def read_rows(
         if key not in KEYS:
             raise DataError(f"columns: {key!r} is no key of a schema{nearest(key, KEYS)}: expected {', '.join(KEYS)}")
     counts = Counter() if counts is None else counts
-    shape = _Shape(columns, chat, targets, roles)
+    shape = _Shape(columns, chat, targets, roles, counts)
     usable, first_problem = 0, ""
     for path in data_files(source):
         reader = Reader(path, {*KEYS, *columns.values()})
-        problems: list[str] = []
+        bad = BadLines()
         seen = 0
-        for record in reader:
+        for number, record in enumerate(reader):
             counts["rows"] += not record.more
-            problem, row = record.problem, None
+            problem, kind, row = record.problem, record.problem, None
             if not problem:
                 try:
                     row = shape.row(path, record)
                 except Unfit as unfit:
-                    problem = str(unfit)
+                    problem, kind = str(unfit), unfit.kind
             if problem:
-                first_problem = first_problem or f"{path}: line {record.line}: {problem}"
-                counts["bad_lines"] += 1
-                if not skip_bad_lines:
-                    if not shape.name and not problems and not record.problem:
-                        raise DataError(first_problem)
-                    problems.append(f"line {record.line}: {problem}")
-                    if len(problems) > MAX_LISTED:
-                        break
+                told = reader.likeness if number == 0 else ""
+                first_problem = first_problem or f"{path}: {told or f'line {record.line}: {problem}'}"
+                kind = bad_kind(kind)
+                counts.update({"bad_lines": 1, f"bad:{kind}": 1})
+                bad.add(record.line, problem, kind, record.mend)
+                if not skip_bad_lines and (told or (not shape.name and len(bad) == 1 and not record.problem)):
+                    raise DataError(first_problem)
+                if not skip_bad_lines and len(bad) >= MAX_COUNTED:
+                    break
             elif row is None:
                 counts["empty"] += 1
-            elif not problems:
+            elif skip_bad_lines or not bad:
                 usable += 1
                 yield row
             if progress and reader.done - seen >= 1 << 16:
                 progress(reader.done - seen)
                 seen = reader.done
-        if problems:
-            listed, more = problems[:MAX_LISTED], "; and more" if len(problems) > MAX_LISTED else ""
-            raise DataError(f"{path}: {'; '.join(listed)}{more}: mend the file, or leave them out with skip_bad_lines")
+        if bad and not skip_bad_lines:
+            raise DataError(f"{path}: {bad.message()}")
+        counts.update({f"taken:{fact}": 1 for fact in reader.taken})
         if progress:
             progress(reader.done - seen)
     counts.update({f"schema:{shape.name}": 1} if shape.name else {})
@@ -168,8 +171,12 @@ def read_rows(
 class _Shape:
     """The schema of some files, taken from their first row, and how their rows become examples."""
 
-    def __init__(self, columns: Mapping[str, str], chat: bool, targets: bool, roles: Collection[str]) -> None:
-        self.columns, self.chat, self.targets, self.roles = columns, chat, targets, roles
+    def __init__(
+        self, columns: Mapping[str, str], chat: bool, targets: bool, roles: Collection[str], counts: Counter[str]
+    ) -> None:
+        self.columns, self.chat, self.targets, self.roles = dict(columns), chat, targets, roles
+        self.chosen = bool(columns)  # the user has said which columns are meant
+        self.counts = counts
         self.renamed = set(columns.values())
         self.required = {
             name: set(keys) - (set() if targets else {"completion", "output"}) for name, keys in SCHEMAS.items()
@@ -179,13 +186,11 @@ class _Shape:
 
     def row(self, path: Path, record: Record) -> Row | None:
         """Return the row, None when there is nothing in it to learn. Raises Unfit."""
-        value = record.value
         where = f"{path}: line {record.line}"
-        if self.columns:
-            value = {key: item for key, item in value.items() if key not in self.renamed}
-            value |= {ours: record.value[theirs] for ours, theirs in self.columns.items() if theirs in record.value}
+        value = self._named(record.value)
         if not self.name or not self.required[self.name] <= value.keys():
             self._choose(value, record.value, where)
+            value = self._named(record.value)
         row = Row(path, record.line, record.value, more=record.more)
         fields = self.make(value, row)
         if fields is None:
@@ -199,21 +204,52 @@ class _Shape:
         row.size = len(content)
         return row
 
+    def _named(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of a row under our names."""
+        if not self.columns:
+            return raw
+        value = {key: item for key, item in raw.items() if key not in self.renamed}
+        return value | {ours: raw[theirs] for ours, theirs in self.columns.items() if theirs in raw}
+
+    def _schema(self, value: Mapping[str, Any]) -> str:
+        return next((name for name, keys in self.required.items() if keys <= value.keys()), "")
+
+    def _fold_case(self, raw: Mapping[str, Any]) -> str:
+        """Take keys that are ours but for case and blanks, as "Prompt" is, if they make a schema; return its name."""
+        named = self._named(raw)
+        ours = {key.strip().lower(): key for key in raw if key not in self.renamed}
+        folded = {name: ours[name] for name in KEYS if name in ours and name not in named}
+        name = self._schema({**named, **folded})
+        if name:
+            self.columns |= folded
+            self.renamed |= set(folded.values())
+            self.counts.update({f"taken:{theirs!r} read as {name!r}": 1 for name, theirs in folded.items()})
+        return name
+
     def _choose(self, value: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> None:
-        name = next((name for name, keys in self.required.items() if keys <= value.keys()), "")
+        name = self._schema(value)
+        if not name and not self.name:
+            name = self._fold_case(raw)
         found = ", ".join(map(show, raw)) or "none"
         if self.name:
             if self.name == "text/label" and name == "text":
                 raise Unfit("the label is missing")
             kind = f" ({name})" if name else ""
             raise Unfit(f"has the keys {found}{kind}, but {self.first_row} is {self.name}: use one schema in a file")
+        if self.targets and not self.chosen:
+            hint = "" if name else preference_hint(raw)
+            if name == "prompt/completion":
+                hint = rated_hint(raw)
+            if hint:
+                raise Unfit(hint)
         if not name:
             known = sorted(set().union(*SCHEMAS.values()))
             absent = next((theirs for theirs in self.columns.values() if theirs not in raw), None)
             if absent is not None:
                 hint = f", no column {absent!r}{nearest(absent, raw)}"
             else:
-                hint = next((f", {key!r}{close}" for key in raw if (close := nearest(key, known))), "")
+                others = [key for key in raw if key not in known]
+                hint = next((f", {key!r}{close}" for key in others if (close := nearest(key, known))), "")
             mend = f"rename them with columns, as in {{'prompt': {next(iter(raw), 'question')!r}}}"
             raise Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
         self.name, self.first_row = name, where
@@ -227,23 +263,34 @@ class _Shape:
         }[name]
         self.unused = set(raw) - self.renamed - set(SCHEMAS[name]) - _ALSO.get(name, set())
 
+    def _string(self, value: Mapping[str, Any], key: str) -> str:
+        """The text under a key; numbers and booleans are taken as their text, and counted."""
+        given = value.get(key)
+        if isinstance(given, str):
+            return given
+        text = as_text(given)
+        if text is None:
+            if isinstance(given, float):
+                raise Unfit(f"{key} is {given}, which is no number: write null, or the text that is meant")
+            raise Unfit(f"{key} is {kind_of(given)}: expected a text or a number")
+        self.counts["numbers"] += 1
+        return text
+
     def _answer(self, value: Mapping[str, Any], key: str) -> str:
         if not self.targets and value.get(key) is None:
             return ""
-        return clean_text(_string(value, key))
+        return clean_text(self._string(value, key))
 
     def _text(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
-        text = clean_text(_string(value, "text"), end=not row.more)
+        text = clean_text(self._string(value, "text"), end=not row.more)
         return {"text": text} if text.strip() else None
 
     def _text_label(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
         label = value["label"]
         if label is None or label == "" or label != label:  # NaN is how tables often write what is missing
             raise Unfit("the label is missing")
-        if not isinstance(label, str | int | float):
-            raise Unfit(f"label is {kind_of(label)}: expected a text or a number")
-        text = clean_text(_string(value, "text"))
-        return {"prompt": text + "\n", "completion": clean_text(str(label)).strip()} if text.strip() else None
+        text, label = clean_text(self._string(value, "text")), clean_text(self._string(value, "label")).strip()
+        return {"prompt": text + "\n", "completion": label} if text.strip() else None
 
     def _prompt_completion(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
         prompt, answer = value["prompt"], value.get("completion")
@@ -254,12 +301,12 @@ class _Shape:
             learnt = frozenset(range(len(prompt), len(prompt) + len(turns)))
             return self._conversation([*prompt, *turns], value, learnt=learnt)
         # The end of a prompt stays as it is: the completion follows it without a space of its own.
-        prompt, answer = clean_text(_string(value, "prompt"), end=False), self._answer(value, "completion")
+        prompt, answer = clean_text(self._string(value, "prompt"), end=False), self._answer(value, "completion")
         return {"prompt": prompt, "completion": answer} if answer or not self.targets else None
 
     def _instruction_output(self, value: Mapping[str, Any], row: Row) -> dict[str, Any] | None:
-        task, answer = clean_text(_string(value, "instruction")), self._answer(value, "output")
-        given = clean_text(_string(value, "input")) if value.get("input") else ""
+        task, answer = clean_text(self._string(value, "instruction")), self._answer(value, "output")
+        given = "" if value.get("input") is None else clean_text(self._string(value, "input"))
         if self.targets and not answer:
             return None
         if self.chat:
@@ -290,10 +337,3 @@ class _Shape:
             raise Unfit("no turn to learn from: all have weight 0 or train false")
         filled = any(messages[number]["content"] or "tool_calls" in messages[number] for number in trained)
         return {"messages": messages, "tools": tools, "trained": trained} if filled or not self.targets else None
-
-
-def _string(value: Mapping[str, Any], key: str) -> str:
-    text = value.get(key)
-    if not isinstance(text, str):
-        raise Unfit(f"{key} is {kind_of(text)}: expected a text")
-    return text

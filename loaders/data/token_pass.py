@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afina.errors import DataError
-from afina.loaders.data.files import Source, cut_text, data_files, source_name, unreadable
+from afina.loaders.data.files import Source, cut_text, data_files, kind_of_file, source_name, unreadable
+from afina.loaders.data.hints import by_kind
 from afina.loaders.data.rows import Row, read_rows
 from afina.loaders.data.token_cache import TokenCache, Writer, open_cache
 from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
 
-VERSION = 3  # of what the cache holds: raise it when the same rows would give other tokens
+VERSION = 4  # of what the cache holds: raise it when the same rows would give other tokens
 BATCH_ROWS, BATCH_BYTES = 2048, 1 << 19  # what is tokenised at once
 ON_LONG = ("drop", "truncate", "error")
 FATES = {  # what can become of rows besides being used, and how the summary says it
-    "bad_lines": "{:,} bad lines skipped",
+    "bad_lines": "{:,} bad lines skipped ({bad_kinds})",
     "empty": "{:,} empty",
     "duplicates": "{:,} exact duplicates removed",
     "untrained": "{:,} without a token to learn dropped",
@@ -94,10 +95,10 @@ class Tokenise:
     def cache(self, parent: Path) -> TokenCache:
         """Return the cache of these rows with these settings in a folder below ``parent``, from disk or built now."""
         tokenizer = self.tokenizer
-        contents = {path: (path.suffix.lower(), file_digest(path)) for path in self.source.files}
+        contents = {path: (kind_of_file(path), file_digest(path)) for path in self.source.files}
         # Long texts are not compared row by row: a text file that is there twice is left out here.
         first = {content: path for path, content in reversed(contents.items())}
-        self.files = [path for path, content in contents.items() if path.suffix != ".txt" or first[content] == path]
+        self.files = [path for path, content in contents.items() if content[0] != ".txt" or first[content] == path]
         key = sha256(
             VERSION,
             list(contents.values()),
@@ -132,6 +133,9 @@ class Tokenise:
             report |= {"longest": self.longest, "max_length": self.max_length, "cached": False}
             report["schema"] = next(key[7:] for key in counts if key.startswith("schema:"))
             report["unused"] = [key[7:] for key in counts if key.startswith("unused:")]
+            report["taken"] = [key[6:] for key in counts if key.startswith("taken:")]
+            report["numbers"] = counts["numbers"]
+            report["bad_kinds"] = by_kind({key[4:]: counts[key] for key in counts if key.startswith("bad:")})
             if not self.units:
                 mend = "raise max_length" if report["dropped"] else "add rows with an answer to learn"
                 raise DataError(f"{self.source.name}: no row is left to learn from ({summary(report)}): {mend}")
@@ -169,7 +173,7 @@ class Tokenise:
                 except DataError:  # a chat template may refuse roles that do not alternate, say
                     if not self.source.reading["skip_bad_lines"]:
                         raise
-                    self.read["bad_lines"] += 1
+                    self.read.update({"bad_lines": 1, "bad:refused by the chat template": 1})
             else:
                 pieces = cut_text(text)
                 for number, piece in enumerate(pieces, 1):
@@ -205,7 +209,7 @@ class Tokenise:
         kept, lengths = np.repeat(keep, lengths), lengths[keep]
         number = {path: i for i, path in enumerate(self.source.files)}
         # The rows that a plain text file is split into go to train or dev one by one, else a book would go as a whole.
-        apart = np.array([new or row.path.suffix == ".txt" for new, row in zip(first, rows)])[keep]
+        apart = np.array([new or kind_of_file(row.path) == ".txt" for new, row in zip(first, rows)])[keep]
         self.writer.append(
             {
                 "ids": np.concatenate(all_ids)[kept],
@@ -269,6 +273,8 @@ def summary(report: Mapping[str, Any]) -> str:
     """What became of the rows, in one line."""
     parts = [f"{report['rows']:,} rows of {report['schema']}, {report['usable']:,} usable"]
     parts += [text.format(report[key], **report) for key, text in FATES.items() if report[key]]
+    parts += [f"{report['numbers']:,} numbers or true/false taken as their text"] if report["numbers"] else []
+    parts += report["taken"]
     parts += [f"not used: {', '.join(report['unused'])}"] if report["unused"] else []
     return "; ".join(parts + ["tokens taken from the cache"] * report["cached"])
 

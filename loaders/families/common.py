@@ -8,6 +8,7 @@ list loads, saves and maps gradients.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -39,7 +40,7 @@ HARMLESS = frozenset(
     length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens pretraining_tp is_llama_config transformers.js_config unsloth_fixed unsloth_version
-    max_sequence_length
+    max_sequence_length model_max_length custom_pipelines _flash_attn_2_enabled
     """.split()  # noqa: SIM905
 )
 # Present in configs of every kind; any value but the listed one changes the maths or the layout.
@@ -48,6 +49,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
     "rope_interleaved": (False,),
+    "is_causal": (True,),
 }
 MAX_LAYERS = 10_000
 
@@ -112,7 +114,7 @@ class Reader:
         quantization = hf.get("quantization_config")
         if quantization is not None and (problem := unsupported(quantization)) is not None:
             raise self.error("quantization_config", problem)
-        if hf.get("auto_map") is not None:
+        if hf.get("auto_map") is not None and not self._is_native(hf["auto_map"], architecture):
             problem = "code of the model's own is never run; remove the key if the model follows the plain layout"
             raise self.error("auto_map", problem)
         self.seen |= {"quantization_config", "auto_map"}
@@ -121,6 +123,15 @@ class Reader:
             raise self.error("architectures", f"expected [{architecture!r}], the causal language model")
         for key, values in FIXED.items():
             self.fixed(key, *values)
+
+    def _is_native(self, auto_map: Any, architecture: str) -> bool:
+        """Whether the code that a config names is the family's own file of before transformers had the family, as Phi-3
+        still ships it: transformers too takes its own class for these names."""
+        kind = self.model_type
+        own = rf"(.+--)?(configuration_{kind}\.\w+Config|modeling_{kind}\.{architecture})"
+        return isinstance(auto_map, dict) and all(
+            isinstance(code, str) and re.fullmatch(own, code) for code in auto_map.values()
+        )
 
     def error(self, key: str, expected: str) -> ConfigError:
         value = repr(self.hf[key]) if key in self.hf else "missing"
@@ -267,6 +278,12 @@ def rope_fields(
         raise fail("rope_type" if "rope_type" in settings else "type", f"supported: {', '.join(kinds)}")
     allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     unknown = sorted(set(settings) - allowed)
+    if "attn_factor" in unknown:
+        raise fail(
+            "attn_factor",
+            "transformers leaves it out and vLLM multiplies by it: remove it, or write what is meant as "
+            "attention_factor (what transformers takes by itself is 0.1 * ln(factor) + 1)",
+        )
     if unknown:
         raise fail(unknown[0], f"unknown for rope type {kind!r}{nearest(unknown[0], allowed)}")
 

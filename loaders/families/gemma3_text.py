@@ -11,10 +11,12 @@ from afina.loaders.families.gemma2 import gemma_fields, tensors
 
 ARCHITECTURE = "Gemma3ForCausalLM"
 KINDS = ("full_attention", "sliding_attention")
+# The HF class's own sizes, which the text_config of the multimodal releases leaves out.
+DEFAULTS = {"vocab_size": 262_208, "num_attention_heads": 8, "max_position_embeddings": 131_072}
 
 
 def config_fields(hf: Mapping[str, Any]) -> Fields:
-    reader = Reader(hf, ARCHITECTURE)
+    reader = Reader({**DEFAULTS, **hf}, ARCHITECTURE)
     fields = gemma_fields(reader, rope=False)
     fields["qk_norm"] = "head"
     fields["logit_softcap"] = reader.optional_number("final_logit_softcapping", None)

@@ -18,8 +18,21 @@ def config_fields(hf: Mapping[str, Any]) -> Fields:
     reader.fixed("attention_bias", True)
     reader.fixed("mlp_bias", False)
     reader.fixed("use_mrope", False)
+    fields["max_positions"] = within_one_chunk(reader, fields["max_positions"])
     reader.finish()
     return fields
+
+
+def within_one_chunk(reader: Reader, positions: int) -> int:
+    """How many positions dual chunk attention (the 1M releases; arXiv 2402.17463) leaves as plain attention computes
+    them: those of the first chunk. Further ones would be renumbered, which is not supported."""
+    settings = reader.get("dual_chunk_attention_config", None)
+    if settings is None:
+        return positions
+    chunk, local = (settings.get(key) for key in ("chunk_size", "local_size")) if isinstance(settings, dict) else (0, 0)
+    if not isinstance(chunk, int) or not isinstance(local, int) or not 0 < local < chunk:
+        raise reader.error("dual_chunk_attention_config", "expected chunk_size and a smaller local_size")
+    return min(positions, chunk - local)
 
 
 def last_layers_slide(reader: Reader, layers: int) -> tuple[int | None, ...]:

@@ -27,6 +27,11 @@ MODEL_TYPES = (
 def load_family(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises ``ConfigError`` for a model type that is missing or not supported."""
     model_type = hf.get("model_type")
+    if model_type not in MODEL_TYPES and isinstance(hf.get("text_config"), Mapping):
+        raise ConfigError(
+            f"config.json: model_type = {model_type!r} reads more than text, and its language model is a part: "
+            "save that part alone (docs/guide.md has the lines for gemma3)"
+        )
     if model_type not in MODEL_TYPES:
         hint = nearest(str(model_type), MODEL_TYPES)
         raise ConfigError(f"config.json: model_type = {model_type!r}{hint}; supported: {', '.join(MODEL_TYPES)}")

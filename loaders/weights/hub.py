@@ -28,9 +28,9 @@ def resolve(source: str | Path) -> Path:
 
     ``source``: a folder with config.json (or an adapter's, with adapter_config.json); a run folder (its best model); a
     GGUF file, a folder with one and no config.json, or a zip archive (a wheel, say) with one, which is unpacked into
-    the cache folder; "afina-tiny"; a model that `afina fetch` has fetched; or "owner/name", with a branch, tag or commit as "owner/name@revision". What is on
-    the disk wins over a hub name. A GGUF file is known by its name or its first bytes, and not opened further. Raises
-    WeightsError.
+    the cache folder; "afina-tiny"; a model that `afina fetch` has fetched; or "owner/name", with a branch, tag or
+    commit as "owner/name@revision". What is on the disk wins over a hub name. A GGUF file is known by its name or its
+    first bytes, and not opened further. Raises WeightsError.
     """
     try:
         path = Path(source).expanduser()

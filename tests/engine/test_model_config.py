@@ -247,7 +247,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3-0.6B", {"layer_types": ["full_attention"]}, "expected 28 entries (num_hidden_layers)"),
     ("Qwen3-0.6B", {"layer_types": ["chunked_attention"] * 28}, "expected 28 entries (num_hidden_layers) from"),
     ("Qwen3-0.6B", {"layer_types": ["sliding_attention"] * 28}, "no sliding_window is set or in use"),
-    ("Qwen2.5-7B-yarn", {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config = {}: unknown key"),
+    ("Qwen2.5-7B-yarn", {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config = {}: expected chunk"),
     ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("gemma-2-2b", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping = -1.0"),
     ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: not supported"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 import threading
@@ -294,6 +295,35 @@ def test_rows_that_the_chat_template_refuses(tmp_path: Path, prepared: Prepared)
         prepared(path)
     data = prepared(path, skip_bad_lines=True)
     assert (data.report["rows"], data.report["bad_lines"], data.report["usable"]) == (6, 1, 5)
+    assert "1 bad lines skipped (refused by the chat template: 1)" in data.summary()
+
+
+def test_the_summary_says_what_was_taken_how_and_what_was_skipped_why(tmp_path: Path, prepared: Prepared) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(("Prompt;completion\r\n" + "".join(f"q {i};a {i}\r\n" for i in range(5))).encode("utf-16"))
+    facts = "'Prompt' read as 'prompt'; read as UTF-16; fields separated by semicolons"
+    for cached in (False, True):
+        data = prepared(path, val_size=0.0)
+        assert data.report["cached"] == cached
+        told = f"{path}: 5 rows of prompt/completion, 5 usable; {facts}" + "; tokens taken from the cache" * cached
+        assert data.summary().splitlines()[0] == told
+    rows: list[Any] = [{"prompt": f"q {i}", "completion": i} for i in range(5)]
+    rows += [{"prompt": "q", "completion": None}] * 2 + [{"prompt": "q", "completion": [1]}]
+    data = prepared(write(tmp_path / "b.jsonl", *rows), val_size=0.0, skip_bad_lines=True)
+    kinds = "completion is missing or null: 2; completion is a list: 1"
+    assert data.summary().splitlines()[0] == (
+        f"{tmp_path / 'b.jsonl'}: 8 rows of prompt/completion, 5 usable; 3 bad lines skipped ({kinds}); "
+        "5 numbers or true/false taken as their text"
+    )
+
+
+def test_a_packed_text_is_split_like_a_plain_one(tmp_path: Path, prepared: Prepared) -> None:
+    text = "".join(f"Paragraph {i} of a long story.\n\n" for i in range(200)).encode()
+    for name, content in (("a.txt", text), ("b.txt.gz", gzip.compress(text))):
+        (tmp_path / name).write_bytes(content)
+    plain, packed = prepared(tmp_path / "a.txt"), prepared(tmp_path / "b.txt.gz")
+    assert len(plain.dev) == len(packed.dev) > 1
+    assert [packed.dev.row(i)[0].tolist() for i in range(3)] == [plain.dev.row(i)[0].tolist() for i in range(3)]
 
 
 def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path, prepared: Prepared) -> None:

