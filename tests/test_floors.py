@@ -140,6 +140,7 @@ TESTED_WITH = {
     "afina/cli/doctor_checks": "cli/test_doctor",
     "afina/cli/eval": "cli/test_main",
     "afina/cli/export": "cli/test_main",
+    "afina/cli/fetch": "loaders/weights/test_package_index",
     "afina/cli/generate": "cli/test_main",
     "afina/cli/options": "cli/test_main",
     "afina/cli/train": "cli/test_main",
