@@ -152,4 +152,4 @@ def test_the_packaged_recipe_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = afina.load_tokenizer("afina-tiny")
     for line in (SUPPORT / "dev.jsonl").read_text().splitlines():
         answer = json.loads(line)["messages"][-1]["content"]
-        assert len(tokenizer.encode(answer, add_special=False)) < demo.NEW_TOKENS
+        assert len(tokenizer.encode(answer, add_special=False)) < demo.DEMOS["support"].new_tokens
