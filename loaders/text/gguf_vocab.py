@@ -16,44 +16,32 @@ import random
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from afina.errors import ConfigError, TokenizerError
+from afina.loaders.text.gguf_splitting import (
+    ALIASES,
+    BYTE,
+    CONTROL,
+    NFC_KEY,
+    NORMAL,
+    SPACE,
+    SPLITTINGS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    pre_tokenizer,
+)
 from afina.loaders.text.tokenizer import Tokenizer
 
-SPACE = "▁"  # how SentencePiece spells a space
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-
-class Splitting(NamedTuple):
-    """One ``tokenizer.ggml.pre`` of llama.cpp: the pattern of each pass over the pieces of the last one, and whether a
-    piece that is a token as it stands is taken without merging."""
-
-    patterns: tuple[str, ...]
-    ignore_merges: bool = False
-
-
-_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_LINES}"
-# As in llama.cpp's src/llama-vocab.cpp; of several names for the same, the plainest.
-SPLITTINGS = {
-    "gpt-2": Splitting((_GPT2,)),
-    "smollm": Splitting((r"\p{N}", _GPT2)),
-    "llama-bpe": Splitting((_LLAMA3,), ignore_merges=True),
-    "smaug-bpe": Splitting((_LLAMA3,)),
-    "qwen2": Splitting((_LLAMA3.replace("{1,3}", ""),)),
-    "default": Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-}
 # What the known ways disagree about, to be strung together: letters, marks, digits, spaces, line ends, punctuation.
 _UNITS = (
     *("a", "Z", "ß", "é", "e\u0301", "ж", "中", "あ", "ي", "ไ", "1", "23", "456", "½", "٣", " ", "  ", "\n", "\r\n"),
     *("\t", "\u00a0", "\u3000", "'", "'s", "'LL", "'re", "’", ".", "/", "_", "!?", "<", "|", "$", "+", "#", "😀"),
-    "\u200d",
+    *("\u200d", "`", "(", "！", "、", "ჰ", "Ǆ", "क\u094d"),
 )
 
 
@@ -107,6 +95,7 @@ def write_vocabulary(gguf: Any, writer: Any, tokenizer: Tokenizer, rows: int) ->
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitting(tokenizer, state))
         writer.add_token_merges([" ".join(merge) for merge in merges])
+        writer.add_bool(NFC_KEY, "NFC" in _parts(state["normalizer"], "normalizers"))
     writer.add_token_list([tokens[number] for number in range(rows)])
     writer.add_token_types([types[number] for number in range(rows)])
     _write_ends(writer, tokenizer)
@@ -151,34 +140,39 @@ def _unlike(tokenizer: Tokenizer, found: str) -> TokenizerError:
 def _splitting(tokenizer: Tokenizer, state: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level BPE splits words."""
     model, backend = state["model"], tokenizer._backend
-    if (normalizer := (state["normalizer"] or {}).get("type")) not in (None, "NFC"):
-        raise _unlike(tokenizer, f"a {normalizer} normalizer in a byte-level BPE")
+    if unknown := [kind for kind in _parts(state["normalizer"], "normalizers") if kind != "NFC"]:
+        raise _unlike(tokenizer, f"a {unknown[0]} normalizer in a byte-level BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _unlike(tokenizer, f"{key} = {model[key]!r}")
+    if "ByteLevel" not in _parts(state["pre_tokenizer"], "pretokenizers"):
+        raise _unlike(tokenizer, "no ByteLevel among its pre_tokenizers, so it is no byte-level BPE")
+    # Bytes without a token are left out of a text by llama.cpp as by the backend, unless a token stands for them.
     absent = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
-    if absent or backend.pre_tokenizer is None:
-        found = f"no tokens for {len(absent)} of the 256 bytes" if absent else "no pre_tokenizer"
-        raise _unlike(tokenizer, f"{found}, so it is no byte-level BPE")
+    if absent and model.get("unk_token") is not None:
+        raise _unlike(tokenizer, f"{model['unk_token']!r} stands for {len(absent)} of the 256 bytes")
     texts = [*_UNITS, *map("".join, itertools.product(_UNITS, repeat=2))]
     choose = random.Random(0)
     texts += ["".join(choose.choices(_UNITS, k=choose.randint(3, 12))) for _ in range(5000)]
     ours = [[piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] for text in texts]
-    for name, way in SPLITTINGS.items():
-        theirs = _pre_tokenizer(way)
+    ways = {name: way for name, way in SPLITTINGS.items() if way.exact}
+    for name, way in ways.items():
+        theirs = pre_tokenizer(way)
         if way.ignore_merges == model.get("ignore_merges", False) and all(
             [piece for piece, _ in theirs.pre_tokenize_str(text)] == pieces for text, pieces in zip(texts, ours)
         ):
             return name
-    known = ", ".join(SPLITTINGS)
+    known = ", ".join(ways)
     shown = json.dumps(state["pre_tokenizer"], ensure_ascii=False)
     shown = shown if len(shown) <= 160 else shown[:157] + "..."
     raise _unlike(tokenizer, f"splits words as none of {known} does (pre_tokenizer {shown})")
 
 
-def _pre_tokenizer(way: Splitting) -> pre_tokenizers.PreTokenizer:
-    passes = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in way.patterns]
-    return pre_tokenizers.Sequence([*passes, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def _parts(part: dict[str, Any] | None, key: str) -> list[str]:
+    """The types of a part of tokenizer.json, those in a sequence one by one."""
+    if part is None:
+        return []
+    return [kind for item in part[key] for kind in _parts(item, key)] if part["type"] == "Sequence" else [part["type"]]
 
 
 # SentencePiece BPE
@@ -252,27 +246,29 @@ class Vocabulary:
     them out other ids.
     """
 
-    def __init__(self, path: Path) -> None:
-        fields = gguf_package().GGUFReader(path).fields
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        """``fields``: the key-values of the file, of which the byte-level and the SentencePiece BPE are read."""
 
         def get(key: str, default: Any = None) -> Any:
-            field = fields.get(f"tokenizer.ggml.{key}")
-            return default if field is None else field.contents()
+            return fields.get(f"tokenizer.ggml.{key}", default)
 
         self.tokens: list[str] = get("tokens")
-        types: list[int] = get("token_type")
         self._ids = {token: number for number, token in enumerate(self.tokens)}
         self._before = [get("bos_token_id")] if get("add_bos_token") else []
         self._after = [get("eos_token_id")] if get("add_eos_token") else []
-        marked = [token for token, kind in zip(self.tokens, types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+        kinds = get("token_type")
+        marked = [token for token, kind in zip(self.tokens, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
         self._marked = sorted(marked, key=lambda token: -len(token.encode()))
-        self._scores: list[float] | None = get("scores")
-        self._space = get("add_space_prefix", False)
-        if self._scores is None:
-            way = SPLITTINGS[get("pre")]
+        self._scores: list[float] | None = None
+        self._space = get("add_space_prefix", True)
+        if get("model") == "llama":
+            self._scores = get("scores")
+        else:
+            name = get("pre", "default")
+            way = SPLITTINGS[ALIASES.get(name, name)]
             merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
             self._bpe = Backend(models.BPE(vocab=self._ids, merges=merges, ignore_merges=way.ignore_merges))
-            self._bpe.pre_tokenizer = _pre_tokenizer(way)
+            self._bpe.pre_tokenizer = pre_tokenizer(way)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids that llama.cpp gives ``text``, special tokens in it read as such; ``add_special``: with BOS and EOS
@@ -341,7 +337,8 @@ class Vocabulary:
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a GGUF file that :func:`write_vocabulary` wrote. Its ``encode(text)`` gives a list of ids."""
-    return Vocabulary(path)
+    fields = gguf_package().GGUFReader(path).fields
+    return Vocabulary({key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")})
 
 
 def compare_vocabulary(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> int:

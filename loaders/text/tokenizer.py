@@ -7,6 +7,7 @@ The work itself is done by the `tokenizers` library. No file is ever executed or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -40,8 +41,23 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The letter that byte-level tokenizers write for each byte: printable ones as they are, the others from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
+_BYTE_LETTERS |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in _BYTE_LETTERS)}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
+# What WordPiece's way of decoding leaves too many spaces around, as transformers mends it, in this order.
+_SPACED: tuple[tuple[str, str], ...] = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+)
+_SPACED += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -108,13 +124,26 @@ class Tokenizer:
         # Longest first, so that a token that starts another one is not cut out of it.
         specials = sorted((added[i].content for i in self.special_ids), key=len, reverse=True)
         self.special_pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self._breaks = {token: broken for token in specials if (broken := _broken(token)) is not None}
+        self._breakable = re.compile("|".join(map(re.escape, self._breaks)) or r"(?!)")
+        # Such a token is found in the text as the normalizer leaves it, so in other spellings too.
+        folds = any(added[i].normalized for i in self.special_ids)
+        self._folds = folds and self._backend.normalizer is not None
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        # A file keeps the padding and truncation of the last call before it was saved. They are no part of a text's
+        # ids, and the probe for what is put around a text would not find it inside padding.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._prefix, self._suffix = self._surroundings(config)
         self.adds_bos = self.bos_id is not None and self._prefix[:1] == [self.bos_id]
         # Offsets are needed exactly as the text has them, and HF's post-processors trim spaces off them.
         self._backend.post_processor = None
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        # For a BPE the setting means nothing: its spaces are those of the text.
+        bpe = isinstance(self._backend.model, models.BPE)
+        self._mends_spaces = bool(config.get("clean_up_tokenization_spaces")) and not bpe
+        self._byte_level = any("ByteLevel" in repr(x) for x in (self._backend.normalizer, self._backend.pre_tokenizer))
+        self._missing_bytes, self._drops_characters = self._unspellable()
+        self._spelt: set[str] = set()  # characters that were looked at and have tokens
         self._names = {key: text for key in _NAMED if (text := _content(names.get(key))) is not None}
         self._names |= {"bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
         self.chat_template = self._own_template(config)
@@ -189,12 +218,14 @@ class Tokenizer:
                 found = f"gives {content!r} the id {key}, the vocabulary gives it {backend.token_to_id(content)}"
                 mend = "the files are of different tokenizers: download them again"
                 raise self._error("tokenizer_config.json", f"added_tokens_decoder {found}: {mend}")
-        if "tokenizer.json" not in self._files:
-            for content, value in sorted(self._json("added_tokens.json").items(), key=lambda item: str(item[1])):
+        if not listed:  # transformers, too, reads the older file only then
+            values = self._json("added_tokens.json")
+            for content, value in sorted(values.items(), key=lambda item: item[1] if type(item[1]) is int else -1):
                 if backend.token_to_id(content) is None:
                     backend.add_tokens([content])
                 if backend.token_to_id(content) != value:
                     raise self._error("added_tokens.json", f"{content!r} cannot have the id {value}")
+        if "tokenizer.json" not in self._files:
             names.setdefault("eos_token", "<|endoftext|>")
             names.setdefault("bos_token", names["eos_token"])
         lists = [list(value.values()) if isinstance(value, dict) else value for value in map(names.get, _LISTED)]
@@ -241,8 +272,8 @@ class Tokenizer:
                 raise self._error("chat_template.jinja", found) from problem
         else:
             source = config.get("chat_template")
-        if isinstance(source, list):
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        if isinstance(source, list | dict):
+            named = source if isinstance(source, dict) else {t.get("name"): t.get("template") for t in _dicts(source)}
             if "default" not in named:
                 found = ", ".join(map(str, named))
                 raise self._error("tokenizer_config.json", f"of the chat templates {found} none is named 'default'")
@@ -253,6 +284,23 @@ class Tokenizer:
 
     def _default_template(self) -> str:
         return "{{ bos_token }}" * self.adds_bos + DEFAULT_TEMPLATE
+
+    def _unspellable(self) -> tuple[bytes, bool]:
+        """The bytes for which a byte-level BPE has no token, and whether another BPE may lack tokens for characters.
+
+        The backend leaves both out of a text without a word, where no token stands for what is unknown.
+        """
+        model = self._backend.model
+        if not isinstance(model, models.BPE) or model.unk_token is not None:
+            return b"", False
+        if self._byte_level:
+            letters = {byte: _BYTE_LETTERS[byte] for byte in range(256)}
+            return bytes(byte for byte, letter in letters.items() if self.token_id(letter) is None), False
+        affixes = model.continuing_subword_prefix or model.end_of_word_suffix
+        return b"", not affixes and not (model.byte_fallback and self._falls_back(bytes(range(256))))
+
+    def _falls_back(self, data: bytes) -> bool:
+        return all(self.token_id(f"<0x{byte:02X}>") is not None for byte in data)
 
     # Text to ids and back
 
@@ -277,14 +325,47 @@ class Tokenizer:
         """Return the backend's encodings without added tokens; ``offsets``: with each token's place in its text."""
         encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
         try:
-            "".join(texts).encode()  # native code would say less about what it cannot take
+            joined = "".join(texts)
+            data = joined.encode()  # native code would say less about what it cannot take
         except UnicodeEncodeError as problem:
             raise DataError("a text holds half a character (a lone surrogate): mend it in the data") from problem
+        # One pass in native code over all the bytes: next to nothing beside encoding them.
+        if (self._missing_bytes and len(data.translate(None, self._missing_bytes)) < len(data)) or (
+            self._drops_characters and not self._spelt.issuperset(joined)
+        ):
+            self._check_spelling(texts)
         return self._try("tokenizer.json", encode, texts, add_special_tokens=False)
+
+    def _check_spelling(self, texts: Sequence[str]) -> None:
+        """Raise DataError for the first character that the vocabulary has no tokens for."""
+        added = sorted((t.content for t in self._backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        for text in texts:
+            for character in dict.fromkeys(pattern.sub("", text)):
+                if character in self._spelt:
+                    continue
+                if not self._spells(character):
+                    at = text.index(character)
+                    found = f"no token for {character!r} (U+{ord(character):04X})"
+                    shown = f"in {text[max(0, at - 20) : at + 21]!r} it would be left out"
+                    raise DataError(f"{self.where}: {found}: {shown}: remove it from the data")
+                self._spelt.add(character)
+
+    def _spells(self, character: str) -> bool:
+        """Whether nothing of a character is lost but what the normalizer and the pre-tokenizer take off."""
+        backend = self._backend
+        text = backend.normalizer.normalize_str(character) if backend.normalizer is not None else character
+        pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else text
+        letters = set("".join(pieces))
+        known = {letter for letter in letters if self.token_id(letter) is not None}
+        return letters == known or (backend.model.byte_fallback and self._falls_back("".join(letters - known).encode()))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ``ids``, without the control tokens if ``skip_special``."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        for spaced, mended in _SPACED if self._mends_spaces else ():
+            text = text.replace(spaced, mended)
+        return text
 
     # Chat
 
@@ -322,8 +403,8 @@ class Tokenizer:
             called = content is None and message.get("tool_calls")
             if not isinstance(message.get("role"), str) or not (isinstance(content, str) or called):
                 raise DataError(f"message {number}: role and content must be texts")
-            if content and self.special_pattern.search(content):
-                message = {**message, "content": self.unmarked(content)}
+            if content and (broken := self.broken(content)) != content:
+                message = {**message, "content": broken}
             if len(message) > 2:
                 others = {key: self.unmarked(item) for key, item in message.items() if key not in ("role", "content")}
                 message = {**message, **others}
@@ -333,14 +414,27 @@ class Tokenizer:
         return clean
 
     def unmarked(self, value: Any) -> Any:
-        """Return ``value``, a text or what JSON can hold, with the control tokens in its texts broken by a space."""
+        """Return ``value``, a text or what JSON can hold, with the control tokens in its texts :meth:`broken`."""
         if isinstance(value, str):
-            while (match := self.special_pattern.search(value)) and len(match[0]) > 1:
-                value = value[: match.start() + 1] + " " + value[match.start() + 1 :]
-            return value
+            return self.broken(value)
         if isinstance(value, Mapping):
             return {self.unmarked(key): self.unmarked(item) for key, item in value.items()}
         return [self.unmarked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def broken(self, text: str) -> str:
+        """Return ``text`` with a space in every control token that is spelt in it: it is read as none then."""
+        # What is left may spell another token, of those that overlap or hold a space.
+        while (left := self._breakable.sub(lambda match: self._breaks[match[0]], text)) != text:
+            text = left
+        while self._folds:
+            found = self._backend.encode(text, add_special_tokens=False)
+            places = [place for i, place in zip(found.ids, found.offsets) if i in self.special_ids]
+            cuts = [end - len(text[start:end].lstrip()) + 1 for start, end in places if text[start:end].strip()[1:]]
+            if not cuts:
+                break
+            for cut in reversed(cuts):
+                text = f"{text[:cut]} {text[cut:]}"
+        return text
 
     def with_bos(self, text: str, *, glue: str | None = None) -> str:
         """Return ``text`` with exactly one BOS in front if the tokenizer's texts start with one."""
@@ -366,7 +460,10 @@ class Tokenizer:
         ids = {self.token_id(self.eos_token)} - {None}
         for config in self._model_config:
             ids |= {number for number in _ids(config.get("eos_token_id")) if number < self.vocab_size}
-        if end := self.special_pattern.search(self.template.turn_end if self.chat_template is not None else ""):
+        turn_end = ""
+        with contextlib.suppress(TokenizerError):  # a template that no conversation will go through, and says so then
+            turn_end = self.template.turn_end if self.chat_template is not None else ""
+        if end := self.special_pattern.search(turn_end):
             ids.add(self.token_id(end[0]))
         return sorted(i for i in ids if i is not None)
 
@@ -451,9 +548,20 @@ def train_bpe(
     return Tokenizer(files, "the trained tokenizer")
 
 
+def _broken(token: str) -> str | None:
+    """A token with a space in it, or None where no space keeps it from being read: it is a single character, say."""
+    # Between two characters that are no spaces, so that breaking again and again comes to an end.
+    places = sorted(range(1, len(token)), key=lambda i: " " in token[i - 1 : i + 1])
+    return next((broken for i in places if token not in (broken := f"{token[:i]} {token[i:]}")), None)
+
+
 def _content(token: Any) -> str | None:
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) and value else None
+
+
+def _dicts(values: list[Any]) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)]
 
 
 def _ids(value: Any) -> list[int]:

@@ -11,16 +11,19 @@ from gguf_files import (
     PATTERNS,
     SENTENCES,
     TEXTS,
+    FieldsOnly,
     byte_level_bpe,
     bytelevel,
+    gguf,
     read_config,
     sentencepiece,
     splitter,
     vocabulary,
 )
 
-from afina.errors import AfinaError, TokenizerError
-from afina.loaders.text.gguf_vocab import SPACE, SPLITTINGS, compare_vocabulary
+from afina.errors import AfinaError, DataError, TokenizerError
+from afina.loaders.text.gguf_splitting import SPACE, SPLITTINGS, pre_tokenizer
+from afina.loaders.text.gguf_vocab import compare_vocabulary, write_vocabulary
 from afina.loaders.text.tokenizer import SPLIT, Tokenizer, load_tokenizer
 
 
@@ -77,6 +80,23 @@ def test_splitting_is_found_by_what_it_computes(name: str, bpe: Tokenizer, tmp_p
         assert read_config(vocabulary(tmp_path / "n", whole))["tokenizer.ggml.pre"] == "llama-bpe"
 
 
+@pytest.mark.parametrize("name", [name for name, way in SPLITTINGS.items() if way.exact])
+def test_every_splitting_is_told_from_the_others(name: str, bpe: Tokenizer) -> None:
+    way, writer = SPLITTINGS[name], FieldsOnly()
+    parts = json.loads(pre_tokenizer(way).__getstate__())
+    tokenizer = bytelevel(bpe, pre_tokenizer=parts, model={"ignore_merges": way.ignore_merges})
+    write_vocabulary(gguf, writer, tokenizer, tokenizer.vocab_size)
+    assert writer.fields["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize("name", [name for name, way in SPLITTINGS.items() if not way.exact])
+def test_what_llama_cpp_only_comes_near_to_is_refused(name: str, bpe: Tokenizer) -> None:
+    parts = json.loads(pre_tokenizer(SPLITTINGS[name]).__getstate__())
+    tokenizer = bytelevel(bpe, pre_tokenizer=parts, model={"ignore_merges": SPLITTINGS[name].ignore_merges})
+    with pytest.raises(TokenizerError, match="splits words as none of gpt-2"):
+        write_vocabulary(gguf, FieldsOnly(), tokenizer, tokenizer.vocab_size)
+
+
 def test_digits_apart_then_gpt2(bpe: Tokenizer, tmp_path: Path) -> None:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
@@ -84,6 +104,21 @@ def test_digits_apart_then_gpt2(bpe: Tokenizer, tmp_path: Path) -> None:
     path = vocabulary(tmp_path / "m", tokenizer)
     assert read_config(path)["tokenizer.ggml.pre"] == "smollm"
     assert compare_vocabulary(path, tokenizer, TEXTS) == len(TEXTS)
+
+
+def test_bytes_without_a_token(bpe: Tokenizer, tmp_path: Path) -> None:
+    """As published byte-level vocabularies lack some of them: SmolLM2's 21, Falcon's 28 of the 256."""
+    model = json.loads(bpe.files()["tokenizer.json"])["model"]
+    vocab = {token: i for token, i in model["vocab"].items() if token not in ("Ā", "À", "õ", "ÿ")}
+    tokenizer = bytelevel(bpe, model={"vocab": vocab})
+    texts = [text for text in TEXTS if "\x00" not in text]
+    path = vocabulary(tmp_path / "m", tokenizer)
+    assert compare_vocabulary(path, tokenizer, texts) == len(texts)
+    with pytest.raises(DataError, match=r"here: no token for '\\x00' \(U\+0000\): in 'a\\x00b' it would be left out"):
+        compare_vocabulary(path, tokenizer, ["a\x00b"])
+    unknown = bytelevel(bpe, model={"vocab": vocab, "unk_token": "<|end|>"})
+    with pytest.raises(TokenizerError, match=r"'<\|end\|>' stands for 4 of the 256 bytes"):
+        vocabulary(tmp_path / "n", unknown)
 
 
 def test_a_difference_is_shown(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -96,10 +131,6 @@ def test_a_difference_is_shown(bpe: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"m: the ids of 'a 12' differ: from token 2 on, \[\d+\] by the tok") as found:
         compare_vocabulary(path, together, ["the mat", "a 12"])
     assert not isinstance(found.value, AfinaError)
-
-
-def test_every_splitting_has_another_answer() -> None:
-    assert len(set(SPLITTINGS.values())) == len(SPLITTINGS)
 
 
 def refused_tokenizers(bpe: Tokenizer) -> Iterator[tuple[Tokenizer, str]]:
@@ -116,7 +147,7 @@ def refused_tokenizers(bpe: Tokenizer) -> Iterator[tuple[Tokenizer, str]]:
     yield bytelevel(bpe, pre_tokenizer=splitter(SPLIT), model={"ignore_merges": True}), "splits words as none of gpt-2"
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     yield bytelevel(bpe, pre_tokenizer=level), "splits words as none of gpt-2"
-    yield bytelevel(bpe, pre_tokenizer=None), "no pre_tokenizer"
+    yield bytelevel(bpe, pre_tokenizer=None), "no ByteLevel among its pre_tokenizers"
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
     yield sentencepiece(prefix=True, normalizer=None, pre_tokenizer=metaspace), "spaces treated in another way"
     yield sentencepiece(prefix=True, normalizer={"type": "NFKC"}), "spaces treated in another way"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import tokenizers
 import transformers
 from chat_templates import CHATML, LLAMA3
 from metaspace import SCHEMES, metaspace_files, with_bos
-from tokenizers import normalizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_bpe
@@ -109,6 +110,37 @@ def test_same_ids_with_truncation_padding_and_normalizer(write: Write) -> None:
     assert len(load_tokenizer(folder).encode("one")) < 4
 
 
+PAD: Any = {"pad_id": 2, "pad_token": "<|im_start|>"}
+STORED: dict[str, Callable[[tokenizers.Tokenizer], Any]] = {
+    "right": lambda backend: backend.enable_padding(length=9, **PAD),
+    "left": lambda backend: backend.enable_padding(direction="left", length=9, **PAD),
+    "multiple": lambda backend: backend.enable_padding(pad_to_multiple_of=8, **PAD),
+    "short": lambda backend: backend.enable_truncation(1),
+    "short on the left": lambda backend: backend.enable_truncation(2, direction="left"),
+    "both": lambda backend: (backend.enable_truncation(2), backend.enable_padding(direction="left", length=5, **PAD)),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_bos_survives_stored_padding_and_truncation(write: Write, kind: str) -> None:
+    plain = load_tokenizer(write(post))
+    expected, text = plain.encode_batch(TEXTS), plain.render(TALK)
+    tokenizer = agree(write(lambda backend: (post(backend), STORED[kind](backend))))
+    assert tokenizer.adds_bos
+    assert tokenizer.encode_batch(TEXTS) == expected
+    assert tokenizer.render(TALK) == text
+
+
+def test_bos_survives_a_call_with_padding_before_saving(write: Write, tmp_path: Path) -> None:
+    peer = transformers.AutoTokenizer.from_pretrained(write(post, pad_token="</s>"))
+    for side in ("left", "right"):
+        peer.padding_side = side
+        peer(["one two"], padding="max_length", truncation=True, max_length=12)
+        peer.save_pretrained(tmp_path / side)
+        assert json.loads((tmp_path / side / "tokenizer.json").read_text())["padding"]["direction"] == side.capitalize()
+        assert agree(tmp_path / side).adds_bos
+
+
 def test_same_ids_with_added_tokens_of_the_config(write: Write, backend: str) -> None:
     size = tokenizers.Tokenizer.from_str(backend).get_vocab_size()
     added = {
@@ -121,6 +153,22 @@ def test_same_ids_with_added_tokens_of_the_config(write: Write, backend: str) ->
     assert tokenizer.encode(text) == theirs.encode(text)
     assert tokenizer.special_ids == {*range(4), size + 1}
     assert tokenizer.decode(tokenizer.encode(text), skip_special=True) == theirs.decode(theirs.encode(text), True)
+
+
+def test_added_tokens_of_the_older_file(write: Write, backend: str) -> None:
+    size = tokenizers.Tokenizer.from_str(backend).get_vocab_size()
+    older = {f"<new{number}>": size + number for number in (10, *range(10), 11)}
+    folder = write(files={"added_tokens.json": older})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = agree(folder, theirs)
+    for text in ("a<new9>b<new10>", "<new0><new11>"):
+        assert tokenizer.encode(text) == theirs.encode(text)
+    assert tokenizer.encode("<new10>") == [size + 10]
+    with pytest.raises(TokenizerError, match=r"added_tokens.json: '<far>' cannot have the id 9999"):
+        load_tokenizer(write(files={"added_tokens.json": {"<far>": 9999}}))
+    listed = {str(size): {"content": "<tool>"}}  # the newer list beside it counts alone, as in transformers
+    folder = write(files={"added_tokens.json": {"<far>": 9999}}, added_tokens_decoder=listed)
+    assert load_tokenizer(folder).vocab_size == size + 1
 
 
 def test_named_special_tokens_are_control_tokens(write: Write) -> None:
@@ -181,10 +229,12 @@ def test_eos_ids_are_the_union_of_what_the_files_say(write: Write) -> None:
     assert (load_tokenizer(folder).eos_token, load_tokenizer(folder).bos_id) == ("<|im_start|>", 3)
 
 
-@pytest.mark.parametrize("place", ["config", "list", "jinja", "none"])
+@pytest.mark.parametrize("place", ["config", "list", "dict", "jinja", "none"])
 def test_templates_are_found_and_saved(write: Write, tmp_path: Path, place: str) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-    config = {"config": {"chat_template": CHATML}, "list": {"chat_template": named}}.get(place, {})
+    by_name = {item["name"]: item["template"] for item in named}
+    given: dict[str, Any] = {"config": CHATML, "list": named, "dict": by_name}
+    config = {"chat_template": given[place]} if place in given else {}
     folder = write(files={"chat_template.jinja": CHATML} if place == "jinja" else {}, **config)
     tokenizer = load_tokenizer(folder)
     assert tokenizer.chat_template == (None if place == "none" else CHATML)
@@ -264,7 +314,7 @@ def test_wrong_configs(write: Write) -> None:
     with pytest.raises(TokenizerError, match=r"of the chat templates tool_use none is named 'default'"):
         load_tokenizer(write(chat_template=[{"name": "tool_use", "template": ""}]))
     with pytest.raises(TokenizerError, match=r"chat_template is not a text"):
-        load_tokenizer(write(chat_template={"a": 1}))
+        load_tokenizer(write(chat_template={"default": 1}))
     with pytest.raises(TokenizerError, match=r"line 1: not valid JSON"):
         load_tokenizer(write(files={"tokenizer_config.json": "{"}))
     folder = write()
@@ -337,6 +387,104 @@ def test_damaged_files_end_in_the_typed_error(write: Write) -> None:
 def test_half_characters(write: Write) -> None:
     with pytest.raises(DataError, match="half a character"):
         load_tokenizer(write()).encode("a\ud800")
+
+
+def folder_of(path: Path, model: Any, normalizer: Any = None, pre_tokenizer: Any = None) -> Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.save(str(path / "tokenizer.json"))
+    return load_tokenizer(path)
+
+
+def test_characters_that_cannot_be_spelt(tmp_path: Path) -> None:
+    vocab = {token: i for i, token in enumerate(["a", "b", "Ġ", "ab", "<u>", "é"])}
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = folder_of(tmp_path, models.BPE(vocab, [("a", "b")]), pre_tokenizer=bytes_)
+    assert tokenizer.encode("ab a") == [3, 2, 0]
+    left_out = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a\x04b")
+    assert left_out.ids == [0, 1]  # so the library would train on another text without a word
+    for text, shown in (("xa\x04b" * 9, r"'x' \(U\+0078\)"), ("a\x04b", r"'\\x04' .* in 'a\\x04b'"), ("abé", "'é'")):
+        for offsets in (False, True):
+            with pytest.raises(DataError, match=rf"no token for {shown}.*left out: remove it"):
+                tokenizer.encodings(["ab", text], offsets=offsets)
+    with_unknown = models.BPE(vocab, [], unk_token="<u>")
+    assert folder_of(tmp_path, with_unknown, pre_tokenizer=bytes_).encode("axb") == [0, 4, 1]  # as transformers has it
+    # Not by bytes, but by characters, and what the normalizer makes of them.
+    lower = normalizers.Lowercase()
+    tokenizer = folder_of(tmp_path, models.BPE(vocab, []), lower, pre_tokenizers.WhitespaceSplit())
+    assert tokenizer.encode("A bÉ") == [0, 1, 5]
+    with pytest.raises(DataError, match="no token for 'C'"):
+        tokenizer.encode("A bC")
+    spelt = {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
+    assert folder_of(tmp_path, models.BPE(vocab | spelt, [], byte_fallback=True)).encode("ac") == [0, 6 + ord("c")]
+
+
+def test_an_added_token_spells_what_the_vocabulary_does_not(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_tokens(["<x>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a<x>a") == [0, 1, 0]
+    with pytest.raises(DataError, match="no token for '<'"):
+        load_tokenizer(tmp_path).encode("a<x>a<")
+
+
+def test_spaces_that_decoding_mends(tmp_path: Path) -> None:
+    words = ["[UNK]", "[CLS]", "do", "n", "'", "t", ".", "a", "s", "!", ",", "ve", "?"]
+    backend = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for mends in (True, False):
+        config = {"clean_up_tokenization_spaces": mends, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in ("do . a ! n , t ?", "a ' s ' ve", "don't", "a 's"):
+            assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)), text
+    assert ours.decode([7, 6]) == "a ."
+
+
+@pytest.mark.parametrize(
+    ("tokens", "content", "expected"),
+    [
+        (["<|a|>"], "x<|a|>y", "x< |a|>y"),
+        (["<|a|>"], "<|<|a|>a|>", "<|< |a|>a|>"),
+        (["<|a", "a|>"], "<|a|>", "< |a |>"),
+        (["#", "<|a|>"], "# <|a|>", "# < |a|>"),  # a single character cannot be broken, which keeps nothing else whole
+        ([" a"], "x a a", "x a a"),
+        (["a b", "a  b"], "a b", "a   b"),
+        (["aa"], "aaaaa", "a a a a a"),
+        (["[X] ", "[X]"], "[X] [X]", "[ X] [ X]"),
+    ],
+)
+def test_control_tokens_in_messages_are_broken(write: Write, tokens: list[str], content: str, expected: str) -> None:
+    def edit(backend: tokenizers.Tokenizer) -> None:
+        backend.add_special_tokens(tokens)
+
+    tokenizer = load_tokenizer(write(edit, chat_template=CHATML))
+    assert tokenizer.checked([{"role": "user", "content": content}])[0]["content"] == expected
+
+
+def test_control_tokens_in_other_spellings(write: Write) -> None:
+    def edit(backend: tokenizers.Tokenizer) -> None:
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        backend.add_special_tokens([tokenizers.AddedToken("<|halt|>", normalized=True, lstrip=True)])
+
+    tokenizer = load_tokenizer(write(edit, chat_template=CHATML))
+    halt = tokenizer.token_id("<|halt|>")
+    for text in ("x  <|HALT|>", "＜|halt|＞", "<|Halt|><|halt|>", "<|haLT|>" * 50, "<|hal<|HALT|>t|>"):
+        assert halt in tokenizer.encode(text)
+        assert halt not in tokenizer.encode(tokenizer.render([{"role": "user", "content": text}]))
+
+
+def test_breaking_many_control_tokens_takes_one_pass(write: Write) -> None:
+    tokenizer = load_tokenizer(write(chat_template=CHATML))
+    start = time.perf_counter()
+    content = tokenizer.checked([{"role": "user", "content": "<|im_end|>" * 100_000}])[0]["content"]
+    assert content == "< |im_end|>" * 100_000
+    assert time.perf_counter() - start < 10  # token by token from the start it takes minutes
 
 
 def test_check_vocab(write: Write) -> None:
