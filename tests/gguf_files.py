@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import pytest
+import torch
 
 from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, new_model
 from afina.loaders.text.gguf_splitting import SPACE
 from afina.loaders.text.tokenizer import SPLIT, Tokenizer, train_bpe
 from afina.loaders.weights.gguf import write_gguf
+from afina.loaders.weights.gguf_file import GGUFFile
 
 gguf = pytest.importorskip("gguf")
 
@@ -30,6 +32,55 @@ BASE = {
     "vocab_size": 328, "hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GPT2 = {"model_type": "gpt2", "vocab_size": 328, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+GEMMA = BASE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": BASE | {"model_type": "llama", "rms_norm_eps": 1e-5},
+    "llama-3": BASE | {
+        "model_type": "llama", "rope_scaling": ROPE | {"original_max_position_embeddings": 32}, "head_dim": 24,
+        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+    },
+    "llama-linear": BASE | {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": BASE | {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 1},
+    "qwen2": BASE | {"model_type": "qwen2", "intermediate_size": 96},
+    "qwen2-yarn": BASE | {
+        "model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+    },
+    "qwen3": BASE | {
+        "model_type": "qwen3", "head_dim": 32,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5,
+        },
+    },
+    "gemma2": GEMMA | {
+        "model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": GEMMA | {
+        "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    },
+    "gemma3-6": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 6, "tie_word_embeddings": False},
+    "gpt2": GPT2,
+    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 96},
+}  # fmt: skip
+
+
+def random_model(config: dict[str, Any]) -> GPT:
+    """Norms and biases random too, and matrices so large that attention is far from uniform and softcaps bend."""
+    model = new_model(config, dtype="float32", device="cpu").eval()
+    generator = torch.Generator().manual_seed(1)
+    tied = model.config.tie_embeddings
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() == 2:
+                p.copy_(noise * ((0.2 if tied else 1.0) if "embed" in name else 1.5 * p.shape[1] ** -0.5))
+            else:
+                p.copy_(0.3 * noise + (1.0 if name.endswith("norm.weight") and not model.config.norm_offset else 0.0))
+    return model
 
 
 def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float32") -> Path:
@@ -138,30 +189,8 @@ def vocabulary(path: Path, tokenizer: Tokenizer) -> Path:
 
 
 def fields_of(path: Path) -> dict[str, Any]:
-    """The key-values of a GGUF file as plain values: what `gguf.GGUFReader` gives, in a hundredth of its time."""
-    numbers = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
-    data, at = path.read_bytes(), 16
-
-    def number(form: str) -> Any:
-        nonlocal at
-        at += struct.calcsize(form)
-        return struct.unpack_from(f"<{form}", data, at - struct.calcsize(form))[0]
-
-    def value(kind: int) -> Any:
-        nonlocal at
-        if kind == 8:
-            size = number("Q")
-            at += size
-            return data[at - size : at].decode()
-        if kind == 9:
-            kind, count = number("I"), number("Q")
-            if kind in (8, 9):
-                return [value(kind) for _ in range(count)]
-            at += count * struct.calcsize(numbers[kind])
-            return np.frombuffer(data, f"<{numbers[kind]}", count, at - count * struct.calcsize(numbers[kind]))
-        return number(numbers[kind])
-
-    return {value(8): value(number("I")) for _ in range(number("Q"))}
+    """The key-values of a GGUF file."""
+    return GGUFFile(path).fields
 
 
 class FieldsOnly:
@@ -183,3 +212,119 @@ class FieldsOnly:
     def __getattr__(self, name: str) -> Any:
         key = self.KEYS.get(name, name.removeprefix("add_"))
         return lambda value: self.fields.update({key if "." in key else f"tokenizer.ggml.{key}": value})
+
+
+# --- Files byte by byte -----------------------------------------------------------------------------------------------
+
+UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, FLOAT64 = 0, 4, 5, 6, 7, 8, 9, 10, 12
+_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+
+
+class Field(NamedTuple):
+    """A key-value; of an array ``value`` is the type of its elements and a list of them."""
+
+    key: str
+    type: int
+    value: Any
+
+
+class Raw(NamedTuple):
+    """A tensor: ``shape`` in torch's order, ``type`` by its number in ggml; ``offset`` where it is not the next one."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    data: bytes
+    offset: int | None = None
+
+
+class Built(NamedTuple):
+    """A file, and where its numbers stand: (what it is, position, bytes)."""
+
+    data: bytes
+    numbers: list[tuple[str, int, int]]
+
+
+def build(
+    fields: Iterable[Field], tensors: Iterable[Raw], *, version: int = 3, alignment: int = 32, magic: bytes = b"GGUF"
+) -> Built:
+    """A GGUF file written by hand, so that it can be wrong in any place."""
+    out = bytearray(magic)
+    numbers: list[tuple[str, int, int]] = []
+
+    def number(what: str, value: float, form: str) -> None:
+        numbers.append((what, len(out), struct.calcsize(form)))
+        out.extend(struct.pack("<" + form, value))
+
+    def text(value: str | bytes) -> None:
+        raw = value if isinstance(value, bytes) else value.encode()
+        number("length", len(raw), "Q")
+        out.extend(raw)
+
+    def scalar(kind: int, value: Any) -> None:
+        if kind == STRING:
+            text(value)
+        else:
+            number("value", value, _FORMS.get(kind, "I"))
+
+    fields, tensors = list(fields), list(tensors)
+    number("version", version, "I")
+    number("count", len(tensors), "Q")
+    number("count", len(fields), "Q")
+    for key, kind, value in fields:
+        text(key)
+        number("type", kind, "I")
+        if kind == ARRAY:
+            number("type", value[0], "I")
+            number("count", len(value[1]), "Q")
+            for one in value[1]:
+                scalar(value[0], one)
+        else:
+            scalar(kind, value)
+    end = 0
+    for name, shape, kind, data, offset in tensors:
+        text(name)
+        number("dims", len(shape), "I")
+        for size in reversed(shape):
+            number("dim", size, "Q")
+        number("type", kind, "I")
+        number("offset", end if offset is None else offset, "Q")
+        end += -(-len(data) // alignment) * alignment
+    for tensor in tensors:
+        out.extend(b"\0" * (-len(out) % alignment) + tensor.data)
+    return Built(bytes(out), numbers)
+
+
+def parts(path: Path) -> tuple[list[Field], list[Raw]]:
+    """What a sound file is made of, by the `gguf` package."""
+    reader = gguf.GGUFReader(path)
+    fields = []
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF."):
+            value = field.contents()
+            fields.append(
+                Field(key, int(field.types[0]), (int(field.types[-1]), value) if field.types[0] == 9 else value)
+            )
+    tensors = [
+        Raw(t.name, tuple(reversed(t.shape.tolist())), int(t.tensor_type), t.data.tobytes()) for t in reader.tensors
+    ]
+    return fields, tensors
+
+
+def edit(
+    path: Path,
+    fields: Mapping[str, tuple[int, Any] | None] | None = None,
+    tensors: Callable[[dict[str, Raw]], object] | None = None,
+) -> Path:
+    """Write a sound file anew with other key-values (None: without it) and, by what ``tensors`` does, other tensors."""
+    before, raw = parts(path)
+    changed = {field.key: field for field in before}
+    for key, value in (fields or {}).items():
+        changed.pop(key, None)
+        if value is not None:
+            changed[key] = Field(key, *value)
+    by_name = {tensor.name: tensor for tensor in raw}
+    if tensors is not None:
+        tensors(by_name)
+    path.write_bytes(build(changed.values(), by_name.values()).data)
+    return path

@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from afina.errors import ConfigError, TokenizerError
+from afina.errors import TokenizerError
 from afina.loaders.text.gguf_splitting import (
     ALIASES,
     BYTE,
@@ -36,6 +36,7 @@ from afina.loaders.text.gguf_splitting import (
     pre_tokenizer,
 )
 from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.weights.gguf_file import GGUFFile
 
 # What the known ways disagree about, to be strung together: letters, marks, digits, spaces, line ends, punctuation.
 _UNITS = (
@@ -43,16 +44,6 @@ _UNITS = (
     *("\t", "\u00a0", "\u3000", "'", "'s", "'LL", "'re", "’", ".", "/", "_", "!?", "<", "|", "$", "+", "#", "😀"),
     *("\u200d", "`", "(", "！", "、", "ჰ", "Ǆ", "क\u094d"),
 )
-
-
-def gguf_package() -> Any:
-    """The `gguf` package. Raises ConfigError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        mend = "pip install 'afina[gguf]'"
-        raise ConfigError(f"gguf: the package that writes and reads the format is not installed: {mend}") from None
-    return gguf
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -337,8 +328,7 @@ class Vocabulary:
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a GGUF file that :func:`write_vocabulary` wrote. Its ``encode(text)`` gives a list of ids."""
-    fields = gguf_package().GGUFReader(path).fields
-    return Vocabulary({key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")})
+    return Vocabulary(GGUFFile(path).fields)
 
 
 def compare_vocabulary(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
@@ -363,37 +353,3 @@ def compare_vocabulary(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -
 
 
 # --- TEMPORARY: stands in until the whole of it is here; byte-level BPE only ------------------------------------------
-
-
-def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> Tokenizer:
-    """TEMPORARY. The tokenizer of a GGUF file with a byte-level BPE, of the key-values ``tokenizer.*``."""
-
-    def get(key: str, default: Any = None) -> Any:
-        value = fields.get(f"tokenizer.ggml.{key}", default)
-        return value.tolist() if hasattr(value, "tolist") else value
-
-    if get("model") != "gpt2" or get("pre") not in SPLITTINGS:
-        raise TokenizerError(f"{where}: tokenizer.ggml.model = {get('model')!r}, pre = {get('pre')!r}: not yet")
-    tokens, types, way = get("tokens"), get("token_type"), SPLITTINGS[get("pre")]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": i, "content": token, "special": kind == CONTROL, **flags}
-        for i, (token, kind) in enumerate(zip(tokens, types))
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=way.ignore_merges))
-    backend.pre_tokenizer = _pre_tokenizer(way)
-    state = json.loads(backend.to_str())
-    state["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    state["added_tokens"] = added
-    names = {name: get(f"{key}_token_id") for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-    config: dict[str, Any] = {f"{name}_token": tokens[i] for name, i in names.items() if i is not None}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if (template := fields.get("tokenizer.chat_template")) is not None:
-        config["chat_template"] = template
-    files = {"tokenizer.json": json.dumps(state).encode(), "tokenizer_config.json": json.dumps(config).encode()}
-    ends = [get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    files["generation_config.json"] = json.dumps({"eos_token_id": [i for i in ends if i is not None]}).encode()
-    return Tokenizer(files, where)

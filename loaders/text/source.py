@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from afina.loaders.text.gguf_vocab import tokenizer_from_gguf
+from afina.loaders.text.gguf_tokenizer import tokenizer_from_gguf
 from afina.loaders.text.tokenizer import Tokenizer, read_tokenizer, tokenizer_place
 from afina.loaders.weights.gguf_file import GGUFFile
 

@@ -26,10 +26,10 @@ from afina.errors import ConfigError, WeightsError, nearest
 from afina.loaders.families.common import Fields
 from afina.loaders.families.registry import load_family
 from afina.loaders.jsonfile import show
-from afina.loaders.text.gguf_vocab import gguf_package, write_vocabulary
+from afina.loaders.text.gguf_vocab import write_vocabulary
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab
 from afina.loaders.weights.gguf_config import ARCHITECTURES, architecture_of, read_config, write_config
-from afina.loaders.weights.gguf_file import PLAIN, GGUFFile
+from afina.loaders.weights.gguf_file import PLAIN, GGUFFile, gguf_package
 from afina.loaders.weights.gguf_rope import ROPE_FACTORS, rope_factors
 from afina.loaders.weights.stream import SAMPLE
 
@@ -185,7 +185,7 @@ class GGUFWeights:
     A tensor that belongs to no such model keeps the file's name. Raises WeightsError and ConfigError.
     """
 
-    config_name = "its keys"
+    config_name = "its header"
 
     def __init__(self, path: Path, *, allow_nonfinite: bool = False) -> None:
         self.path = Path(path)

@@ -244,15 +244,17 @@ class _Reader:
 
     def error(self, key: str, expected: str) -> ConfigError:
         full = key if key.startswith("general.") else f"{self.arch}.{key}"
-        value = self.file.fields.get(full)
-        value = value.tolist() if isinstance(value, np.ndarray) else value
-        found = f"{full} = {show(value)}" if full in self.file.fields else f"{full} is missing"
+        found = f"{full} = {show(self._value(full))}" if full in self.file.fields else f"{full} is missing"
         return ConfigError(f"{self.file.path}: {found}: {expected}")
+
+    def _value(self, full: str) -> Any:
+        value = self.file.fields.get(full)
+        return value.tolist() if isinstance(value, np.ndarray) else value  # an array is true and false at once
 
     def get(self, key: str) -> Any:
         key = f"{self.arch}.{key}"
         self._seen.add(key)
-        return self.file.fields.get(key)
+        return self._value(key)
 
     def size(self, key: str, default: int | None = -1) -> Any:
         """A whole number from 1 on; required where there is no default. 0 is none where the default is None."""
@@ -274,8 +276,8 @@ class _Reader:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.error(key, "expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+            raise self.error(key, "expected a number above 0, from 1e-30 to 1e30")
         return float(value)
 
     def fixed(self, key: str, *values: Any) -> None:
@@ -293,12 +295,11 @@ class _Reader:
 
     def general(self) -> None:
         """What is said of the file as a whole: that it is all of a model."""
-        fields = self.file.fields
-        if fields.get("general.type", "model") != "model":
+        if self._value("general.type") not in (None, "model"):
             raise self.error("general.type", "expected 'model'; an adapter, a projector or a matrix is none by itself")
-        if fields.get("split.count", 1) not in (0, 1):
+        if (parts := self._value("split.count")) not in (None, 0, 1):
             mend = "join the parts with llama-gguf-split --merge"
-            raise ConfigError(f"{self.file.path}: split.count = {show(fields['split.count'])}, expected 1: {mend}")
+            raise ConfigError(f"{self.file.path}: split.count = {show(parts)}, expected 1: {mend}")
 
     def finish(self) -> None:
         unknown = sorted(key for key in self.file.fields if key.startswith(f"{self.arch}.") and key not in self._seen)
@@ -334,8 +335,8 @@ def _gemma(reader: _Reader, layers: int, head_dim: int, hf: Mapping[str, Any]) -
     if pattern is None or type(pattern) is int:
         period = _SLIDING_PERIOD[arch] if pattern is None else reader.size("attention.sliding_window_pattern")
         slides = _slides(layers, period)
-    elif isinstance(pattern, np.ndarray) and pattern.dtype == np.bool_ and len(pattern) == layers:
-        slides = pattern.tolist()
+    elif isinstance(pattern, list) and len(pattern) == layers and all(type(one) is bool for one in pattern):
+        slides = pattern
     else:
         raise reader.error("attention.sliding_window_pattern", f"expected a period, or a list of {layers} bools")
     if arch == "gemma2":

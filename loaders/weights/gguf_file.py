@@ -26,9 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afina.errors import WeightsError, nearest
+from afina.errors import ConfigError, WeightsError, nearest
 from afina.loaders.jsonfile import show
-from afina.loaders.text.gguf_vocab import gguf_package
 from afina.loaders.weights.stream import PIECE, Bad, as_bytes, consecutive, read_bytes, stored_bytes, stream
 
 MAGIC = b"GGUF"
@@ -227,7 +226,8 @@ class GGUFFile:
             found = f"general.quantization_version = {show(version)}, expected {QUANTIZATION_VERSION}"
             raise self._bad(f"{found}, since tensor {show(quantized)} is {entries[quantized].kind}", "quantise it anew")
         other = next((name for name, entry in entries.items() if entry.kind != "F32"), None)
-        if fields.get("general.file_type") == 0 and other is not None:  # of the others only "mostly" is said
+        said = fields.get("general.file_type")
+        if type(said) is int and said == 0 and other is not None:  # of the other types only "mostly" is said
             found = f"general.file_type = 0 says that all is F32, but tensor {show(other)} is {entries[other].kind}"
             raise self._bad(found, "correct the one that is wrong")
 
@@ -329,6 +329,16 @@ def _dequantizer(kind: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, 
         return values
 
     return decode
+
+
+def gguf_package() -> Any:
+    """The `gguf` package. Raises ConfigError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        mend = "pip install 'afina[gguf]'"
+        raise ConfigError(f"gguf: the package that writes and reads the format is not installed: {mend}") from None
+    return gguf
 
 
 class _Header:

@@ -58,7 +58,7 @@ def llama3_scaling(file: GGUFFile, dim: int, theta: float) -> dict[str, Any]:
         return {}
     factor = float(factors.max())
     smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
-    turns = theta ** (-np.arange(0, dim, 2) / dim) / (2 * math.pi)
+    turns = np.array([theta ** (-i / dim) / (2 * math.pi) for i in range(0, dim, 2)])
     middle = (smooth > 1e-4) & (smooth < 1 - 1e-4)
     for high, original in _candidates(smooth, turns, middle):
         found = _llama3_factors(dim, theta, factor, 1.0, high, original)
@@ -77,10 +77,11 @@ def _candidates(smooth: Any, turns: Any, middle: Any) -> Iterator[tuple[float, i
     """Values of high_freq_factor and original_max_position_embeddings that may have made ``smooth``."""
     highs = [4.0]  # of every Llama so far
     if middle.sum() >= 2:
-        _, offset = np.polyfit(turns[middle], smooth[middle], 1)
-        if offset < 0:
-            high = 1 - 1 / offset
-            highs += [float(f"{high:.{digits}g}") for digits in (1, 2, 3, 4)] + [float(high)]
+        # A line through the first and the last: smooth = (L * turns - 1) / (high - 1).
+        (first, *_, last), (begin, *_, end) = turns[middle].tolist(), smooth[middle].tolist()
+        offset = begin - first * (end - begin) / (last - first) if first != last else 0.0
+        high = 1 - 1 / offset if offset < 0 else 1.0
+        highs += [x for digits in (1, 2, 3, 4, 17) if 1.001 < (x := float(f"{high:.{digits}g}")) < 1e6]
     for high in highs:
         if middle.any():
             length = float(np.median((smooth[middle] * (high - 1) + 1) / turns[middle]))

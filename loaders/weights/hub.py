@@ -87,8 +87,8 @@ def _file(path: Path) -> Path:
         return path
     if start == b"PK\x03\x04":
         return _unpacked(path)
-    mend = "pass the folder that holds config.json and model.safetensors, or a GGUF file"
-    raise WeightsError(f"{path}: is a file, but no GGUF file: {mend}")
+    mend = "pass the folder that holds config.json and model.safetensors"
+    raise WeightsError(f"{path}: is a file, and no GGUF file: {mend}")
 
 
 def _unpacked(archive: Path) -> Path:

@@ -85,7 +85,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     above = folder_with(tmp_path / "above", "v1/config.json", "notes.txt")
     refused(above, "found notes.txt, v1/", f"did you mean '{above}/v1'?")
     config = folder_with(tmp_path / "model", "config.json") / "config.json"
-    refused(config, "is a file: pass the folder")
+    refused(config, "is a file, and no GGUF file: pass the folder")
 
 
 def test_paths_that_do_not_exist(tmp_path: Path, calls: list[Any]) -> None:
