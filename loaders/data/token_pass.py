@@ -185,7 +185,11 @@ class Tokenise:
     def _encode(self, batch: list[tuple[Rendered, Row, bool]]) -> None:
         """Tokenise a batch, make its rows fit, write them."""
         fitted: list[tuple[NDArray[np.int32], NDArray[np.bool_], Row, bool]] = []
-        encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
+        try:
+            encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
+        except DataError:  # a row holds what no token spells: find it
+            batch = [item for item in batch if self._spellable(item)]
+            encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
         for (_, row, more), ids, loss_mask in zip(batch, *encoded):
             if row.example.text is not None and (more or len(self.carried) or len(ids) > self.max_length):
                 fitted += self._windows(row, more, ids)
@@ -227,6 +231,18 @@ class Tokenise:
         self.units += int(apart.sum())
         self.fitted["usable"] += int(np.array(first)[keep].sum())
         self.fitted["untrained"] += int((~keep).sum())
+
+    def _spellable(self, item: tuple[Rendered, Row, bool]) -> bool:
+        """Whether the tokenizer has tokens for all of a row; the row's error, or a bad line to count, where not."""
+        rendered, row, _ = item
+        try:
+            encode_rendered(self.tokenizer, [rendered])
+        except DataError as problem:
+            if not self.source.reading["skip_bad_lines"]:
+                raise DataError(f"{row.where}: {problem}") from problem
+            self.fitted.update({"bad_lines": 1, "bad:a character without a token": 1})
+            return False
+        return True
 
     def _shorten(self, row: Row, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> tuple[Any, Any]:
         """Apply the policy for rows that are too long; a dropped row comes back empty."""

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_model import tiny_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from afina.errors import DataError
 from afina.loaders.data import token_pass
@@ -324,6 +326,23 @@ def test_a_packed_text_is_split_like_a_plain_one(tmp_path: Path, prepared: Prepa
     plain, packed = prepared(tmp_path / "a.txt"), prepared(tmp_path / "b.txt.gz")
     assert len(plain.dev) == len(packed.dev) > 1
     assert [packed.dev.row(i)[0].tolist() for i in range(3)] == [plain.dev.row(i)[0].tolist() for i in range(3)]
+
+
+def test_rows_with_a_character_that_no_token_spells(tmp_path: Path) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(["</s>", *"abc"])}, merges=[]))
+    backend.add_special_tokens(["</s>"])
+    files = {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = Tokenizer(files, "x")
+    rows = [{"prompt": "ab" * (i + 1), "completion": "c"} for i in range(5)]
+    rows.insert(3, {"prompt": "aé", "completion": "c"})
+    path = write(tmp_path / "a.jsonl", *rows)
+    settings: dict[str, Any] = {"max_length": 64, "cache_dir": tmp_path / "cache", "progress": False}
+    with pytest.raises(DataError, match=r"a\.jsonl: line 4: x: .*'é'"):
+        prepare(path, tokenizer, **settings)
+    data = prepare(path, tokenizer, **settings, skip_bad_lines=True)
+    assert (data.report["rows"], data.report["bad_lines"], data.report["usable"]) == (6, 1, 5)
+    assert "1 bad lines skipped (a character without a token: 1)" in data.summary()
 
 
 def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path, prepared: Prepared) -> None:
