@@ -57,7 +57,7 @@ class TrainConfig(Settings):
 
     model: str | None = setting(
         None,
-        "pretrained model: a folder, a run folder (its best model), a hub id, or afina-tiny",
+        "pretrained model: a folder, a run folder (its best model), a GGUF file, a hub id, or afina-tiny",
         aliases=("model_name_or_path", "base_model"),
     )
     data: str | None = setting(None, "training rows: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder of them")
@@ -209,7 +209,9 @@ class TrainConfig(Settings):
             raise ConfigError(f"method {self.method} needs pretrained weights, but init is random: use method full")
         if self.init == "pretrained":
             if self.model is None:
-                raise ConfigError("model is missing: give --model (a folder, a hub id or afina-tiny) or --init random")
+                raise ConfigError(
+                    "model is missing: give --model (a folder, a GGUF file, a hub id or afina-tiny) or --init random"
+                )
             if self.config is not None:
                 raise ConfigError(
                     "config is for init random, but init is pretrained: leave config out, or use init random"

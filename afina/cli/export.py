@@ -11,7 +11,9 @@ from afina.cli.options import Parser, Verb
 def add_options(parser: Parser) -> None:
     parser.usage = "afina export MODEL --to hf|peft|gguf --output DIR [options]"
     parser.add_argument(
-        "model", metavar="MODEL", help="a run folder (its best model), a model's or adapter's folder, or a hub id"
+        "model",
+        metavar="MODEL",
+        help="a run folder (its best model), a model's or adapter's folder, a GGUF file, or a hub id",
     )
     parser.add_argument(
         "--to",

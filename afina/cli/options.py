@@ -83,7 +83,7 @@ class Verb(NamedTuple):
 
 def model_options(parser: Parser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a folder, a run folder (its best model), a hub id or afina-tiny"
+        "model", metavar="MODEL", help="a folder, a run folder (its best model), a GGUF file, a hub id or afina-tiny"
     )
     parser.add_argument(
         "--adapter",

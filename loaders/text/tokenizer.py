@@ -61,11 +61,6 @@ _SPACED += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a model in a folder: :func:`afina.loaders.text.source.load_tokenizer` without GGUF files."""
-    return read_tokenizer(tokenizer_place(source))
-
-
 def tokenizer_place(source: str | Path) -> Path:
     """Where the tokenizer of a model lies: a folder, or a GGUF file. Raises WeightsError for a model that is not there.
 

@@ -20,7 +20,8 @@ from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text.gguf_splitting import ALIASES, SPLITTINGS
 from afina.loaders.text.gguf_tokenizer import tokenizer_from_gguf
 from afina.loaders.text.gguf_vocab import Vocabulary
-from afina.loaders.text.tokenizer import Tokenizer, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer
 
 EXPECTED = [
     *("bert-bge", "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe"),

@@ -24,7 +24,8 @@ from gguf_files import (
 from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text.gguf_splitting import SPACE, SPLITTINGS, pre_tokenizer
 from afina.loaders.text.gguf_vocab import compare_vocabulary, write_vocabulary
-from afina.loaders.text.tokenizer import SPLIT, Tokenizer, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import SPLIT, Tokenizer
 
 
 @pytest.fixture(scope="module")

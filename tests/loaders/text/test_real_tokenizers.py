@@ -16,7 +16,8 @@ from real_files import smollm2, tokenizer_folder
 from afina.errors import DataError
 from afina.loaders.text.gguf_tokenizer import tokenizer_from_gguf
 from afina.loaders.text.gguf_vocab import Vocabulary, write_vocabulary
-from afina.loaders.text.tokenizer import Tokenizer, load_tokenizer
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer
 
 NAMES = ["deepseek_v3", "gemma3", "llama3", "llama3_1", "qwen3", "smollm2"]
 

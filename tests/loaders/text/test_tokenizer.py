@@ -19,7 +19,8 @@ from metaspace import SCHEMES, metaspace_files, with_bos
 from tokenizers import models, normalizers, pre_tokenizers
 
 from afina.errors import AfinaError, DataError, TokenizerError
-from afina.loaders.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_bpe
+from afina.loaders.text.source import load_tokenizer
+from afina.loaders.text.tokenizer import Tokenizer, check_vocab, train_bpe
 
 CORPUS = ["the quick brown fox answers user one two three", "hello world 12 34, yes! no? ok.\n", "déjà vu 中文 🙂"] * 3
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]

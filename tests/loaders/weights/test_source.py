@@ -170,10 +170,17 @@ def test_full_fine_tuning_gives_an_ordinary_folder(
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "freeze"])
 def test_other_methods(
-    method: str, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str,
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "run"
-    train(capsys, model, rows, output, "--method", method)
+    with monkeypatch.context() as patch:  # named from where it lies; the adapter is used elsewhere
+        patch.chdir(tmp_path)
+        train(capsys, Path(model.name), rows, output, "--method", method)
     best = resolve(output)
     prompt = ("--prompt", "the cat", "--max_new_tokens", "4")
     text = done(capsys, "generate", str(output), *prompt)["text"]
