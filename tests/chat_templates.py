@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from afina.loaders.text.tokenizer import Tokenizer, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.train_bpe import train_bpe
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"

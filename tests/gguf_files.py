@@ -14,7 +14,8 @@ import torch
 from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, new_model
 from afina.loaders.text.gguf_splitting import SPACE
-from afina.loaders.text.tokenizer import SPLIT, Tokenizer, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.train_bpe import SPLIT, train_bpe
 from afina.loaders.weights.gguf import write_gguf
 from afina.loaders.weights.gguf_file import GGUFFile
 

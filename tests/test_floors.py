@@ -132,6 +132,8 @@ TESTED_WITH = {
     "engine/settings": "engine/test_train_config",
     "loaders/data/token_cache": "loaders/data/test_dataset",
     "loaders/data/token_pass": "loaders/data/test_dataset",
+    "loaders/text/sandbox": "loaders/text/test_chat_template",
+    "loaders/text/train_bpe": "loaders/text/test_tokenizer",
     "loaders/text/source": "loaders/weights/test_source",
     "loaders/weights/bitsandbytes": "engine/test_nf4_weight",
     "loaders/weights/stream": "loaders/weights/test_safetensors",

@@ -9,7 +9,8 @@ import torch
 
 from afina.engine.model import GPT
 from afina.engine.weights import new_model, save_model
-from afina.loaders.text.tokenizer import Tokenizer, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.train_bpe import train_bpe
 
 LINES = [
     "the quick brown fox jumps over the lazy dog",

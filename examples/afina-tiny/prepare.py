@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from afina.loaders.text.tokenizer import train_bpe
+from afina.loaders.text.train_bpe import train_bpe
 
 HELD_OUT = ("treasure-island", "peter-pan")
 VOCAB_SIZE = 4096

@@ -1,13 +1,7 @@
-"""Chat templates: Jinja source that came with a model, rendered without trusting it.
+"""Chat templates: Jinja source that came with a model, rendered in a sandbox, and what one does with a conversation.
 
 What a template writes comes in pieces, each with the message that it was written for: the compiled template tells, at
 each turn of its loops, which message it has come to. So a turn is found whatever the template makes of it.
-
-The environment is the one that transformers renders with (immutable sandbox, `trim_blocks`, `lstrip_blocks`, loop
-controls, `tojson`, `raise_exception`, `strftime_now`), so a template writes the same text here and there. On top, a
-template cannot run away: loops and calls are counted against a limit of steps and of seconds, texts and the output
-have a limit, and what could multiply a text in one step is refused. The limits are checked inside the template's own
-steps, so they hold in any thread and need no signal, timer or process.
 """
 
 from __future__ import annotations
@@ -15,164 +9,20 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from afina.errors import DataError, TokenizerError
+from afina.loaders.text.sandbox import FAILURES, Runaway, Sandbox, brief
 
 MAX_SOURCE = 1 << 18  # characters of a template
-MAX_STEPS = 1_000_000  # loop turns and calls of one rendering
-MAX_SECONDS = 5.0
-SPARE_OUTPUT = 1 << 20  # characters that a template may write besides four times its messages
 # Where templates look for what a model thought before it answered: they are given it under each of these.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _CANARY = ("canarykey", "canaryvalue")  # the argument of a call that shows how a template writes arguments
 SLOT = re.compile("\ue001([0-9]+)\ue002")  # what stands for a content: the number of its message
-_SHORT = 256  # longest argument of the string methods and filters that can multiply a text
-_MULTIPLIERS = ("replace", "join", "indent")
-_USELESS = ("batch", "center", "format", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
-_WIDE = re.compile(r"\d{4}|\*|\{[^}]*\{")  # format strings that pad to a width of their own choosing
-_SIZED = (str, list, tuple)  # what a template can make longer
-_FAILURES: tuple[type[Exception], ...] = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-)
-_FAILURES += (MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
-
-
-class _Runaway(RuntimeError):
-    """A template went past one of its limits."""
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks assistant text for other libraries; here it only passes its body on."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        self.steps, self.deadline, self.limit = 0, 0.0, SPARE_OUTPUT
-        for name in _USELESS:
-            del self.filters[name]
-        for name in ("lipsum", "cycler", "joiner"):
-            del self.globals[name]
-        for name in _MULTIPLIERS:
-            self.filters[name] = _short_arguments(self.filters[name])
-        self.filters |= {"tojson": _to_json, "metered": self._metered, "capped": self._capped}
-        self.filters |= {"entered": self._entered, "assigned": self._assigned, "left": self._left}
-        # The messages that are rendered, by identity; which of them each loop of the template has come to, the
-        # outermost loop first; and the innermost of these: the one that is being written.
-        self.numbers: dict[int, int] = {}
-        self.loops: list[int | None] = []
-        self.current: int | None = None
-        self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-
-    def build(self, source: str, *, followed: bool) -> jinja2.Template:
-        """Compile ``source`` with its loops metered and its texts capped; ``followed``: it tells at what message it is,
-        which takes longer."""
-        tree = self.parse(source)
-        for node in list(tree.find_all(nodes.Node)):
-            if isinstance(node, nodes.For):
-                node.iter = _filtered(node.iter, "metered")
-            elif isinstance(node, nodes.Add):
-                node.left, node.right = _capped(node.left), _capped(node.right)
-            elif isinstance(node, nodes.Concat | nodes.Output):
-                node.nodes = [_capped(item) for item in node.nodes]
-        if followed:
-            tree.body = _followed(tree.body, 0, by_index=False)
-        return self.from_string(tree)
-
-    # A filter that takes the context is called at each turn; the compiler would fold another one's constants.
-    @jinja2.pass_context
-    def _entered(__self, __context: Any, item: Any, depth: int) -> Any:
-        """Note that the loop inside ``depth`` others has come to ``item``: to a message, or to a tuple that holds one,
-        else to some part of what the loop around it has come to."""
-        self = __self
-        del self.loops[depth:]
-        items = item if isinstance(item, tuple) else (item,)
-        around = self.loops[-1] if self.loops else None
-        self.current = next((self.numbers[id(x)] for x in items if id(x) in self.numbers), around)
-        self.loops.append(self.current)
-        return item
-
-    @jinja2.pass_context
-    def _assigned(__self, __context: Any, value: Any, depth: int) -> Any:
-        """Note that a loop over numbers has taken ``value``, if that is a message, by its number."""
-        if id(value) in __self.numbers:
-            __self._entered(__context, value, depth)
-        return value
-
-    @jinja2.pass_context
-    def _left(__self, __context: Any, depth: int) -> None:
-        del __self.loops[depth:]
-        __self.current = __self.loops[-1] if __self.loops else None
-
-    def tick(self) -> None:
-        self.steps -= 1
-        if self.steps < 0:
-            raise _Runaway(f"more than {MAX_STEPS:,} steps")
-        if not self.steps & 255 and time.monotonic() > self.deadline:
-            raise _Runaway(f"more than {MAX_SECONDS:g} seconds")
-
-    def _metered(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self.tick()
-            yield item
-
-    def _capped(self, value: Any) -> Any:
-        if isinstance(value, _SIZED) and len(value) > self.limit:
-            raise _Runaway(f"a text of more than {self.limit:,} characters")
-        return value
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.tick()
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
-            if __obj.__name__ == "join":
-                _check_short(owner)
-            # Jinja's compiler adds keywords with an underscore for its own use.
-            for argument in (*args, *(value for name, value in kwargs.items() if name[0] != "_")):
-                _check_short(argument)
-        return super().call(__context, __obj, *args, **kwargs)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        method = super().wrap_str_format(value)
-        if method is not None and _WIDE.search(value.__self__):
-            raise _Runaway("a format that pads its text")
-        return method
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str):
-            if _WIDE.search(left):
-                raise _Runaway("a format that pads its text")
-        elif operator != "%":
-            sizes = [len(x) if isinstance(x, _SIZED) else abs(x) for x in (left, right)]
-            numbers = isinstance(left, int | float) and isinstance(right, int | float)
-            if max(sizes) > 1 << 53 or (operator == "**" and sizes[1] > 16):
-                raise _Runaway("a number too large to be meant")
-            if not numbers and sizes[0] * sizes[1] > self.limit:
-                raise _Runaway(f"a text of more than {self.limit:,} characters")
-        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -187,14 +37,14 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             size = f"{len(source):,} characters, at most {MAX_SOURCE:,} are accepted"
             raise TokenizerError(f"{where}: the chat template has {size}")
-        self.where, self.source, self._names, self._sandbox = where, source, dict(names), _Sandbox()
+        self.where, self.source, self._names, self._sandbox = where, source, dict(names), Sandbox()
         self._lock = threading.Lock()  # one rendering at a time: the limits are counted in the environment
         self._header = ""
         try:
             self._template = self._sandbox.build(source, followed=False)
-        except _FAILURES as problem:
+        except FAILURES as problem:
             line = f", line {problem.lineno}" if isinstance(problem, jinja2.TemplateSyntaxError) else ""
-            raise TokenizerError(f"{where}: the chat template{line} cannot be compiled: {_brief(problem)}") from problem
+            raise TokenizerError(f"{where}: the chat template{line} cannot be compiled: {brief(problem)}") from problem
         self._needs_tools = False
         try:
             try:
@@ -287,21 +137,19 @@ class ChatTemplate:
         parts: list[tuple[str, int | None]] = []
         with self._lock:
             box = self._sandbox
-            box.steps, box.deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
-            box.numbers, box.loops, box.current = {id(message): i for i, message in enumerate(messages)}, [], None
-            left = box.limit = SPARE_OUTPUT + 4 * size
+            left = box.begin(messages, size)
             names = self._names | {"messages": messages, "add_generation_prompt": prompt}
             try:
                 for part in template.generate(names, tools=tools, documents=None):
                     parts.append((part, box.current))
                     left -= len(part)
                     if left < 0:
-                        raise _Runaway(f"an output of more than {box.limit:,} characters")
-            except _Runaway as problem:
+                        raise Runaway(f"an output of more than {box.limit:,} characters")
+            except Runaway as problem:
                 found = f"{problem} for {len(messages)} messages of {size:,} characters"
                 raise TokenizerError(f"{self.where}: the chat template was stopped: {found}") from problem
-            except _FAILURES as problem:
-                raise DataError(f"the chat template refuses this conversation: {_brief(problem)}") from problem
+            except FAILURES as problem:
+                raise DataError(f"the chat template refuses this conversation: {brief(problem)}") from problem
         if prompt and self._header:
             parts.append((self._header, None))
         return parts
@@ -381,82 +229,3 @@ def _size(value: Any) -> int:
     if isinstance(value, list | tuple):
         return sum([_size(item) for item in value])
     return len(value) if isinstance(value, str) else 8
-
-
-def _filtered(node: Any, name: str, *arguments: Any) -> Any:
-    constants = [nodes.Const(value, lineno=node.lineno) for value in arguments]
-    return nodes.Filter(node, name, constants, [], None, None, lineno=node.lineno)
-
-
-def _followed(body: Sequence[nodes.Node], depth: int, *, by_index: bool) -> list[nodes.Node]:
-    """Statements with a note of the message that each loop has come to; ``depth``: how many loops they stand in;
-    ``by_index``: the innermost of them counts, so that a message is what is assigned in it.
-
-    Only what writes to the output at once is followed: a macro's text belongs to who called it.
-    """
-    result: list[nodes.Node] = []
-    for node in body:
-        result.append(node)
-        if isinstance(node, nodes.For) and not node.recursive:
-            counts = any(isinstance(x, nodes.Name) and x.name == "range" for x in node.iter.find_all(nodes.Name))
-            inner = _followed(node.body, depth + 1, by_index=counts)
-            node.body = [_noted(_loaded(node.target), "entered", depth), *inner]
-            result.append(_noted(nodes.Const(depth, lineno=node.lineno), "left"))
-        elif isinstance(node, nodes.If):
-            for part in (node, *node.elif_):
-                part.body = _followed(part.body, depth, by_index=by_index)
-            node.else_ = _followed(node.else_, depth, by_index=by_index)
-        elif isinstance(node, nodes.With | nodes.Scope):
-            node.body = _followed(node.body, depth, by_index=by_index)
-        elif by_index and isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
-            result.append(_noted(_loaded(node.target), "assigned", depth - 1))
-    return result
-
-
-def _noted(node: nodes.Expr, name: str, *arguments: Any) -> nodes.Node:
-    return nodes.ExprStmt(_filtered(node, name, *arguments), lineno=node.lineno)
-
-
-def _loaded(target: Any) -> nodes.Expr:
-    """What a loop's target or an assignment's holds, as an expression."""
-    if isinstance(target, nodes.Tuple):
-        return nodes.Tuple([_loaded(item) for item in target.items], "load", lineno=target.lineno)
-    if isinstance(target, nodes.Name):
-        return nodes.Name(target.name, "load", lineno=target.lineno)
-    return nodes.Const(None, lineno=target.lineno)
-
-
-def _capped(node: Any) -> Any:
-    # What stands in the template itself is no longer than the template.
-    return node if isinstance(node, nodes.Const | nodes.TemplateData) else _filtered(node, "capped")
-
-
-def _short_arguments(function: Any) -> Any:
-    # Jinja passes its context first to filters that carry this mark; the value filtered comes next.
-    given = 2 if hasattr(function, "jinja_pass_arg") else 1
-
-    def short(*arguments: Any, **keywords: Any) -> Any:
-        for argument in (*arguments[given:], *keywords.values()):
-            _check_short(argument)
-        return function(*arguments, **keywords)
-
-    short.__dict__.update(function.__dict__)
-    return short
-
-
-def _check_short(argument: Any) -> None:
-    if (isinstance(argument, str) and len(argument) > _SHORT) or (isinstance(argument, int) and argument > _SHORT):
-        raise _Runaway(f"a string operation with an argument over {_SHORT}")
-
-
-def _brief(problem: BaseException) -> str:
-    return " ".join(str(problem).split())[:300] or type(problem).__name__
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **rest: Any) -> str:
-    # Jinja's own filter escapes HTML; the models were trained on plain JSON.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **rest)

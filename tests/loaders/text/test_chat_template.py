@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from afina.errors import AfinaError, DataError, TokenizerError
-from afina.loaders.text import chat_template
+from afina.loaders.text import chat_template, sandbox
 from afina.loaders.text.chat_template import ChatTemplate
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -83,7 +83,7 @@ RUNAWAY = {
 @pytest.mark.parametrize("name", RUNAWAY)
 @pytest.mark.parametrize("inside", ["main thread", "another thread"])
 def test_a_template_that_runs_away_is_stopped(name: str, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 20_000)
     caught: list[BaseException] = []
 
     def load() -> None:
@@ -106,8 +106,8 @@ def test_a_template_that_runs_away_is_stopped(name: str, inside: str, monkeypatc
 
 
 def test_the_time_limit_stops_what_the_step_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 10**12)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 10**12)
     start = time.monotonic()
     with pytest.raises(TokenizerError, match=r"stopped: more than 0\.2 seconds"):
         ChatTemplate(TALK + RUNAWAY["loops"], "folder", NAMES)
@@ -115,8 +115,8 @@ def test_the_time_limit_stops_what_the_step_limit_would_let_run(monkeypatch: pyt
 
 
 def test_the_step_limit_stops_what_the_time_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1e9)
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1e9)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
     with pytest.raises(TokenizerError, match="stopped: more than 1,000 steps"):
         ChatTemplate(TALK + "{% for a in range(999) %}{% for b in range(99) %}{% endfor %}{% endfor %}", "x", NAMES)
 

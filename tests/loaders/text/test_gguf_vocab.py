@@ -25,7 +25,8 @@ from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text.gguf_splitting import SPACE, SPLITTINGS, pre_tokenizer
 from afina.loaders.text.gguf_vocab import compare_vocabulary, write_vocabulary
 from afina.loaders.text.source import load_tokenizer
-from afina.loaders.text.tokenizer import SPLIT, Tokenizer
+from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.train_bpe import SPLIT
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from afina.errors import DataError
 from afina.loaders.text.render import Example, render_example
-from afina.loaders.text.tokenizer import Tokenizer, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.train_bpe import train_bpe
 
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Päris \\"x\\"", "days": 3}}\n</tool_call>'

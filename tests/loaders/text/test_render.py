@@ -17,7 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from afina.errors import DataError, TokenizerError
 from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example, render_prompt
-from afina.loaders.text.tokenizer import Tokenizer, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.text.train_bpe import train_bpe
 from afina.loaders.text.turns import find_turns
 
 Make = Callable[..., Tokenizer]

@@ -20,7 +20,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text.source import load_tokenizer
-from afina.loaders.text.tokenizer import Tokenizer, check_vocab, train_bpe
+from afina.loaders.text.tokenizer import Tokenizer, check_vocab
+from afina.loaders.text.train_bpe import train_bpe
 
 CORPUS = ["the quick brown fox answers user one two three", "hello world 12 34, yes! no? ok.\n", "déjà vu 中文 🙂"] * 3
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
