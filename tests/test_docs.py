@@ -42,6 +42,11 @@ def test_settings_lists_every_field_with_its_default_and_other_names() -> None:
     assert listed == expected
 
 
+@pytest.mark.parametrize("name", by_name(DOCUMENTS))
+def test_no_page_waits_for_its_numbers(name: str) -> None:
+    assert not re.findall(r"\b[A-Z]+_NUMBERS\b|\bTODO\b|\bTBD\b", by_name(DOCUMENTS)[name].read_text(encoding="utf-8"))
+
+
 def test_conversations_has_the_counts_that_are_tested() -> None:
     tree = ast.parse((REPO / "tests" / "loaders" / "text" / "test_turns.py").read_text(encoding="utf-8"))
     counts = next(
