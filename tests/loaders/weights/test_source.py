@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import real_files
 import torch
-from gguf_files import CASES, FLOAT32, UINT32, byte_level_bpe, edit, gguf, random_model, write
+from gguf_files import CASES, FLOAT32, UINT32, byte_level_bpe, edit, gguf, random_model, sentencepiece, write
 from hf_models import transformers
 from safetensors.torch import load_file
 from torch import Tensor
@@ -266,6 +266,21 @@ def test_bad_files_at_the_command_line(
     assert model.read_bytes() == before
     assert not (tmp_path / "hf").exists()
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("llama", True), ("gemma2", False)])
+def test_a_model_with_a_sentencepiece_vocabulary(name: str, prefix: bool, tmp_path: Path) -> None:
+    tokenizer = sentencepiece(prefix=prefix)
+    model = random_model(CASES[name])
+    path = write(tmp_path / "m.gguf", model, tokenizer)
+    again = load_tokenizer(path)
+    texts = ["hello world", "  a  b ", "né 😀 <|x|>", ""]
+    assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert (again.bos_id, again.adds_bos, again.eos_ids) == (tokenizer.bos_id, tokenizer.adds_bos, tokenizer.eos_ids)
+    assert again.decode(again.encode("the thing", add_special=False)) == "the thing"
+    ids = torch.tensor([again.encode("the thing")])
+    with torch.no_grad():
+        assert (load_model(path, dtype="float32", device="cpu")(ids) - model(ids)).abs().max() < 1e-6
 
 
 # --- A real model -----------------------------------------------------------------------------------------------------
