@@ -181,6 +181,16 @@ def test_a_turn_that_the_prompt_does_not_open_is_learnt_from_behind_its_header()
         assert learnt == [f"{which} answer{end}" for which in ("first", "second", "third")]
 
 
+def test_an_end_that_is_written_with_the_next_turn_is_learnt() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '' if loop.first else eos_token }}[U]{{ m.content }}"
+        "{% else %}[A]{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    row = render_example(template_tokenizer(template), example("plain"))
+    assert [row.text[start:stop] for start, stop in row.spans] == ["first answer</s>", "second answer</s>"]
+    assert row.text.count("</s>") == 2
+
+
 def test_thoughts_of_the_last_turn_are_learnt_and_none_is_lost_silently() -> None:
     thinks = template_tokenizer(real_files.chat_templates()["Qwen-Qwen3-0.6B"])
     row = render_example(thinks, example("reasoning in two turns"))
