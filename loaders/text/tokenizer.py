@@ -390,9 +390,13 @@ class Tokenizer:
         clean: list[Mapping[str, Any]] = []
         for number, message in enumerate(messages, 1):
             content = message.get("content")
-            called = content is None and message.get("tool_calls")
-            if not isinstance(message.get("role"), str) or not (isinstance(content, str) or called):
+            calls = message.get("tool_calls")
+            if not isinstance(message.get("role"), str) or not (
+                isinstance(content, str) or (content is None and calls)
+            ):
                 raise DataError(f"message {number}: role and content must be texts")
+            if calls:
+                message = {**message, "content": content, "tool_calls": _with_objects(calls, number)}
             if content and (broken := self.broken(content)) != content:
                 message = {**message, "content": broken}
             if len(message) > 2:
@@ -512,6 +516,22 @@ def _broken(token: str) -> str | None:
 def _content(token: Any) -> str | None:
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) and value else None
+
+
+def _with_objects(calls: Any, number: int) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, of the JSON texts that OpenAI's are. Raises DataError."""
+    found = []
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, Mapping) or not isinstance(function, Mapping) or "name" not in function:
+            raise DataError(f"message {number}: a tool call must be {{function: {{name, arguments}}}}, with an object")
+        found.append({**call, "function": {**function, "arguments": arguments}})
+    return found
 
 
 def _dicts(values: list[Any]) -> list[dict[str, Any]]:

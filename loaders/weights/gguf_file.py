@@ -17,7 +17,6 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.loaders.jsonfile import show
-from afina.loaders.weights.stream import PIECE, Bad, as_bytes, consecutive, read_bytes, stored_bytes, stream
+from afina.loaders.weights.stream import PIECE, Bad, as_bytes, consecutive, open_at, read_bytes, stored_bytes, stream
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -89,17 +88,8 @@ class GGUFFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise self._bad("no such file", "check the path")
-        with self._open() as file:
+        with open_at(self.path, self._bad) as file:
             self.fields, self.entries = self._parse(_Header(file, self._bad))
-
-    @contextmanager
-    def _open(self, offset: int = 0) -> Iterator[FileIO]:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                yield file
-        except OSError as problem:
-            raise self._bad(f"cannot be read ({problem.strerror})", "check the path and its permissions") from problem
 
     def _bad(self, found: str, mend: str = "the file is damaged, download or export it again") -> WeightsError:
         return WeightsError(f"{self.path}: {found}: {mend}")
@@ -287,7 +277,7 @@ class GGUFFile:
             offset += before // block * size
             shape = (last - first, *shape[1:])
         decode = None if kind in PLAIN else _dequantizer(kind)
-        with self._open(offset) as file:
+        with open_at(self.path, self._bad, offset) as file:
 
             def read(target: Tensor) -> None:
                 if decode is None:
@@ -314,7 +304,7 @@ class GGUFFile:
     def stored(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of a tensor as they lie in the file, at most ``limit`` at a time, all in one buffer."""
         _, _, offset, nbytes = self._entry(name)
-        with self._open(offset) as file:
+        with open_at(self.path, self._bad, offset) as file:
             yield from stored_bytes(file, nbytes, self._bad, limit)
 
 

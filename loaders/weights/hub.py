@@ -112,8 +112,8 @@ def _unpacked(archive: Path) -> Path:
                 raise WeightsError(f"{archive}: {found_room}: make room, or set AFINA_CACHE to another folder")
             with publish(place) as working, files.open(info) as source, working.open("xb") as target:
                 shutil.copyfileobj(source, target, 2**20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as problem:
-        # RuntimeError: an encrypted archive; or no home folder for the cache.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:
+        # RuntimeError: an encrypted archive, an unknown compression, or no home folder for the cache.
         raise WeightsError(f"{archive}: cannot be unpacked ({problem}): download it again") from problem
     return place
 

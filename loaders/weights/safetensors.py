@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,6 +28,7 @@ from afina.loaders.weights.stream import (
     SAMPLE,
     as_bytes,
     consecutive,
+    open_at,
     pieces,
     read_bytes,
     stored_bytes,
@@ -81,17 +81,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as file:
+        with open_at(self.path, self._bad) as file:
             self.entries, self.metadata = self._parse(file)
-
-    @contextmanager
-    def _open(self, offset: int = 0) -> Iterator[FileIO]:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                yield file
-        except OSError as problem:
-            raise self._bad(f"cannot be read ({problem.strerror})", "check the path and its permissions") from problem
 
     def _bad(self, found: str, mend: str = "the file is damaged, download or save it again") -> WeightsError:
         return WeightsError(f"{self.path}: {found}: {mend}")
@@ -159,7 +150,7 @@ class SafetensorsFile:
             first, last = consecutive(rows, shape[0])
             offset += first * math.prod(shape[1:]) * dtype.itemsize
             shape = (last - first, *shape[1:])
-        with self._open(offset) as file:
+        with open_at(self.path, self._bad, offset) as file:
             stream(
                 out,
                 lambda target: read_bytes(file, as_bytes(target), self._bad),
@@ -175,7 +166,7 @@ class SafetensorsFile:
     def stored(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of a tensor as they lie in the file, at most ``limit`` at a time, all in one buffer."""
         dtype, shape, offset = self.entries[name]
-        with self._open(offset) as file:
+        with open_at(self.path, self._bad, offset) as file:
             yield from stored_bytes(file, math.prod(shape) * dtype.itemsize, self._bad, limit)
 
 

