@@ -19,7 +19,9 @@ FLOORS: dict[str, set[str]] = {
     "loaders": GROUND,
     "engine": GROUND | {"kernels", "loaders"},
     "afina/export": GROUND | BASEMENT,
-    "afina/cli": GROUND | BASEMENT | {"export"},
+    "afina/report": GROUND | BASEMENT,
+    "afina/advise": GROUND | BASEMENT,
+    "afina/cli": GROUND | BASEMENT | {"advise", "export", "report"},
 }
 
 
