@@ -13,6 +13,10 @@ from afina.engine.train_config import ADAPTED, TrainConfig
 from afina.errors import ConfigError, nearest
 from afina.loaders.weights.peft import AdapterConfig
 
+# The default learning rate at a width of 2,048, and the power of the width that it falls with.
+FULL_RATE = (5e-5, 1.5)
+ADAPTER_RATE = (5e-4, 0.78)
+
 
 def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
     """Let train what ``config.method`` says, adding adapters where it asks for them; returns the config with what that
@@ -40,6 +44,17 @@ def choose_trained(config: TrainConfig, model: GPT) -> TrainConfig:
             seed=config.seed,
         )
     return config
+
+
+def default_learning_rate(method: str, width: int) -> tuple[float, str]:
+    """The peak learning rate for ``method`` on a model of this hidden width, and in one line where it comes from.
+
+    Both are lines through what was measured (docs/settings.md, "The default learning rate"), on logarithmic scales; a
+    model narrower than the narrowest that was measured gets that one's rate.
+    """
+    at_2048, power = ADAPTER_RATE if method in ADAPTED else FULL_RATE
+    rate = float(f"{at_2048 * (2048 / max(width, 192)) ** power:.1e}")
+    return rate, f"default for method {method} and width {width}: {at_2048:g} * (2048 / max(width, 192))^{power:g}"
 
 
 def refuse_adapter(source: str, base: str | None) -> None:

@@ -29,13 +29,12 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import Any, Self
-
-import yaml
 
 from afina.durable import WORKING_NAME, recover, remove, write_text
 from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest, read_json
+from afina.engine.settings import to_yaml
 from afina.errors import RunError
 
 FORMAT = "afina-run-1"
@@ -102,12 +101,20 @@ class RunFolder:
                 raise RunError(f"{self.path} cannot be used: {reason}; choose another --output_dir") from error
             raise
 
-    def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any], *, bytes_needed: int = 0) -> None:
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        *,
+        notes: Mapping[str, str] = MappingProxyType({}),
+        bytes_needed: int = 0,
+    ) -> None:
         """Write ``recipe.yaml`` and ``run.json``; resuming, find the checkpoint, cut ``metrics.jsonl`` to its step.
 
         ``config``: every setting, resolved; JSON values. ``facts``: what the run depends on beyond its settings, such
         as hashes of contents. A fact ``NAME_sha256`` stands for the setting NAME when resuming, so that files may move.
-        ``bytes_needed``: what the checkpoints and the best model will take on disk.
+        ``notes``: comments on settings, for the recipe. ``bytes_needed``: what the checkpoints and the best model will
+        take on disk.
         Raises RunError, with nothing changed: too little space; or when resuming, settings or facts that differ, or no
         checkpoint that is whole.
         """
@@ -130,7 +137,7 @@ class RunFolder:
                 if _is_own(path.name) and path.name not in (LOCK, RUN):
                     remove(path)
         write_text(self.path / RUN, json.dumps({**record, "config": config, "facts": facts}, indent=1) + "\n")
-        write_text(self.path / RECIPE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(self.path / RECIPE, to_yaml(config, notes))
         self._cut_metrics(self.checkpoint.step if self.checkpoint else -1)
         self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 

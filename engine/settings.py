@@ -11,7 +11,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from functools import cache
 from pathlib import Path
@@ -107,6 +107,18 @@ def flag_help(owner: type, name: str) -> dict[str, str]:
         "help": (f.metadata["help"] + default + also).replace("%", "%%"),
         "metavar": "|".join(f.metadata["choices"]) or metavar,
     }
+
+
+def to_yaml(values: Mapping[str, Any], notes: Mapping[str, str]) -> str:
+    """A recipe of ``values``, one or more lines a setting, and above a setting its note as a comment."""
+    import yaml
+
+    parts = []
+    for name, value in values.items():
+        if name in notes:
+            parts.append(f"# {notes[name]}\n")
+        parts.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True))
+    return "".join(parts)
 
 
 # A short repr, also of nested YAML aliases that would write out to gigabytes.

@@ -14,8 +14,8 @@ import heapq
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
 from afina.engine.evaluate import evaluate_loss
 from afina.engine.lora import save_adapter
 from afina.engine.memory import MemoryPlan, plan
-from afina.engine.methods import choose_trained
+from afina.engine.methods import choose_trained, default_learning_rate
 from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft, training_objective
@@ -90,14 +90,17 @@ def finetune(
         return run.finish()
 
 
-def check_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> TrainConfig:
-    """Raise what ``finetune`` would raise before its first step; return the config with what depended on the model.
+def check_run(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False
+) -> tuple[TrainConfig, Mapping[str, str]]:
+    """Raise what ``finetune`` would raise before its first step; return the config with what depended on the model,
+    and notes on settings that it had left open.
 
     The weights alone are not read, and nothing is written but the cache of tokens.
     """
     with open_run(config, resume=resume, overwrite=overwrite, quiet=True, weights=False) as run:
         run.check()
-        return run.config
+        return run.config, run.notes
 
 
 @contextlib.contextmanager
@@ -116,7 +119,11 @@ def open_run(
         log(data.summary())
         model = _load(config, tokenizer, weights=weights)
         config = choose_trained(config, model)
-        yield Run(config, model, tokenizer, data, folder, log)
+        notes = {}
+        if config.learning_rate is None:
+            rate, notes["learning_rate"] = default_learning_rate(config.method, model.config.hidden_size)
+            config = replace(config, learning_rate=rate)
+        yield Run(config, model, tokenizer, data, folder, log, notes)
 
 
 def read_data(config: TrainConfig, tokenizer: Tokenizer, *, progress: bool) -> Data:
@@ -214,10 +221,13 @@ class Run:
     data: Data
     folder: RunFolder
     log: Callable[[str], None]
+    notes: Mapping[str, str] = field(default_factory=dict)  # on settings that the config left open
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         c, model = self.config, self.model
+        assert c.learning_rate is not None  # open_run has set it
+        self.peak_lr = c.learning_rate
         self.device = next(model.parameters()).device
         if self.device.type == "meta":  # of a run that is only checked
             self.device = choose_device(c.device)
@@ -255,7 +265,7 @@ class Run:
         """Write, or check, recipe and facts; restore the newest checkpoint when resuming."""
         c, model = self.config, self.model
         count = model.config.num_parameters()
-        self.folder.begin(c.to_dict(), self._facts(), bytes_needed=self._bytes_needed())
+        self.folder.begin(c.to_dict(), self._facts(), notes=self.notes, bytes_needed=self._bytes_needed())
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         some = "" if c.method == "full" else f", {self.trainable:,} train ({c.method})"
         self.log(
@@ -263,6 +273,8 @@ class Run:
             f"of {c.batch_size * c.gradient_accumulation_steps} rows, {self.batches.steps_per_epoch:,} steps an epoch"
         )
         self.log(self.memory.line())
+        for name, note in self.notes.items():
+            self.log(f"{name} {getattr(c, name):g}: {note}")
         for reason in self.folder.skipped:
             self.log(f"damaged checkpoint skipped: {reason}")
         if self.folder.checkpoint:
@@ -354,7 +366,7 @@ class Run:
             raise
         self._settle()  # the last step, of which the optimizer must know whether it was skipped
         grad_norm = self.optimizer.clip_(self.config.max_grad_norm)
-        lr = self.config.learning_rate * lr_factor(
+        lr = self.peak_lr * lr_factor(
             self.config.lr_scheduler_type, progress.step, self.total, self.warmup, self.config.min_lr_ratio
         )
         figures = torch.stack([loss, grad_norm])
@@ -396,7 +408,7 @@ class Run:
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(
                 f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step {step:,} with "
-                f"{where}; look at those rows, or lower learning_rate (now {self.config.learning_rate:g})"
+                f"{where}; look at those rows, or lower learning_rate (now {self.peak_lr:g})"
             )
 
     def _evaluate(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from afina.engine.settings import (
@@ -29,6 +30,7 @@ from afina.engine.settings import (
     checked,
     fields,
     setting,
+    to_yaml,
 )
 from afina.errors import ConfigError, nearest
 
@@ -110,8 +112,8 @@ class TrainConfig(Settings):
     gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step", limit=POSITIVE)
     epochs: float = setting(3.0, "passes over the data", aliases=("num_train_epochs", "num_epochs"), limit=POSITIVE)
     max_steps: int | None = setting(None, "optimizer steps (instead of epochs)", limit=POSITIVE)
-    learning_rate: float = setting(
-        None, "peak learning rate (default: 5e-5, with adapters 2e-4)", aliases=("lr",), limit=RATE
+    learning_rate: float | None = setting(
+        None, "peak learning rate (default: by the method and the model's width)", aliases=("lr",), limit=RATE
     )
     lr_scheduler_type: str = setting(
         "cosine", "learning-rate schedule after the warm-up", choices=("cosine", "linear", "constant", "wsd")
@@ -227,13 +229,12 @@ class TrainConfig(Settings):
         object.__setattr__(self, name, value)
 
     def _method_defaults(self) -> dict[str, Any]:
-        """What the method makes of settings that are left open, so that the saved recipe says it all."""
+        """What the method makes of settings that are left open, so that the saved recipe says it all. (The learning
+        rate depends on the model too: ``methods.default_learning_rate``.)"""
         if self.method not in ADAPTED:
-            return {"learning_rate": 5e-5, "weight_decay": 0.01}
+            return {"weight_decay": 0.01}
         rank = 16 if self.lora_r is None else self.lora_r
         return {
-            # Adapters want about ten times full fine-tuning's rate at first; 2e-4 is the usual careful choice.
-            "learning_rate": 2e-4,
             "weight_decay": 0.0,
             "lora_r": rank,
             "lora_alpha": 2.0 * (math.sqrt(rank) if self.use_rslora else rank),
@@ -267,11 +268,9 @@ class TrainConfig(Settings):
         """All settings as plain values, in the order of the fields."""
         return dataclasses.asdict(self)
 
-    def to_yaml(self) -> str:
-        """The resolved recipe; reading it again gives an equal TrainConfig."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, notes: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The resolved recipe, with comments on some settings; reading it again gives an equal TrainConfig."""
+        return to_yaml(self.to_dict(), notes)
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML."""

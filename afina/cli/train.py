@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if resume and args.overwrite:
         raise ConfigError("--resume and --overwrite contradict each other: keep one of them")
     if args.dry_run:
-        config = _check(config, resume=resume, overwrite=args.overwrite)
-        print(config.to_yaml(), end="")
+        config, notes = _check(config, resume=resume, overwrite=args.overwrite)
+        print(config.to_yaml(notes), end="")
         return config.to_dict()
     from afina.engine.train import finetune
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return dict(metrics)
 
 
-def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig:
+def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> tuple[TrainConfig, Mapping[str, str]]:
     """The checks of training itself; where the model is on the hub, only those that need none of its files."""
     sources = {str(config.tokenizer or config.model), str(config.model or config.tokenizer)}
     remote = [s for s in sources if s.count("/") == 1 and s[0] not in "./~" and not Path(s).exists()]
@@ -69,7 +70,8 @@ def _check(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainConfig
                 source, columns=config.columns, skip_bad_lines=config.skip_bad_lines, roles=config.roles_to_train
             ):
                 pass
-    return config
+    unknown = {} if config.learning_rate else {"learning_rate": "by the model's width, once it is fetched"}
+    return config, unknown
 
 
 def _resume_word(value: str | None) -> bool:

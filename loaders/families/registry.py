@@ -30,7 +30,7 @@ def load_family(hf: Mapping[str, Any]) -> Family:
     if model_type not in MODEL_TYPES and isinstance(hf.get("text_config"), Mapping):
         raise ConfigError(
             f"config.json: model_type = {model_type!r} reads more than text, and its language model is a part: "
-            "save that part alone (docs/guide.md has the lines for gemma3)"
+            "save that part alone (docs/models.md has the lines for gemma3)"
         )
     if model_type not in MODEL_TYPES:
         hint = nearest(str(model_type), MODEL_TYPES)

@@ -18,9 +18,11 @@ import afina
 from afina.engine import model as engine_model
 from afina.engine import optim, train
 from afina.engine.checkpoint import load_checkpoint
+from afina.engine.methods import default_learning_rate
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.train import NonFiniteError, RunResult, finetune
+from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError
 from afina.kernels.adamw import adamw_
 from afina.kernels.attention import attention
@@ -132,6 +134,23 @@ def test_evaluation_does_not_disturb_training(model: str, rows: str, tmp_path: P
     assert lines(often, "loss") == lines(rarely, "loss")
     assert len(lines(often, "dev_loss")) == 9
     assert len(lines(rarely, "dev_loss")) == 2
+
+
+def test_a_learning_rate_left_open_goes_by_method_and_width_and_stands_in_the_recipe_with_its_reason(
+    model: str, rows: str, tmp_path: Path
+) -> None:
+    width = CONFIG["hidden_size"]
+    for method in ("full", "lora"):
+        result = fit(model, rows, tmp_path / method, learning_rate=None, method=method, max_steps=2, warmup_steps=0)
+        rate, reason = default_learning_rate(method, width)
+        recipe = (tmp_path / method / "recipe.yaml").read_text()
+        assert f"# {reason}\nlearning_rate: {rate}\n" in recipe
+        assert lines(result, "lr")[0] == rate
+        again = TrainConfig.resolve(tmp_path / method / "recipe.yaml")
+        assert again.learning_rate == rate
+        fit(model, rows, tmp_path / method, learning_rate=None, method=method, max_steps=3, warmup_steps=0, resume=True)
+    fit(model, rows, tmp_path / "given", max_steps=1)
+    assert "#" not in (tmp_path / "given" / "recipe.yaml").read_text()
 
 
 def test_every_weight_moves(model: str, rows: str, tmp_path: Path) -> None:
@@ -415,9 +434,9 @@ def test_disk_space_is_what_the_optimizer_holds(
     needed = []
     begin = RunFolder.begin
 
-    def watched(*args: Any, bytes_needed: int) -> None:
+    def watched(*args: Any, bytes_needed: int, **kwargs: Any) -> None:
         needed.append(bytes_needed)
-        begin(*args, bytes_needed=bytes_needed)
+        begin(*args, bytes_needed=bytes_needed, **kwargs)
 
     monkeypatch.setattr(RunFolder, "begin", watched)
     count = afina.load_model(model).num_parameters()

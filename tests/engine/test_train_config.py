@@ -279,8 +279,8 @@ def test_every_setting_is_documented() -> None:
 
 def test_each_method_has_its_defaults_and_writes_them_into_the_recipe(tmp_path: Path) -> None:
     full, lora = made(), made(method="lora")
-    assert (full.learning_rate, full.weight_decay, full.lora_r) == (5e-5, 0.01, None)
-    assert (lora.learning_rate, lora.weight_decay, lora.lora_r, lora.lora_alpha) == (2e-4, 0.0, 16, 32.0)
+    assert (full.learning_rate, full.weight_decay, full.lora_r) == (None, 0.01, None)
+    assert (lora.learning_rate, lora.weight_decay, lora.lora_r, lora.lora_alpha) == (None, 0.0, 16, 32.0)
     assert lora.lora_target_modules == ("all-linear",)
     assert made(method="qlora", lora_rank=4).lora_alpha == 8.0
     assert made(method="lora", lora_r=16, use_rslora=True).lora_alpha == 8.0
