@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of RATES")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--evals", type=int, default=3, help="times that the dev loss is measured; the best counts")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.task != "support" and not DATA.is_dir():
@@ -84,7 +85,7 @@ def main() -> None:
                         max_steps=args.steps,
                         max_length=256,
                         save_steps=100_000,
-                        eval_steps=-(-args.steps // 3),
+                        eval_steps=-(-args.steps // args.evals),
                         threads=args.threads,
                         quiet=True,
                     ).metrics
