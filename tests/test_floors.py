@@ -151,6 +151,7 @@ TESTED_WITH = {
     "afina/cli/options": "cli/test_main",
     "afina/cli/train": "cli/test_main",
     "afina/export/compare": "export/test_export",
+    "afina/report/inspected": "report/test_inspect_page",
 }
 
 

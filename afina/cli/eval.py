@@ -7,7 +7,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from afina.cli.options import Parser, Verb, model_options, open_adapted, open_model, option
+from afina.cli.options import READING, Parser, Verb, model_options, open_adapted, open_model, option
 from afina.engine.sampling import Sampling
 from afina.engine.settings import checked
 from afina.engine.train_config import TrainConfig
@@ -16,10 +16,6 @@ from afina.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from afina.engine.model import GPT
     from afina.loaders.text.tokenizer import Tokenizer
-
-
-# The settings of a training run that decide what its rows are.
-_READING = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "roles_to_train")
 
 
 def add_options(parser: Parser) -> None:
@@ -38,12 +34,12 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--max_new_tokens", metavar="N", help="tokens of an answer (default: what the longest one needs)"
     )
-    for name in (*_READING, "batch_size", "packing"):
+    for name in (*READING, "batch_size", "packing"):
         parser.add_setting(TrainConfig, name)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    settings = {name: option(args, TrainConfig, name) for name in (*_READING, "batch_size", "packing")}
+    settings = {name: option(args, TrainConfig, name) for name in (*READING, "batch_size", "packing")}
     settings["roles"] = settings.pop("roles_to_train")
     new_tokens = args.max_new_tokens and checked(Sampling, "max_new_tokens", args.max_new_tokens, "--max_new_tokens")
     from afina.engine.evaluate import TASKS, evaluate_loss, evaluate_task, loss_text_bytes

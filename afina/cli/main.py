@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 
-from afina.cli import chat, demo, doctor, eval, export, fetch, generate, train
+from afina.cli import chat, demo, doctor, eval, export, fetch, generate, inspect, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "eval": eval.VERB,
+    "inspect": inspect.VERB,
     "generate": generate.VERB,
     "chat": chat.VERB,
     "export": export.VERB,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from afina.engine.model import GPT
     from afina.loaders.text.tokenizer import Tokenizer
 
+# The settings of a training run that decide what its rows are.
+READING = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "roles_to_train")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with underscores and dashes alike, booleans in every spelling, and errors as ConfigError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,11 @@ class TokenSet:
     """Rows of token ids, memory-mapped: all of a cache, or those that ``index`` numbers.
 
     ``lengths`` (tokens) and ``loss_tokens`` (how many of them have a loss): int32 arrays, one value a row.
-    ``fingerprint``: SHA-256 of everything that decides the rows and their order.
+    ``fingerprint``: SHA-256 of everything that decides the rows and their order. ``source``: where they were read.
     """
 
     def __init__(self, cache: TokenCache, index: NDArray[Any], fingerprint: str, source: DataSource) -> None:
-        self._cache, self._index, self._source = cache, index, source
+        self._cache, self._index, self.source = cache, index, source
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -53,13 +53,23 @@ class TokenSet:
     def where(self, number: int) -> str:
         """The file and line that a row was read from."""
         at = self._index[number]
-        return f"{self._source.files[int(self._cache.file[at])]}: line {int(self._cache.line[at])}"
+        return f"{self.source.files[int(self._cache.file[at])]}: line {int(self._cache.line[at])}"
+
+    def made_of(self, records: Sequence[Row]) -> list[int]:
+        """Return which rows were made of a row of the files, given as the records that it was read in (of a plain text
+        file several, else one): none where it was left out, several where a text was cut into pieces."""
+        file = self.source.files.index(records[0].path)
+        found = self._cache.file[self._index] == file
+        found &= np.isin(self._cache.line[self._index], [record.line for record in records])
+        if len(records) == 1:  # the rows of a JSON array may share a line
+            found &= self._cache.digest[self._index] == np.array(records[0].digest, "S16")
+        return np.flatnonzero(found).tolist()
 
     def source_rows(self) -> Iterator[Row]:
         """Read the rows of this set again from their files, in the files' order, a row that was split only once."""
         wanted = set(zip(self._cache.file[self._index].tolist(), self._cache.line[self._index].tolist()))
-        number = {path: i for i, path in reversed(list(enumerate(self._source.files)))}
-        for row in read_rows(self._source.source, **self._source.reading):
+        number = {path: i for i, path in reversed(list(enumerate(self.source.files)))}
+        for row in read_rows(self.source.source, **self.source.reading):
             if (number[row.path], row.line) in wanted:
                 yield row
 

@@ -38,8 +38,8 @@ FILES = (
 )
 # The letter that byte-level tokenizers write for each byte: printable ones as they are, the others from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
-_BYTE_LETTERS |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in _BYTE_LETTERS)}
+BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
+BYTE_LETTERS |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in BYTE_LETTERS)}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 # What WordPiece's way of decoding leaves too many spaces around, as transformers mends it, in this order.
@@ -284,7 +284,7 @@ class Tokenizer:
         if not isinstance(model, models.BPE) or model.unk_token is not None:
             return b"", False
         if self._byte_level:
-            letters = {byte: _BYTE_LETTERS[byte] for byte in range(256)}
+            letters = {byte: BYTE_LETTERS[byte] for byte in range(256)}
             return bytes(byte for byte, letter in letters.items() if self.token_id(letter) is None), False
         affixes = model.continuing_subword_prefix or model.end_of_word_suffix
         return b"", not affixes and not (model.byte_fallback and self._falls_back(bytes(range(256))))
