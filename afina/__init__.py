@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from afina.engine.model import GPT as GPT
     from afina.engine.model_config import ModelConfig as ModelConfig
     from afina.engine.train import RunResult as RunResult
-    from afina.engine.train import finetune as finetune
     from afina.engine.train_config import TrainConfig as TrainConfig
     from afina.engine.weights import load_model as load_model
     from afina.engine.weights import save_model as save_model
     from afina.errors import AfinaError as AfinaError
     from afina.loaders.text.source import load_tokenizer as load_tokenizer
     from afina.loaders.text.tokenizer import Tokenizer as Tokenizer
+    from afina.report.finetune import finetune as finetune
 
 _HOME = {
     "AfinaError": "afina.errors",
@@ -38,7 +38,7 @@ _HOME = {
     "RunResult": "afina.engine.train",
     "Tokenizer": "afina.loaders.text.tokenizer",
     "TrainConfig": "afina.engine.train_config",
-    "finetune": "afina.engine.train",
+    "finetune": "afina.report.finetune",
     "generate": "afina.engine.generate",
     "load_model": "afina.engine.weights",
     "load_tokenizer": "afina.loaders.text.source",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +91,17 @@ class KVCache:
             if slots.cu_seqlens is None:
                 return attention(q, k, v, **options)
             return attention(q[0], k[0], v[0], cu_seqlens=slots.cu_seqlens, **options)[None]
-        # This chunk follows others, and the rows differ in length, so each row attends on its own.
+        # This chunk follows others, and the rows differ in length: neighbours that are alike attend together.
         flat, starts = q.flatten(0, 1), slots.cu_seqlens
         if starts is None:
             starts = torch.arange(q.shape[0] + 1) * q.shape[1]
-        ends, bounds = slots.lengths.tolist(), starts.tolist()
-        pieces = [
-            attention(flat[None, start:stop], keys[None, row, :end], values[None, row, :end], **options)[0]
-            for row, (start, stop, end) in enumerate(zip(bounds, bounds[1:], ends))
-        ]
+        bounds, pieces, first = starts.tolist(), [], 0
+        shapes = [(stop - start, end) for start, stop, end in zip(bounds, bounds[1:], slots.lengths.tolist())]
+        for (new, end), alike in itertools.groupby(shapes):
+            last = first + len(list(alike))
+            queries = flat[bounds[first] : bounds[last]].view(last - first, new, *flat.shape[1:])
+            pieces.append(attention(queries, keys[first:last, :end], values[first:last, :end], **options).flatten(0, 1))
+            first = last
         return torch.cat(pieces).view(q.shape)
 
     def advance(self, input_ids: Tensor, slots: Slots) -> None:
@@ -114,6 +118,14 @@ class KVCache:
         self.lengths = self.lengths[rows]
         if self.ids is not None:
             self.ids = self.ids[rows]
+
+    def fanned(self, rows: Tensor) -> KVCache:
+        """A new cache of these rows (n,) int64, which may repeat, as one prompt does that goes on in several ways; this
+        one stays as it is."""
+        other = copy.copy(self)
+        other.keys, other.values = list(self.keys), list(self.values)
+        other.keep(rows)
+        return other
 
     def outdated(self, slots: Slots) -> bool:
         """Whether the new tokens make a row so long that what is cached of it no longer holds (LongRoPE)."""

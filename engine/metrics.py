@@ -32,6 +32,8 @@ class Progress:
     evaluated_step: int = -1  # last step whose dev loss was measured
     dev_loss_before: float = math.nan
     best_dev_loss: float = math.inf
+    dev_metric_before: float = 0.0  # of eval_metric, where that is not the loss; never negative
+    best_dev_metric: float = 0.0
     best_step: int = -1
     evals_since_best: int = 0
     stopped_early: bool = False
@@ -70,7 +72,7 @@ def step_row(
     }
 
 
-def run_metrics(progress: Progress) -> dict[str, Any]:
+def run_metrics(progress: Progress, eval_metric: str = "loss") -> dict[str, Any]:
     """The metrics of the whole run, resumed parts included."""
     seconds = progress.seconds
     return {
@@ -78,6 +80,11 @@ def run_metrics(progress: Progress) -> dict[str, Any]:
         "train_loss": progress.loss_sum / max(1, progress.step - progress.skipped),
         "dev_loss_before": progress.dev_loss_before,
         "dev_loss": progress.best_dev_loss,
+        **(
+            {"dev_metric_before": progress.dev_metric_before, "dev_metric": progress.best_dev_metric}
+            if eval_metric != "loss"
+            else {}
+        ),
         "best_step": progress.best_step,
         "stopped_early": progress.stopped_early,
         "skipped_steps": progress.skipped,

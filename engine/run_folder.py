@@ -34,12 +34,13 @@ from typing import Any, Self
 
 from afina.durable import WORKING_NAME, recover, remove, write_text
 from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest, read_json
+from afina.engine.dev_rows import DEV_ROWS
 from afina.engine.settings import to_yaml
 from afina.errors import RunError
 
 FORMAT = "afina-run-1"
-LOCK, RUN, RECIPE, METRICS = ".lock", "run.json", "recipe.yaml", "metrics.jsonl"
-OWN_NAMES = {LOCK, RUN, RECIPE, METRICS, "best", "report.html", "tensorboard"}
+LOCK, RUN, RECIPE, METRICS, REPORT = ".lock", "run.json", "recipe.yaml", "metrics.jsonl", "report.html"
+OWN_NAMES = {LOCK, RUN, RECIPE, METRICS, DEV_ROWS, REPORT, "best", "tensorboard"}
 
 # Settings that may differ when a run is resumed: how long it goes on, how often it reports, evaluates and saves, and
 # how (not what) it computes. Another number of threads or another attention backend rounds otherwise, but may be all
@@ -123,12 +124,13 @@ class RunFolder:
         if record is not None:
             recover(self.path)  # a checkpoint may lie aside
             self._find_checkpoint()
-        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "argv": sys.argv, **environment()}
+        here = {"time": now(), "argv": sys.argv, **environment()}
         if record is None:
-            record = {"format": FORMAT, "started": now}
+            record = {"format": FORMAT, "started": here}
         else:
             step = self.checkpoint.step if self.checkpoint else 0
-            record.setdefault("resumed", []).append({"step": step, **now})
+            record.setdefault("resumed", []).append({"step": step, **here})
+            record.pop("finished", None)
         self._begun = True
         recover(self.path)
         if self._overwrite:
@@ -186,6 +188,12 @@ class RunFolder:
             raise OSError(
                 errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(self.path / METRICS)
             )
+
+    def record(self, **values: Any) -> None:
+        """Add to ``run.json`` what is known only once the run has begun; NaN and infinity become null."""
+        known = self._record() or {}
+        text = json.dumps({**known, **json.loads(json.dumps(values), parse_constant=lambda _: None)}, indent=1)
+        write_text(self.path / RUN, text + "\n")
 
     def close(self) -> None:
         """Let go of the folder. One that was never started is left as it was found."""
@@ -326,6 +334,11 @@ class StopRequest:
         # os.write: a handler may run in the middle of a print, whose buffer cannot be entered twice.
         with contextlib.suppress(OSError):
             os.write(2, f"\nafina: {signal.Signals(number).name}: {text}\n".encode())
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def environment() -> dict[str, Any]:

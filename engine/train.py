@@ -3,8 +3,8 @@
 One step: its micro-batches run through the model and the objective, whose sum of losses is divided by the loss tokens
 of the *whole step* (so the result does not depend on how rows fall into micro-batches), gradients add up, are clipped
 once, and move the weights once. A held-out dev set is measured before the first step, every ``eval_steps`` and at the
-end; the weights with the best dev loss are kept in ``best/``. Everything needed to go on bit for bit is in
-``checkpoint-N/``.
+end; the weights with the best dev loss (or ``eval_metric``) are kept in ``best/``. Everything needed to go on bit for
+bit is in ``checkpoint-N/``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
+from afina.engine.dev_metric import DevMetric
+from afina.engine.dev_rows import DevRows, MetricRows, read_dev_rows
 from afina.engine.evaluate import evaluate_loss
 from afina.engine.lora import save_adapter
 from afina.engine.memory import MemoryPlan, plan
@@ -33,7 +36,7 @@ from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft, training_objective
 from afina.engine.optim import AdamW
-from afina.engine.run_folder import RunFolder, StopRequest
+from afina.engine.run_folder import RunFolder, StopRequest, now
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
 from afina.engine.train_config import TrainConfig
@@ -233,6 +236,9 @@ class Run:
             self.device = choose_device(c.device)
         model.set_attention_backend(c.attention_backend, longest=c.max_length, device=self.device)
         self.objective = training_objective(c)
+        self.dev_metric: DevMetric | None = None
+        if c.eval_metric != "loss":
+            self.dev_metric = DevMetric(c.eval_metric, self.tokenizer, self.data.dev, seed=c.seed)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         ratio = c.loraplus_lr_ratio or 1.0
         self.optimizer = AdamW(
@@ -260,6 +266,7 @@ class Run:
         self.launched: LaunchedStep | None = None  # the step whose result nobody has looked at yet
         self.clock = 0.0  # when it was last looked at one, or a step began after a pause
         self.saved_step = 0
+        self.dev_rows: DevRows | None = None  # also of a run that was begun by a version without them
 
     def begin(self) -> None:
         """Write, or check, recipe and facts; restore the newest checkpoint when resuming."""
@@ -277,6 +284,7 @@ class Run:
             self.log(f"{name} {getattr(c, name):g}: {note}")
         for reason in self.folder.skipped:
             self.log(f"damaged checkpoint skipped: {reason}")
+        self.folder.record(data=self._data_facts(), total_steps=self.total)
         if self.folder.checkpoint:
             self._restore(self.folder.checkpoint)
 
@@ -289,6 +297,12 @@ class Run:
         """What the run depends on beyond its settings."""
         count = self.model.config.num_parameters()
         return {"data_sha256": self.data.fingerprint, "model_sha256": self.model.fingerprint, "parameters": count}
+
+    def _data_facts(self) -> dict[str, Any]:
+        """What became of the rows, and how long those are that are trained on."""
+        lengths = self.data.train.lengths
+        p50, p95 = (int(value) for value in np.quantile(lengths, [0.5, 0.95], method="higher"))
+        return {**self.data.report, "train_lengths": {"p50": p50, "p95": p95, "max": int(lengths.max())}}
 
     def _bytes_needed(self) -> int:
         """The optimizer's state for every checkpoint kept and the one being written, and the best model in fp32."""
@@ -412,34 +426,46 @@ class Run:
             )
 
     def _evaluate(self) -> None:
-        """Measure the dev loss: before the first step the mark to beat, later what picks the best model.
+        """Measure the dev loss and ``eval_metric``: before the first step the mark to beat, later what picks the best
+        model.
 
         The weights, gradients and random numbers of training are not touched.
         """
         self._settle()
         c, progress = self.config, self.progress
-        loss = evaluate_loss(self.model, self.data.dev, batch_size=c.batch_size, packing=c.packing, poll=self._poll)[
-            "loss"
-        ]
+        held_out = evaluate_loss(self.model, self.data.dev, batch_size=c.batch_size, packing=c.packing, poll=self._poll)
+        loss = held_out.loss
+        row, told, figure = {"step": progress.step, "dev_loss": loss}, f"dev loss {loss:.4f}", 0.0
+        if self.dev_metric:
+            figure = row[f"dev_{c.eval_metric}"] = self.dev_metric.measure(self.model, poll=self._poll)
+            told += f", {c.eval_metric} {figure:.4f} on {len(self.dev_metric.examples)} dev rows"
         progress.evaluated_step = progress.step
-        better = progress.step > 0 and loss < progress.best_dev_loss
-        self.writer.write({"step": progress.step, "dev_loss": loss, "best": better})
-        self.log(f"step {progress.step:,}: dev loss {loss:.4f}" + (" (best so far)" if better else ""))
+        # Without a metric of its own it is 0 in all evaluations, and of equal ones the lower loss is better.
+        better = progress.step > 0 and (figure, -loss) > (progress.best_dev_metric, -progress.best_dev_loss)
+        self.writer.write({**row, "best": better})
+        self.log(f"step {progress.step:,}: {told}" + (" (best so far)" if better else ""))
         if progress.step == 0:
-            progress.dev_loss_before = loss
+            progress.dev_loss_before, progress.dev_metric_before = loss, figure
+            where = [self.data.dev.where(number) for number in range(len(self.data.dev))]
+            metric = MetricRows(self.dev_metric.name, self.dev_metric.values) if self.dev_metric else None
+            self.dev_rows = DevRows(where, held_out.tokens, held_out.sums, metric=metric)
+            self.dev_rows.write(self.folder.path)
             return
         if better:
             save = save_adapter if self.model.adapter else save_model
             publish_best(self.folder.path, lambda folder: save(self.model, self.tokenizer, folder))
-            progress.best_dev_loss, progress.best_step, progress.evals_since_best = loss, progress.step, 0
+            if self.dev_rows:
+                values = self.dev_metric.values if self.dev_metric else None
+                self.dev_rows.best(progress.step, held_out.sums, values).write(self.folder.path)
+            progress.best_dev_loss, progress.best_dev_metric = loss, figure
+            progress.best_step, progress.evals_since_best = progress.step, 0
             return
         progress.evals_since_best += 1
         patience = c.early_stopping_patience
         if patience is not None and progress.evals_since_best >= patience and progress.step < self.total:
             progress.stopped_early = True
-            self.log(
-                f"stopped early: {patience} evaluations without a lower dev loss; best at step {progress.best_step:,}"
-            )
+            what = "lower dev loss" if self.dev_metric is None else f"higher {c.eval_metric}"
+            self.log(f"stopped early: {patience} evaluations without a {what}; best at step {progress.best_step:,}")
 
     def _save(self) -> None:
         self._settle()
@@ -464,6 +490,7 @@ class Run:
         torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))
         if "cuda_rng" in checkpoint.meta and self.device.type == "cuda":
             torch.cuda.set_rng_state(torch.tensor(checkpoint.meta["cuda_rng"], dtype=torch.uint8), self.device)
+        self.dev_rows = read_dev_rows(self.folder.path)
         self.log(f"resumed from {checkpoint.path.name}")
 
     def finish(self) -> RunResult:
@@ -473,17 +500,21 @@ class Run:
             raise NonFiniteError(
                 f"no evaluation gave a finite dev loss, so there is no best model in {self.folder.path}"
             )
-        if progress.best_dev_loss >= progress.dev_loss_before:
-            self.log(
-                f"the dev loss never fell below the {progress.dev_loss_before:.4f} it had before training (lowest "
-                f"after it: {progress.best_dev_loss:.4f}): the model you started from is the better one on these rows"
-            )
+        before = (progress.dev_metric_before, -progress.dev_loss_before)
+        if (progress.best_dev_metric, -progress.best_dev_loss) <= before:
+            marks = f"the {progress.dev_loss_before:.4f} it had before training (lowest after it: "
+            marks = f"dev loss never fell below {marks}{progress.best_dev_loss:.4f})"
+            if self.dev_metric:
+                marks = f"dev {self.config.eval_metric} never rose above the {before[0]:.4f} it had before training"
+            self.log(f"the {marks}: the model you started from is the better one on these rows")
         metrics = {
             "output_dir": str(self.folder.path),
             "best": str(best),
-            **run_metrics(progress),
+            **run_metrics(progress, self.config.eval_metric),
             "peak_memory_gb": round(peak_memory_gb(self.device), 3),
             "predicted_memory": self.memory.to_dict(),
         }
         self.writer.close()
+        facts = {name: value for name, value in metrics.items() if name not in ("output_dir", "best")}
+        self.folder.record(finished={"time": now(), **facts})
         return RunResult(self.folder.path, best, metrics)

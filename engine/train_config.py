@@ -50,6 +50,13 @@ METHOD_ONLY = {
     "trainable": ("freeze",),
 }  # fmt: skip
 LISTS = ("lora_target_modules", "modules_to_save", "trainable", "roles_to_train")
+# What picks the best model besides the dev loss -> the task that measures it.
+EVAL_METRICS = {
+    "loss": "loss",
+    **dict.fromkeys(("exact_match", "token_f1", "rouge_l", "chrf", "bleu"), "generate"),
+    **dict.fromkeys(("accuracy", "macro_f1"), "classify"),
+    **dict.fromkeys(("mrr@10", "ndcg@10"), "retrieve"),
+}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -141,11 +148,16 @@ class TrainConfig(Settings):
     )
     val_size: float = setting(0.1, "share of the rows held out as dev rows (at least one)", limit=INNER_FRACTION)
     eval_steps: int | None = setting(None, "steps between evaluations (default: ten in the run)", limit=POSITIVE)
+    eval_metric: str = setting(
+        "loss",
+        "what picks the best model and stops early: the dev loss, or a metric of answers to up to 100 dev rows",
+        choices=tuple(EVAL_METRICS),
+    )
     save_steps: int | None = setting(None, "steps between checkpoints (default: at each evaluation)", limit=POSITIVE)
     logging_steps: int = setting(10, "steps between lines of progress where there is no bar", limit=POSITIVE)
     save_total_limit: int = setting(2, "checkpoints kept", limit=POSITIVE)
     early_stopping_patience: int | None = setting(
-        None, "stop after this many evaluations without a better dev loss", limit=POSITIVE
+        None, "stop after this many evaluations without a better dev loss (or eval_metric)", limit=POSITIVE
     )
     train_on_prompt: bool = setting(
         False, "learn the prompts too, not only the completions", aliases=("train_on_inputs", "completion_only_loss")
@@ -259,7 +271,7 @@ class TrainConfig(Settings):
         ``overrides`` are names (aliases too) and values; a None means not given. ``prefix`` is put before an
         override's name in messages ("--" for flags).
         """
-        given = _canonical(_read_recipe(Path(recipe_path))) if recipe_path is not None else {}
+        given = _canonical(read_yaml(Path(recipe_path))) if recipe_path is not None else {}
         pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
         given |= _canonical((prefix + name, name, value) for name, value in pairs)
         return cls(**given)
@@ -311,8 +323,8 @@ def _canonical(items: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
     return given
 
 
-def _read_recipe(path: Path) -> list[tuple[str, str, Any]]:
-    """The (where, key, value) triples of a YAML recipe, in order; duplicate keys stay apart for the caller to see."""
+def read_yaml(path: Path, what: str = "recipe") -> list[tuple[str, str, Any]]:
+    """The (where, key, value) triples of a YAML file (``what`` it is), in order. Raises ConfigError."""
     import yaml
 
     try:
@@ -320,9 +332,9 @@ def _read_recipe(path: Path) -> list[tuple[str, str, Any]]:
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 (byte {error.start})"
-        raise ConfigError(f"{path}: the recipe cannot be read: {reason}; expected a YAML file") from None
+        raise ConfigError(f"{path}: the {what} cannot be read: {reason}; expected a YAML file") from None
     if len(raw) > MAX_RECIPE_BYTES:
-        raise ConfigError(f"{path}: {len(raw)} bytes is no recipe; expected a YAML file of settings")
+        raise ConfigError(f"{path}: {len(raw)} bytes is no {what}; expected a YAML file of settings")
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()

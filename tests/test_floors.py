@@ -105,7 +105,7 @@ def test_verbs_do_not_import_each_other() -> None:
         others = {
             name.split(".")[2] for name in imported(REPO / "afina" / "cli" / f"{verb}.py") if "afina.cli." in name
         }
-        assert others <= {"options", f"{verb}_story", f"{verb}_checks"}, f"{verb} imports {others}"
+        assert others <= {"options", f"{verb}_story", f"{verb}_checks", f"{verb}_table"}, f"{verb} imports {others}"
 
 
 @pytest.mark.parametrize("floor", sorted(BASEMENT))
@@ -129,6 +129,9 @@ TESTED_WITH = {
     "kernels/norm_triton": "kernels/test_norm",
     "kernels/rope_torch": "kernels/test_rope",
     "kernels/rope_triton": "kernels/test_rope",
+    "engine/lm_eval_file": "engine/test_lm_eval_task",
+    "engine/questions": "engine/test_tasks",
+    "engine/task_results": "engine/test_tasks",
     "engine/rope_tables": "engine/test_model_config",
     "engine/sampling": "engine/test_generate",
     "engine/settings": "engine/test_train_config",
@@ -144,7 +147,7 @@ TESTED_WITH = {
     "afina/cli/demo_story": "cli/test_demo",
     "afina/cli/doctor": "cli/test_main",
     "afina/cli/doctor_checks": "cli/test_doctor",
-    "afina/cli/eval": "cli/test_main",
+    "afina/cli/eval_table": "cli/test_eval",
     "afina/cli/export": "cli/test_main",
     "afina/cli/fetch": "loaders/weights/test_package_index",
     "afina/cli/generate": "cli/test_main",

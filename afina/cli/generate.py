@@ -84,9 +84,9 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--output {output}: there is no folder {output.parent}: make it, or choose another")
     from tqdm import tqdm
 
-    from afina.engine.evaluate import answer_of
     from afina.engine.generate import complete, encode_prompt
     from afina.engine.lora import set_adapter
+    from afina.engine.questions import answer_of
     from afina.loaders.data.rows import read_rows
     from afina.loaders.text.source import load_tokenizer
 

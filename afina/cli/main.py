@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from afina.cli import chat, demo, doctor, eval, export, fetch, generate, inspect, train
+from afina.cli import chat, demo, doctor, eval, export, fetch, generate, inspect, report, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
 
@@ -19,6 +19,7 @@ VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "eval": eval.VERB,
     "inspect": inspect.VERB,
+    "report": report.VERB,
     "generate": generate.VERB,
     "chat": chat.VERB,
     "export": export.VERB,

@@ -38,12 +38,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config, notes = _check(config, resume=resume, overwrite=args.overwrite)
         print(config.to_yaml(notes), end="")
         return config.to_dict()
-    from afina.engine.train import finetune
+    from afina.report.finetune import finetune
 
     result = finetune(config, resume=resume, overwrite=args.overwrite, quiet=args.quiet)
     metrics = result.metrics
     if not args.quiet:
         print(f"best model: {metrics['best']} (dev loss {metrics['dev_loss_before']:.4f} -> {metrics['dev_loss']:.4f})")
+        if metrics["report"]:
+            print(f"{metrics['verdict_line']}\nreport: {metrics['report']}")
         print(f"try it: afina generate {metrics['output_dir']} --prompt TEXT, or afina chat {metrics['output_dir']}")
     return dict(metrics)
 

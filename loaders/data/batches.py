@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from afina.loaders.data.dataset import TokenSet, permutation
@@ -69,13 +71,35 @@ class Batches:
         return self._order[step * self.rows_per_step : (step + 1) * self.rows_per_step].tolist()
 
 
-def eval_batches(token_set: TokenSet, *, batch_size: int, packing: bool = True) -> Iterator[MicroBatch]:
+class Rows(Protocol):
+    """Rows of token ids with what has a loss: a ``TokenSet``, or ``EncodedRows``."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]: ...
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows in memory: of each its ids (T,) int32 and which of them have a loss (T,) bool, never the first."""
+
+    ids: Sequence[NDArray[np.int32]]
+    loss_masks: Sequence[NDArray[np.bool_]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        return self.ids[number], self.loss_masks[number]
+
+
+def eval_batches(token_set: Rows, *, batch_size: int, packing: bool = True) -> Iterator[MicroBatch]:
     """All rows once, in order."""
     for start in range(0, len(token_set), batch_size):
         yield collate(token_set, range(start, min(start + batch_size, len(token_set))), packing=packing)
 
 
-def collate(token_set: TokenSet, rows: Sequence[int], *, packing: bool) -> MicroBatch:
+def collate(token_set: Rows, rows: Sequence[int], *, packing: bool) -> MicroBatch:
     """Make tensors of ``rows`` of a token set."""
     pairs = [token_set.row(row) for row in rows]
     lengths = [len(ids) for ids, _ in pairs]

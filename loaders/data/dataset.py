@@ -149,6 +149,12 @@ def prepare(
         dev_source, dev_cache = tokens(val_file)
         split = (0.0, 0)
         _refuse_overlap(cache, dev_cache, train_source.name, dev_source.name)
+        ours, theirs = cache.report["schema"], dev_cache.report["schema"]
+        if ours != theirs:
+            raise DataError(
+                f"{dev_source.name}: its rows are {theirs}, those of {train_source.name} are {ours}: the dev loss "
+                "would be of another task; bring both into one schema"
+            )
         report |= {"val_file": dev_source.name, "val": dev_cache.report}
         train_index, dev_index = np.arange(len(cache.length)), np.arange(len(dev_cache.length))
     train = TokenSet(cache, train_index, sha256(cache.folder.name, "train", *split), train_source)

@@ -9,6 +9,7 @@
 `text`, `label`          text and a line break, then the label
 =======================  ==========================================================================================
 
+All but `text` may have `candidates`, a list of texts of which the answer is one: for evaluation, training ignores them.
 ``columns`` maps our key to the file's: ``{"prompt": "question", "completion": "answer"}``.
 """
 
@@ -52,13 +53,15 @@ KEYS = (
     "label",
     "system",
     "tools",
+    "candidates",
 )
 _TOOL_KEYS = {"tools", "functions", "parallel_tool_calls"}  # the last says how calls were made: not what is learnt
 _ALSO = {
-    "instruction/output": {"input"},
-    "messages": _TOOL_KEYS,
-    "conversations": {"system", *_TOOL_KEYS},
-    "prompt/completion": {"tools"},
+    "instruction/output": {"input", "candidates"},
+    "messages": {"candidates", *_TOOL_KEYS},
+    "conversations": {"system", "candidates", *_TOOL_KEYS},
+    "prompt/completion": {"tools", "candidates"},
+    "text/label": {"candidates"},
 }
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -168,6 +171,13 @@ def read_rows(
         raise DataError(f"{source_name(source)}: no usable row ({found}): expected {_SUPPORTED}")
 
 
+def _candidates(given: Any) -> tuple[str, ...] | None:
+    """The texts that a row offers as answers; None where it holds no such list, which only some tasks need."""
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+        return None
+    return tuple(clean_text(text) for text in given)
+
+
 class _Shape:
     """The schema of some files, taken from their first row, and how their rows become examples."""
 
@@ -195,7 +205,7 @@ class _Shape:
         fields = self.make(value, row)
         if fields is None:
             return None
-        row.example = Example(**fields, where=where)
+        row.example = Example(**fields, where=where, candidates=_candidates(value.get("candidates")))
         parts = [str(part) for part in fields.values()]  # cleaned: no control character is left in a text
         if row.example.messages is not None:
             parts = [json.dumps([fields["messages"], fields.get("tools"), sorted(fields["trained"])], default=str)]

@@ -31,7 +31,8 @@ class Example:
 
     ``messages``: {role, content}; an assistant's may have ``tool_calls`` ({id, type, function: {name, arguments}} with
     an object of arguments; content may then be None) and ``reasoning_content``. ``tools``: what may be called, as JSON
-    schemas. ``trained``: which messages are learnt, by number from 0 (None: all of the assistant).
+    schemas. ``trained``: which messages are learnt, by number from 0 (None: all of the assistant). ``candidates``:
+    texts of which one is the answer, for tasks that choose; training does not read them.
     """
 
     text: str | None = None
@@ -41,6 +42,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] | None = None
     trained: frozenset[int] | None = None
     where: str = ""
+    candidates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         given = (self.text is not None, self.prompt is not None or self.completion is not None, bool(self.messages))

@@ -59,8 +59,10 @@ class _Generation(Extension):
 class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%"})
 
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    def __init__(self, **syntax: Any) -> None:
+        """``syntax``: options of jinja's environment in place of those that chat templates are written for."""
+        syntax = {"trim_blocks": True, "lstrip_blocks": True, **syntax}
+        super().__init__(extensions=[_Generation, "jinja2.ext.loopcontrols"], **syntax)
         self.steps, self.deadline, self.limit = 0, 0.0, SPARE_OUTPUT
         for name in _USELESS:
             del self.filters[name]

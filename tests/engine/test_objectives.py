@@ -9,7 +9,6 @@ import torch
 from tiny_model import LINES, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from afina.engine.evaluate import evaluate_loss
 from afina.engine.model import GPT
 from afina.engine.objectives import sft
 from afina.engine.train import accumulate
@@ -121,5 +120,3 @@ def test_the_loop_takes_any_objective(model: GPT, token_set: TokenSet) -> None:
             assert (found[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
     assert found.keys() >= {"embed.weight", "norm.weight"}
     model.zero_grad()
-    dev_loss = evaluate_loss(model, token_set, batch_size=2, objective=squares)["loss"]
-    assert dev_loss == pytest.approx(whole.item() / count, rel=1e-5)

@@ -110,7 +110,7 @@ def test_a_run_learns_and_says_so(model: str, rows: str, tmp_path: Path) -> None
     assert lines(result, "dev_loss")[0] == metrics["dev_loss_before"]
     assert metrics["dev_loss"] == min(lines(result, "dev_loss")[1:])
     assert {p.name for p in result.output_dir.iterdir()} == {
-        "best", "checkpoint-40", "checkpoint-60", "metrics.jsonl", "recipe.yaml", "run.json"
+        "best", "checkpoint-40", "checkpoint-60", "dev_rows.json", "metrics.jsonl", "recipe.yaml", "run.json"
     }  # fmt: skip
     # The model in best/ is the one with that dev loss.
     again = fit(str(result.best), rows, tmp_path / "again", max_steps=1)
