@@ -124,14 +124,16 @@ def sample_of(values: Sequence[float]) -> Sample:
 
 
 def f1_sample(predicted: Sequence[str], wanted: Sequence[str]) -> Sample:
-    """Macro-F1 of rows, as numbers for labels."""
-    number = {label: i for i, label in enumerate(sorted({*predicted, *wanted}))}
-    pairs = np.array([[number[p], number[w]] for p, w in zip(predicted, wanted)], np.float64)
+    """Macro-F1 of rows: their labels as numbers that do not depend on the predictions, so that two models compare."""
+    number = {label: i for i, label in enumerate(sorted(set(wanted)))}
+    pairs = np.array([[number.get(p, -1), number[w]] for p, w in zip(predicted, wanted)], np.float64)
     return Sample(pairs, partial(_macro_f1, len(number)))
 
 
 def _macro_f1(labels: int, values: Values) -> float:
-    guesses, support = (np.bincount(column.astype(int), minlength=labels) for column in values.T)
-    right = np.bincount(values[values[:, 0] == values[:, 1], 0].astype(int), minlength=labels)
+    """As ``scores.macro_f1``, quicker: of (rows, 2) numbers predicted and wanted, -1 where no label was predicted."""
+    predicted, wanted = values.T.astype(int)
+    guesses, support = np.bincount(predicted[predicted >= 0], minlength=labels), np.bincount(wanted, minlength=labels)
+    right = np.bincount(wanted[predicted == wanted], minlength=labels)
     there = support > 0
     return float((2 * right[there] / (support + guesses)[there]).mean())

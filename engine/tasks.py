@@ -98,8 +98,8 @@ def run_task(
 
     ``options``: what to choose from (classify; default: each row's candidates, or the rows' own answers).
     ``few_shot``: solved rows that stand before each prompt. ``max_new_tokens``: of an answer (default: a few more than
-    the longest reference has). ``seed``: of the intervals, which take some time and can be left out. ``poll`` is called between batches and may raise to stop.
-    The model's mode, gradients and the global random numbers stay as they were.
+    the longest reference has). ``seed``: of the intervals, which take some time and can be left out. ``poll`` is called
+    between batches and may raise to stop. The model's mode, gradients and the global random numbers stay as they were.
 
     Raises ConfigError for an unknown task or a metric whose package is missing, DataError naming a row that does not
     fit: without an answer, with one that is not among its options, longer than the model reads.

@@ -565,7 +565,7 @@ def test_bad_tools(
     assert "--tools is for --chat" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- rows: generate --data, eval
+# ---------------------------------------------------------------- rows: generate --data
 
 
 def test_generate_rows(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -668,67 +668,3 @@ def test_a_failure_in_the_middle_leaves_no_output(
     assert run(argv) == 1  # no fault of the request
     assert snapshot(tmp_path) == before
     assert "No space left" in capsys.readouterr().err
-
-
-def test_eval_counts_every_token_once(model: str, rows: str, capsys: pytest.CaptureFixture[str]) -> None:
-    results = []
-    for flags in ([], ["--batch_size", "1"], ["--batch_size", "7", "--no-packing"]):
-        assert run(["eval", model, "--data", rows, "--json", *flags]) == 0
-        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    first = results[0]
-    assert set(first) >= {"loss", "perplexity", "tokens", "metrics", "bits_per_byte"}
-    assert (first["task"], first["metrics"], first["rows"]) == ("loss", {}, 30)
-    for other in results[1:]:
-        assert other["tokens"] == first["tokens"]
-        assert other["loss"] == pytest.approx(first["loss"], rel=1e-6)
-
-
-def test_eval_with_a_task_and_a_base(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from afina.engine.generate import generate_batch
-    from afina.engine.weights import load_model
-    from afina.loaders.text.source import load_tokenizer
-
-    prompts = [f"one two {i}\n" for i in range(6)]
-    said = generate_batch(load_model(model), load_tokenizer(model), prompts, max_new_tokens=30)
-    rows = [
-        {"text": p.strip(), "label": a.strip() if i % 3 else "wrong"} for i, (p, a) in enumerate(zip(prompts, said))
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["eval", model, "--data", str(path), "--json", "--max_new_tokens", "30"]
-    other = saved(tmp_path / "other", rope_theta=500.0)
-    assert run([*argv, "--base", str(other)]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["task"] == "classification"
-    assert result["metrics"]["accuracy"] == pytest.approx(4 / 6)
-    assert result["base"]["tokens"] == result["tokens"]
-    assert result["base"]["loss"] != result["loss"]
-    assert run([*argv, "--task", "exact_match"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["exact_match"] == pytest.approx(4 / 6)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ([], "the following arguments are required: --data"),
-        (["--data", "ROWS", "--task", "clasification"], "(did you mean 'classification'?)"),
-        (["--data", "no-such.jsonl"], "no-such.jsonl"),
-        (["--data", "TEXT", "--task", "exact_match"], "has no answer to compare with"),
-        (["--data", "ROWS", "--max_length", "1"], "--max_length is 1"),
-        (["--data", "ROWS", "--max_length", "2"], "long"),
-        (["--data", "ROWS", "--base", "no-such-model"], "no such model"),
-        (["--data", "ROWS", "--bse", "x"], "(did you mean '--base'?)"),
-    ],
-)
-def test_wrong_eval_requests(
-    flags: list[str], words: str, model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "text.jsonl").write_text('{"text": "one two three"}\n')
-    named = {"ROWS": rows, "TEXT": str(tmp_path / "text.jsonl")}
-    before = snapshot(tmp_path)
-    assert run(["eval", model, *(named.get(flag, flag) for flag in flags)]) == 2
-    out, err = capsys.readouterr()
-    line = err.splitlines()[-1]
-    assert (out, line[:14]) == ("", "afina: error: ")
-    assert words in line
-    assert snapshot(tmp_path) == before

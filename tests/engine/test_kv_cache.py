@@ -109,3 +109,26 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="5 tokens do not fit"):
         model(torch.zeros(2, 1, dtype=torch.int64), cache=cache)
     assert cache.lengths.tolist() == [4, 2]
+
+
+@parametrize("llama", "gemma2")
+@torch.no_grad()
+def test_a_prompt_goes_on_in_several_ways(name: str) -> None:
+    """Rows repeat and are continued by unlike lengths; the cache they came from goes on as if nothing had happened."""
+    model = load_model(saved(name).folder)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 61, (n,), generator=draw) for n in (4, 7)]
+    cache = poisoned(model, 2, 16)
+    model(torch.cat(prompts)[None], cu_seqlens=torch.tensor([0, 4, 11], dtype=torch.int32), cache=cache)
+    chosen, ways = [1, 0, 0, 1, 1], [torch.randint(0, 61, (n,), generator=draw) for n in (3, 3, 3, 2, 1)]
+    fanned = cache.fanned(torch.tensor(chosen))
+    ends = torch.tensor([0, 3, 6, 9, 11, 12], dtype=torch.int32)
+    found = model(torch.cat(ways)[None], cu_seqlens=ends, cache=fanned)[0].split([len(way) for way in ways])
+    for row, way, logits in zip(chosen, ways, found, strict=True):
+        (expected,) = whole(model, [torch.cat([prompts[row], way])])
+        assert torch.allclose(logits, expected[len(prompts[row]) :], atol=TOLERANCE)
+    assert cache.lengths.tolist() == [4, 7]
+    again = model(torch.stack([ways[0], ways[0]]), cache=cache)
+    for row in (0, 1):
+        (expected,) = whole(model, [torch.cat([prompts[row], ways[0]])])
+        assert torch.allclose(again[row], expected[-3:], atol=TOLERANCE)

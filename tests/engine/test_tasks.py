@@ -360,6 +360,10 @@ def test_two_models_are_compared_row_by_row(model: GPT, tokenizer: Tokenizer) ->
     assert (difference.won, difference.lost) == (len(found.won), len(found.lost))
     assert found.verdict in ("better", "worse", "no difference")
     assert compare(after, after).verdict == "no difference"
+    # Two models make different mistakes: their answers, and so the labels there are, differ.
+    labelled = [run_task(m, tokenizer, examples, "classification", max_new_tokens=6) for m in (other, model)]
+    change = compare(*labelled).differences["macro_f1"].difference
+    assert change == pytest.approx(labelled[1].metrics["macro_f1"] - labelled[0].metrics["macro_f1"])
     with pytest.raises(DataError, match="same task on the same rows"):
         compare(before, run_task(model, tokenizer, examples[:5], "exact_match", max_new_tokens=6))
 

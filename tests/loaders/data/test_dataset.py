@@ -288,6 +288,14 @@ def test_dev_rows_among_the_train_rows_are_refused(
         prepared(tmp_path / "a.txt", val_file=tmp_path / "b.txt")
 
 
+def test_dev_rows_of_another_schema_are_refused(tmp_path: Path, prepared: Prepared) -> None:
+    train = write(tmp_path / "train.jsonl", *pairs(30))
+    dev = write(tmp_path / "dev.jsonl", {"text": "one", "label": "a"}, {"text": "two", "label": "b"})
+    with pytest.raises(DataError) as refused:
+        prepared(train, val_file=dev)
+    assert str(refused.value).startswith(f"{dev}: its rows are text/label, those of {train} are prompt/completion: ")
+
+
 def test_rows_that_the_chat_template_refuses(tmp_path: Path, prepared: Prepared) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"messages": [{"role": "user", "content": f"{i}"}, *turns[1:]]} for i in range(5)]
