@@ -11,11 +11,13 @@ import os
 import sys
 import traceback
 
-from afina.cli import chat, demo, doctor, eval, export, fetch, generate, inspect, report, train
+from afina.cli import advise, chat, check, demo, doctor, eval, export, fetch, generate, inspect, report, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
 
 VERBS: dict[str, Verb] = {
+    "check": check.VERB,
+    "advise": advise.VERB,
     "train": train.VERB,
     "eval": eval.VERB,
     "inspect": inspect.VERB,

@@ -144,7 +144,7 @@ def prepare(
     report = dict(cache.report, data=train_source.name)
     if val_file is None:
         dev_source, dev_cache, split = train_source, cache, (val_size, seed)
-        train_index, dev_index = _split(cache, val_size, seed, train_source.name)
+        train_index, dev_index = split_rows(cache.unit, val_size, seed, train_source.name)
     else:
         dev_source, dev_cache = tokens(val_file)
         split = (0.0, 0)
@@ -175,15 +175,16 @@ def permutation(size: int, *seed: int) -> NDArray[np.int64]:
     return np.argsort(raw, kind="stable")
 
 
-def _split(cache: TokenCache, val_size: float, seed: int, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Numbers of the train and the dev rows; what was one row in the file stays on one side."""
-    units = int(cache.unit[-1]) + 1
+def split_rows(unit: NDArray[Any], val_size: float, seed: int, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Numbers of the train and the dev rows. ``unit``, rising from 0, says which of them were one row in the file:
+    those stay on one side. Raises DataError, which ``name`` opens, where there are not enough for two sides."""
+    units = int(unit[-1]) + 1
     if units < 2 and val_size:
         raise DataError(f"{name}: only one usable row, and a dev set needs one too: add rows, or name a val_file")
     chosen = np.zeros(units, np.bool_)
     if val_size:
         chosen[permutation(units, seed)[: min(units - 1, max(1, round(units * val_size)))]] = True
-    in_dev = chosen[cache.unit]
+    in_dev = chosen[unit]
     return np.flatnonzero(~in_dev), np.flatnonzero(in_dev)
 
 

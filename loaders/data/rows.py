@@ -78,7 +78,8 @@ class Row:
     """A row: where it was read, its values as the file has them, and the example they make.
 
     ``digest``: 16 bytes, equal for equal examples. ``size``: characters.
-    ``more``: the text goes on in the next row.
+    ``more``: the text goes on in the next row. ``number``: its place among the rows that were read, from 0; a line may
+    hold several rows.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Row:
     digest: bytes = b""
     size: int = 0
     more: bool = False
+    number: int = 0
 
     @property
     def where(self) -> str:
@@ -108,6 +110,7 @@ def read_rows(
     roles: Collection[str] = ("assistant",),
     counts: Counter[str] | None = None,
     progress: Callable[[int], object] | None = None,
+    left_out: Callable[[Path, int, str], object] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of a file, of a folder of files, or of several, in order, whatever their schema.
 
@@ -117,7 +120,8 @@ def read_rows(
     ``counts`` receives "rows", "bad_lines", "empty", "numbers" (taken as their text), and by prefix: the schema's name
     under "schema:", unused keys under "unused:", kinds of bad lines under "bad:", and under "taken:" what had to be
     found out about the files to read them.
-    ``progress`` is called with the bytes read since its last call.
+    ``progress`` is called with the bytes read since its last call. ``left_out`` is called with the file, the line and
+    the problem of each bad line, and with the problem "" for each empty row.
 
     Raises DataError, one line naming the file and up to 20 bad lines; with ``skip_bad_lines`` these are only counted,
     and the error is left for when no row can be used.
@@ -141,6 +145,8 @@ def read_rows(
                     row = shape.row(path, record)
                 except Unfit as unfit:
                     problem, kind = str(unfit), unfit.kind
+            if left_out and (problem or row is None):
+                left_out(path, record.line, problem)
             if problem:
                 told = reader.likeness if number == 0 else ""
                 first_problem = first_problem or f"{path}: {told or f'line {record.line}: {problem}'}"
@@ -154,6 +160,7 @@ def read_rows(
             elif row is None:
                 counts["empty"] += 1
             elif skip_bad_lines or not bad:
+                row.number = usable
                 usable += 1
                 yield row
             if progress and reader.done - seen >= 1 << 16:

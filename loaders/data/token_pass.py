@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,10 @@ FATES = {  # what can become of rows besides being used, and how the summary say
 _SLOT = "\ue000"  # a private-use character: stands for the text to see what is put around it
 
 
+class NothingLeftError(DataError):
+    """There are rows, but none that a model could learn from."""
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Files of rows and how they are read (keywords of `read_rows`)."""
@@ -56,6 +61,27 @@ class DataSource:
     @property
     def files(self) -> list[Path]:
         return data_files(self.source)
+
+
+class Watcher(Protocol):
+    """Who is told what becomes of each row; the first two in the thread that reads, the others in the one that encodes.
+
+    ``fate``: "duplicates", "bad_lines" (with the reason), "dropped", "truncated", "split" or "untrained".
+    """
+
+    def left_out(self, path: Path, line: int, problem: str) -> None:
+        """A line that is no row, or, with the problem "", an empty row."""
+
+    def read(self, row: Row) -> None:
+        """A row, before anything is done with it."""
+
+    def became(self, row: Row, fate: str, reason: str = "") -> None: ...
+
+    def encoded(self, row: Row, tokens: int) -> None:
+        """The length of a row, or of a piece of it, before it is made fit."""
+
+    def kept(self, rows: list[Row]) -> None:
+        """Rows that go to the cache, in its order; one that was split comes several times."""
 
 
 class Digests:
@@ -91,28 +117,37 @@ class Tokenise:
     on_long: str
     train_on_prompt: bool
     progress: bool
+    watcher: Watcher | None = None
 
     def cache(self, parent: Path) -> TokenCache:
         """Return the cache of these rows with these settings in a folder below ``parent``, from disk or built now."""
         tokenizer = self.tokenizer
-        contents = {path: (kind_of_file(path), file_digest(path)) for path in self.source.files}
-        # Long texts are not compared row by row: a text file that is there twice is left out here.
-        first = {content: path for path, content in reversed(contents.items())}
-        self.files = [path for path, content in contents.items() if content[0] != ".txt" or first[content] == path]
         key = sha256(
             VERSION,
-            list(contents.values()),
+            list(self.contents.values()),
             (tokenizer.fingerprint(), tokenizer.bos_token, tokenizer.eos_token, tokenizer.adds_bos),
             (self.max_length, self.on_long, self.train_on_prompt),
             self.source.reading,
         )
         cache = open_cache(parent / key)
         if cache is None:
-            return self._build(parent / key)
+            return self.build(parent / key)
         cache.report["cached"] = True
         return cache
 
-    def _build(self, folder: Path) -> TokenCache:
+    @cached_property
+    def contents(self) -> dict[Path, tuple[str, str]]:
+        """Each file's kind and digest."""
+        return {path: (kind_of_file(path), file_digest(path)) for path in self.source.files}
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files that are read: long texts are not compared row by row, so a text file goes in only once."""
+        first = {content: path for path, content in reversed(self.contents.items())}
+        return [path for path, content in self.contents.items() if content[0] != ".txt" or first[content] == path]
+
+    def build(self, folder: Path) -> TokenCache:
+        """Read and tokenise the rows, though there may be a cache of them, and return the cache put in ``folder``."""
         self.read: Counter[str] = Counter()  # counted by the reading thread
         self.fitted: Counter[str] = Counter()  # counted by this one
         self.units = self.position = self.windows = self.longest = 0
@@ -138,7 +173,7 @@ class Tokenise:
             report["bad_kinds"] = by_kind({key[4:]: counts[key] for key in counts if key.startswith("bad:")})
             if not self.units:
                 mend = "raise max_length" if report["dropped"] else "add rows with an answer to learn"
-                raise DataError(f"{self.source.name}: no row is left to learn from ({summary(report)}): {mend}")
+                raise NothingLeftError(f"{self.source.name}: no row is left to learn from ({summary(report)}): {mend}")
             return self.writer.commit(report)
 
     def _batches(self, progress: Callable[[int], object]) -> Iterator[list[tuple[Rendered, Row, bool]]]:
@@ -147,7 +182,12 @@ class Tokenise:
         self.head, _, self.tail = render_example(self.tokenizer, Example(text=_SLOT)).text.partition(_SLOT)
         rows: list[Row] = []
         size = 0
-        for row in read_rows(self.files, **self.source.reading, counts=self.read, progress=progress):
+        watcher = self.watcher
+        left_out = watcher.left_out if watcher is not None else None
+        reading = self.source.reading
+        for row in read_rows(self.files, **reading, counts=self.read, progress=progress, left_out=left_out):
+            if watcher is not None:
+                watcher.read(row)
             rows.append(row)
             size += row.size
             if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
@@ -167,13 +207,15 @@ class Tokenise:
             self.so_far = row.digest
             if not new and first and not row.more:
                 self.read["duplicates"] += 1
+                self._became(row, "duplicates")
             elif (text := row.example.text) is None:
                 try:
                     items.append((row.rendered(self.tokenizer), row, False))
-                except DataError:  # a chat template may refuse roles that do not alternate, say
+                except DataError as problem:  # a chat template may refuse roles that do not alternate, say
                     if not self.source.reading["skip_bad_lines"]:
                         raise
                     self.read.update({"bad_lines": 1, "bad:refused by the chat template": 1})
+                    self._became(row, "bad_lines", str(problem))
             else:
                 pieces = cut_text(text)
                 for number, piece in enumerate(pieces, 1):
@@ -191,6 +233,8 @@ class Tokenise:
             batch = [item for item in batch if self._spellable(item)]
             encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
         for (_, row, more), ids, loss_mask in zip(batch, *encoded):
+            if self.watcher is not None:
+                self.watcher.encoded(row, len(ids))
             if row.example.text is not None and (more or len(self.carried) or len(ids) > self.max_length):
                 fitted += self._windows(row, more, ids)
                 continue
@@ -227,6 +271,11 @@ class Tokenise:
                 "digest": np.array([row.digest for row in rows], "S16")[keep],
             }
         )
+        if self.watcher is not None:
+            self.watcher.kept([row for row, used in zip(rows, keep) if used])
+            for row, used in zip(rows, keep):
+                if not used:
+                    self._became(row, "untrained")
         self.position += int(lengths.sum())
         self.units += int(apart.sum())
         self.fitted["usable"] += int(np.array(first)[keep].sum())
@@ -241,8 +290,13 @@ class Tokenise:
             if not self.source.reading["skip_bad_lines"]:
                 raise DataError(f"{row.where}: {problem}") from problem
             self.fitted.update({"bad_lines": 1, "bad:a character without a token": 1})
+            self._became(row, "bad_lines", str(problem))
             return False
         return True
+
+    def _became(self, row: Row, fate: str, reason: str = "") -> None:
+        if self.watcher is not None:
+            self.watcher.became(row, fate, reason)
 
     def _shorten(self, row: Row, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> tuple[Any, Any]:
         """Apply the policy for rows that are too long; a dropped row comes back empty."""
@@ -255,8 +309,10 @@ class Tokenise:
         # Nothing that is learnt may go, nor become the first token, which is never predicted.
         if self.on_long == "drop" or loss_mask[: cut + 1].any():
             self.fitted["dropped"] += 1
+            self._became(row, "dropped")
             return ids[:0], loss_mask[:0]
         self.fitted["truncated"] += 1
+        self._became(row, "truncated")
         keep = np.arange(len(ids)) >= cut
         if ids[0] == self.tokenizer.bos_id:
             keep[0], keep[cut] = True, False
@@ -281,7 +337,9 @@ class Tokenise:
             yield window, np.ones(len(window), np.bool_), row, self.windows == 0
             self.windows += 1
         if not more:
-            self.fitted["split"] += self.windows > 1
+            if self.windows > 1:
+                self.fitted["split"] += 1
+                self._became(row, "split")
             self.windows = 0
 
 

@@ -380,13 +380,13 @@ def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path, prepared: 
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The cache folders that were built, not found."""
     built: list[Path] = []
-    build = Tokenise._build
+    build = Tokenise.build
 
     def counted(self: Tokenise, folder: Path) -> TokenCache:
         built.append(folder)
         return build(self, folder)
 
-    monkeypatch.setattr(Tokenise, "_build", counted)
+    monkeypatch.setattr(Tokenise, "build", counted)
     return built
 
 
