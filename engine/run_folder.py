@@ -30,7 +30,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from afina.durable import WORKING_NAME, recover, remove, write_text
 from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest, read_json
@@ -295,6 +295,13 @@ class RunFolder:
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + "\n")
         write_text(path, "".join(kept))
+
+
+class Stop(Protocol):
+    """What a run asks before each micro-batch: whether it has been told to stop."""
+
+    @property
+    def requested(self) -> object: ...
 
 
 class StopRequest:

@@ -36,7 +36,7 @@ from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft, training_objective
 from afina.engine.optim import AdamW
-from afina.engine.run_folder import RunFolder, StopRequest, now
+from afina.engine.run_folder import RunFolder, Stop, StopRequest, now
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
 from afina.engine.train_config import TrainConfig
@@ -108,18 +108,26 @@ def check_run(
 
 @contextlib.contextmanager
 def open_run(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False, weights: bool = True
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    weights: bool = True,
+    data: Data | None = None,
 ) -> Iterator[Run]:
     """Hold the run's folder, prepare its rows and load its model; yield the run, of which nothing is written yet.
 
-    Without ``weights`` the model has shapes only: enough to check everything that training would refuse.
+    Without ``weights`` the model has shapes only: enough to check everything that training would refuse. ``data``:
+    rows that were read before, in place of those that the config names.
     """
     prepare_process(threads=config.threads, seed=config.seed)
     log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:
         tokenizer = load_tokenizer(str(config.tokenizer or config.model))
-        data = read_data(config, tokenizer, progress=not quiet)
-        log(data.summary())
+        if data is None:
+            data = read_data(config, tokenizer, progress=not quiet)
+            log(data.summary())
         model = _load(config, tokenizer, weights=weights)
         config = choose_trained(config, model)
         notes = {}
@@ -325,7 +333,7 @@ class Run:
             lean_loss=self.config.lean_loss,
         )
 
-    def loop(self, stop: StopRequest, *, show_bar: bool) -> None:
+    def loop(self, stop: Stop, *, show_bar: bool) -> None:
         """Measure, save and step until the last step; on a signal save what there is and raise Interrupted."""
         self.stop, progress = stop, self.progress
         with tqdm(total=self.total, initial=progress.step, unit="step", disable=not show_bar) as self.bar:

@@ -1,55 +1,66 @@
-"""Make ``questions.jsonl``: three notes, a question, and the note that answers it, from a bank made for this project.
+"""Make ``train.jsonl`` and ``dev.jsonl``: a question, five passages, and the one that answers it.
 
-python examples/retrieval/make_data.py
+    python examples/retrieval/make_data.py [--output FOLDER]
+
+The passages and their questions are in ``passages.yaml``. Beside the answer stand two passages of the same topic and
+two of others, in a drawn order. Two of three training questions come twice, in different company. Dev rows are made of
+topics of which no training row holds a passage or a question, and list the five as ``candidates`` too, which `afina
+eval --task retrieve` ranks.
 """
 
 from __future__ import annotations
 
-import json
-import random
+import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
-ROWS = 300
-PEOPLE = ["Anna", "Tom", "Mary", "Peter", "Jane", "Henry", "Emma", "George"]
-PLACES = ["library", "market", "museum", "station", "church", "theatre", "school", "harbour"]
-HOURS = ["seven", "eight", "nine", "ten", "noon", "four"]
-COLOURS = ["red", "blue", "green", "white", "black", "yellow"]
-TOWNS = ["London", "Paris", "Rome", "Bath", "Dover", "York"]
-# A kind of fact: who or what it is about, what is said of it, the note and two ways to ask.
-FACTS = [
-    (PLACES, HOURS, "The {0} opens at {1}.", ("When does the {0} open?", "At what hour can I enter the {0}?")),
-    (PEOPLE, TOWNS, "{0} lives in {1}.", ("Where does {0} live?", "In which town is {0} at home?")),
-    (PEOPLE, COLOURS, "{0} has a {1} coat.", ("What colour is the coat of {0}?", "What kind of coat has {0}?")),
-]
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from making import Draw, write_jsonl  # noqa: E402
+
+SAME_TOPIC, OTHER_TOPICS = 2, 2
+COMPANIES = {"train": (2, 2, 1), "dev": (1, 1, 1)}  # rows of a passage's questions
 
 
-def conversations(seed: int = 1) -> list[dict[str, list[dict[str, str]]]]:
-    draw = random.Random(seed)
+def row(question: str, answer: str, topic: list[str], others: list[str], draw: Draw, *, ranked: bool) -> dict[str, Any]:
+    near = draw.shuffled(text for text in topic if text != answer)[:SAME_TOPIC]
+    candidates = draw.shuffled([answer, *near, *draw.shuffled(others)[:OTHER_TOPICS]])
+    listed = "\n".join(f"- {text}" for text in candidates)
+    asked = f"Which of these passages answers the question?\n\n{listed}\n\nQuestion: {question}"
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "candidates": candidates} if ranked else {"messages": messages}
 
-    def one(bank: list[str]) -> str:
-        return bank[int(draw.random() * len(bank))]
 
-    made: dict[str, dict[str, list[dict[str, str]]]] = {}
-    while len(made) < ROWS:
-        notes: list[tuple[str, str]] = []
-        about: set[str] = set()
-        while len(notes) < 3:
-            subjects, values, note, asks = FACTS[int(draw.random() * len(FACTS))]
-            subject, value = one(subjects), one(values)
-            if subject not in about:  # so that only one note can answer
-                about.add(subject)
-                notes.append((note.format(subject, value), one(list(asks)).format(subject)))
-        number = int(draw.random() * 3)
-        text = " ".join(f"[{i}] {note}" for i, (note, _) in enumerate(notes, 1)) + f" Question: {notes[number][1]}"
-        answer = f"[{number + 1}] {notes[number][0]}"
-        made[text] = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
-    return list(made.values())
+def make(seed: int = 11) -> dict[str, list[dict[str, Any]]]:
+    """{"train": [...], "dev": [...]} in a shuffled order."""
+    bank = yaml.safe_load((HERE / "passages.yaml").read_text(encoding="utf-8"))
+    draw = Draw(seed)
+    made = {}
+    for split, topics in bank.items():
+        texts = {name: [passage["text"] for passage in passages] for name, passages in topics.items()}
+        rows = []
+        for name, passages in topics.items():
+            others = [text for other, some in texts.items() if other != name for text in some]
+            rows += [
+                row(question, passage["text"], texts[name], others, draw, ranked=split == "dev")
+                for passage in passages
+                for question, companies in zip(passage["asks"], COMPANIES[split], strict=True)
+                for _ in range(companies)
+            ]
+        made[split] = draw.shuffled(rows)
+    return made
 
 
 def write(folder: Path) -> None:
-    lines = [json.dumps(row) for row in conversations()]
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    for split, rows in make().items():
+        write_jsonl(folder / f"{split}.jsonl", rows)
 
 
 if __name__ == "__main__":
-    write(Path(__file__).resolve().parent)
+    parser = argparse.ArgumentParser(description="Make the retrieval set from its passages.")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write (default: beside this script)")
+    write(parser.parse_args().output)

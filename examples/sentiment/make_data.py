@@ -1,81 +1,75 @@
-"""Make ``reviews.tsv``: short reviews of books and their sentiment, from a phrase bank written for this project.
+"""Make ``train.tsv`` and ``dev.tsv``: reviews of guest houses and their sentiment: positive, negative or mixed.
 
-python examples/sentiment/make_data.py
+    python examples/sentiment/make_data.py [--output FOLDER]
+
+A review is two or three sentences of ``phrases.yaml``: about the room, the food, the people, the place, the nights or
+the money, perhaps with one that says nothing of good or bad and one that sums up. A mixed review praises one thing and
+complains of another. No sentence of a dev review stands in a training review.
 """
 
 from __future__ import annotations
 
-import random
+import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
-ROWS = 300
-THINGS = ["story", "book", "novel", "hero", "ending", "first chapter", "last chapter", "style", "plot", "villain"]
-POSITIVE = [
-    "The {} is a delight from beginning to end.",
-    "I loved the {} and read it twice.",
-    "What a wonderful {}!",
-    "The {} made me laugh and cry with pleasure.",
-    "I have seldom met with a better {}.",
-    "The {} is full of life and wit.",
-    "A charming {} that I shall not forget.",
-    "The {} kept me awake until morning, and I was glad of it.",
-    "I am grateful for such a {}.",
-    "The {} is beautiful and true.",
-    "Everybody should know this {}.",
-    "The {} is clever, warm and a joy to read.",
-]
-NEGATIVE = [
-    "The {} is dull from beginning to end.",
-    "I hated the {} and gave it up.",
-    "What a dreadful {}!",
-    "The {} made me yawn and look at the clock.",
-    "I have seldom met with a worse {}.",
-    "The {} is empty and cold.",
-    "A tiresome {} that I wish to forget.",
-    "The {} sent me to sleep before the second page.",
-    "I am sorry that I paid for such a {}.",
-    "The {} is ugly and false.",
-    "Nobody should waste an hour on this {}.",
-    "The {} is stupid, slow and a pain to read.",
-]
-MIXED = [
-    "The {} has good pages and bad ones.",
-    "I neither liked nor disliked the {}.",
-    "It is an ordinary {}.",
-    "The {} begins well but soon grows tired.",
-    "I have read better and worse than this {}.",
-    "The {} is fine, no more.",
-    "A fair {}, though I would not read it again.",
-    "Some will like the {}, and some will not.",
-]
-BEFORE = ["", "", "I must say this: ", "In a word: ", "My sister gave it to me. ", "I read it last week. ", "Well. "]
-AFTER = [
-    "",
-    "",
-    " That is all.",
-    " So says the whole family.",
-    " It has three hundred pages.",
-    " It is by a young author.",
-]
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from making import Draw, write_table  # noqa: E402
+
+ROWS = {"train": 420, "dev": 90}
+LABELS = ("positive", "negative", "mixed")
 
 
-def reviews(seed: int = 1) -> list[tuple[str, str]]:
-    draw = random.Random(seed)
-    labels = (("positive", POSITIVE), ("negative", NEGATIVE), ("mixed", MIXED))
-    rows: dict[str, str] = {}
-    while len(rows) < ROWS:
-        label, phrases = labels[len(rows) % 3]
-        before, phrase, after, thing = (
-            bank[int(draw.random() * len(bank))] for bank in (BEFORE, phrases, AFTER, THINGS)
+def review(bank: dict[str, Any], label: str, split: str, draw: Draw) -> str:
+    """Sentences about different things, in an order that a guest might write."""
+    aspects = draw.shuffled(bank["aspects"])
+    if label == "mixed":
+        sides = draw.shuffled(("positive", "negative"))
+        first, second = (
+            draw.one(bank["aspects"][aspect][side][split]) for aspect, side in zip(aspects, sides, strict=False)
         )
-        rows[before + phrase.format(thing) + after] = label
-    return list(rows.items())
+        joint = draw.one(bank["joints"][split])
+        sentences = [first, joint + (second[0].lower() + second[1:] if joint and not is_name(second) else second)]
+    else:
+        count = 2 if draw.chance(0.7) else 1
+        sentences = [draw.one(bank["aspects"][aspect][label][split]) for aspect in aspects[:count]]
+    if draw.chance(0.45):
+        sentences.insert(0, draw.one(bank["neutral"][split]))
+    if draw.chance(0.4):
+        sentences.append(draw.one(bank["verdicts"][label][split]))
+    return " ".join(sentences)
+
+
+def is_name(text: str) -> bool:
+    """Whether a sentence keeps its capital behind a joint."""
+    return text.split()[0] in ("I", "Easter")
+
+
+def make(seed: int = 5) -> dict[str, list[tuple[str, str]]]:
+    """{"train": [...], "dev": [...]}: (text, label), the labels in equal numbers, no text twice."""
+    bank = yaml.safe_load((HERE / "phrases.yaml").read_text(encoding="utf-8"))
+    draw = Draw(seed)
+    made = {}
+    for split, count in ROWS.items():
+        rows: dict[str, str] = {}
+        while len(rows) < count:
+            label = LABELS[len(rows) % len(LABELS)]
+            rows[review(bank, label, split, draw)] = label
+        made[split] = draw.shuffled(rows.items())
+    return made
 
 
 def write(folder: Path) -> None:
-    lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in reviews())]
-    (folder / "reviews.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    for split, rows in make().items():
+        write_table(folder / f"{split}.tsv", ("text", "label"), rows)
 
 
 if __name__ == "__main__":
-    write(Path(__file__).resolve().parent)
+    parser = argparse.ArgumentParser(description="Make the sentiment set from its phrase bank.")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write (default: beside this script)")
+    write(parser.parse_args().output)

@@ -5,17 +5,15 @@
 Every answer of an intent gets the same number of rows. A question is an opening, a body with its products and
 condition, and a closing, sometimes in a hurried style; training bodies are reworded with synonyms. Dev rows use bodies,
 openings and closings that no training row uses, and a dev question that still shares too many words with a training
-question is drawn again. The same seed gives the same bytes on every Python version, because only ``Random.random`` is
-used.
+question is drawn again. The same seed gives the same bytes on every Python version.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,10 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from making import Draw, overlap, words, write_jsonl  # noqa: E402
+
 PACKAGED = HERE.parent.parent / "afina" / "data" / "support"
 
 TRAIN_ROWS_PER_ANSWER = 54
@@ -43,35 +45,6 @@ class Question:
     answer: str
     intent: str
     body: str  # the template it was made from
-
-
-class Draw:
-    """Seeded choices that do not depend on the Python version."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def chance(self, probability: float) -> bool:
-        return self._random.random() < probability
-
-    def one(self, items: Sequence[str]) -> str:
-        return items[int(self._random.random() * len(items))]
-
-    def shuffled(self, items: Iterable[Any]) -> list[Any]:
-        return sorted(items, key=lambda _: self._random.random())
-
-    def index(self, length: int) -> int:
-        return int(self._random.random() * length)
-
-
-def words(text: str) -> frozenset[str]:
-    """The set of lower-case words of a question, the unit in which overlap is measured."""
-    return frozenset(re.findall(r"[a-z]+", text.lower()))
-
-
-def overlap(a: frozenset[str], b: frozenset[str]) -> float:
-    """Jaccard index of two word sets, from 0.0 to 1.0."""
-    return len(a & b) / len(a | b)
 
 
 def fill(template: str, bank: dict[str, Any], split: str, condition: str, draw: Draw) -> str:
@@ -188,11 +161,13 @@ def write(output: Path, seed: int = 7) -> None:
     """Write ``train.jsonl`` and ``dev.jsonl``, one ``{"messages": [...]}`` row a line."""
     output.mkdir(parents=True, exist_ok=True)
     for split, rows in make(seed).items():
-        lines = [
-            json.dumps({"messages": [{"role": "user", "content": q.text}, {"role": "assistant", "content": q.answer}]})
-            for q in rows
-        ]
-        (output / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        write_jsonl(
+            output / f"{split}.jsonl",
+            (
+                {"messages": [{"role": "user", "content": q.text}, {"role": "assistant", "content": q.answer}]}
+                for q in rows
+            ),
+        )
 
 
 if __name__ == "__main__":

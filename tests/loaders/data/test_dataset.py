@@ -93,6 +93,17 @@ def test_source_rows_are_those_of_the_set(tmp_path: Path, prepared: Prepared) ->
     assert len(set(both[0] + both[1])) == 40
 
 
+def test_rows_can_be_selected(tmp_path: Path, prepared: Prepared) -> None:
+    data = prepared(write(tmp_path / "a.jsonl", *pairs(20)))
+    some, others = data.train.select(np.array([5, 2])), data.train.select(np.array([2, 5]))
+    assert len(some) == 2
+    assert [some.where(i) for i in range(2)] == [data.train.where(5), data.train.where(2)]
+    assert some.row(0)[0].tolist() == data.train.row(5)[0].tolist()
+    assert some.loss_tokens.tolist() == data.train.loss_tokens[[5, 2]].tolist()
+    assert sorted(row.where for row in some.source_rows()) == sorted(some.where(i) for i in range(2))
+    assert len({data.train.fingerprint, some.fingerprint, others.fingerprint}) == 3
+
+
 def test_training_on_prompts_learns_all_but_the_first_token(tmp_path: Path, prepared: Prepared) -> None:
     data = prepared(write(tmp_path / "a.jsonl", *pairs(10)), train_on_prompt=True)
     for number in range(len(data.train)):
