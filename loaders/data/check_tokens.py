@@ -13,7 +13,7 @@ from afina.loaders.data.files import kind_of_file
 from afina.loaders.data.token_cache import TokenCache
 from afina.loaders.text.tokenizer import Tokenizer
 
-CHUNK = 1 << 20  # tokens looked at at once
+CHUNK = 1 << 18  # tokens looked at at once
 FEW = 2  # trained tokens: with fewer, only the end of the text is learnt
 
 

@@ -40,7 +40,7 @@ COMMON, SAMPLE, ENOUGH = (
     50,
 )  # pieces that so many of a sample of rows have count for nothing; fewer rows: all
 BATCH = 1 << 17  # characters hashed at once; their arrays fit a cache
-PAIRS = 1 << 14  # pairs compared at once
+PAIRS = 1 << 14  # pairs whose signatures are compared at once
 
 _NUMBER = re.compile(r"\d+")
 _TABLE = 1 << 22  # places of the table of common pieces: a few thousand in four million hit another one in 1000 times
@@ -156,7 +156,7 @@ class NearDuplicates:
             for _ in pool.map(sign, self._batches()):
                 pass
             candidates = _candidates(signatures, self.texts.numbers, self.similarity - MARGIN)
-            found = list(pool.map(self._compared, candidates))
+            found = list(pool.map(self._compared, self._parcels(candidates)))
         later, earlier, similarity = (np.concatenate(columns) for columns in zip(Pairs.none(), *found))
         order = np.lexsort((earlier, later))
         return Pairs(later[order], earlier[order], similarity[order])
@@ -168,6 +168,17 @@ class NearDuplicates:
             yield slice(at, end)
             at = end
 
+    def _parcels(self, candidates: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The pairs, later * rows + earlier, in parcels of about BATCH characters, or of one pair."""
+        pairs = np.stack(np.divmod(candidates, len(self.texts.starts)))
+        sizes = np.zeros(len(candidates), np.int64)
+        for rows in pairs:
+            sizes += self.texts.lengths[rows].sum(axis=1)
+        parcel = np.cumsum(sizes) // BATCH
+        for part in np.split(pairs, np.flatnonzero(np.diff(parcel)) + 1, axis=1):
+            if part.size:
+                yield part[0], part[1]
+
     def _common(self) -> NDArray[np.bool_]:
         """A table of the pieces that many of a sample of rows have."""
         table = np.zeros(_TABLE, np.bool_)
@@ -176,8 +187,8 @@ class NearDuplicates:
             return table
         sample = np.unique(np.linspace(0, rows - 1, SAMPLE).astype(np.int64))
         counts = np.zeros(_TABLE, np.uint16)
-        for at in range(0, len(sample), 64):
-            hashes, parts = self._pieces(sample[at : at + 64], rare=False)
+        for at in range(0, len(sample), 8):
+            hashes, parts = self._pieces(sample[at : at + 8], rare=False)
             places = np.unique(((parts >> 1).astype(np.int64) << 32) | (hashes % _TABLE)) & 0xFFFFFFFF
             np.add.at(counts, places, 1)
         return counts > COMMON * len(sample)
@@ -267,10 +278,8 @@ def _mixed(hashes: Hashes) -> Hashes:
     return hashes
 
 
-def _candidates(
-    signatures: NDArray[np.uint16], numbers: NDArray[np.uint32], least: float
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield pairs (later, earlier) that share a band and are similar by their signatures, in batches.
+def _candidates(signatures: NDArray[np.uint16], numbers: NDArray[np.uint32], least: float) -> NDArray[np.int64]:
+    """Return pairs, as later * rows + earlier, that share a band and are similar by their signatures.
 
     In a band that many rows share, a row is paired with the first of them and with the NEIGHBOURS before it.
     """
@@ -297,8 +306,7 @@ def _candidates(
                 alike = (signatures[one] == signatures[two]).mean(axis=1) >= least
                 found.append(one[alike] * rows + two[alike])
         found = [np.unique(np.concatenate(found))]
-    for at in range(0, len(found[0]), PAIRS):
-        yield divmod(found[0][at : at + PAIRS], rows)
+    return found[0]
 
 
 def _gathered(keys: NDArray[np.int64], starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
