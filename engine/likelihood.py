@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from afina.engine.model import GPT
     from afina.loaders.text.tokenizer import Tokenizer
 
-MAX_CACHE_BYTES = 1 << 28  # of keys and values that options share a forward pass with
+MAX_CACHE_BYTES = 1 << 26  # of keys and values that options share a forward pass with
 MAX_LOGITS = 1 << 24  # logits that exist at a time
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # the ids of a context and of an option
 

@@ -258,7 +258,7 @@ class _Run:
         samples = {
             "accuracy": sample_of(right),
             "macro_f1": f1_sample(predicted, wanted),
-            "ece": Sample(np.array([sure, right]).T, lambda values: float(scores.calibration(*values.T)["ece"])),
+            "ece": Sample(np.array([sure, right]).T, scores.calibration_error),
         }
         details = {
             "confusion": figures["confusion"],

@@ -133,7 +133,8 @@ def test_lm_evaluation_harness_itself_gives_the_same(folder: Path, tmp_path: Pat
         for row, sample in zip(ours.rows, samples, strict=True):
             assert row["prompt"] == sample["arguments"][0][0]
             if name == "written":
-                assert row["prediction"] == sample["resps"][0][0]
+                # Of a character that was cut off in the middle nothing is left here, and a mark there.
+                assert row["prediction"] == sample["resps"][0][0].rstrip("\ufffd")
             else:
                 assert row["log_likelihoods"] == pytest.approx([float(r[0][0]) for r in sample["resps"]], abs=1e-4)
         for metric, value in ours.metrics.items():
