@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ FULL_MODEL = 100_000_000  # parameters below which full fine-tuning is tried bes
 RANGE_UNTIL, RUNS_UNTIL = 0.5, 0.96  # shares of the time: when the range test ends, and the last run is scored
 RANGE_STEPS = (10, 40)  # the least and the most steps of a run of the range test
 SHARES = (1.0, 0.3, 0.1)  # of the training rows; the run on all of them comes first and has what time it needs
-FIRST = 0.7  # share of the time that a run may take while others wait
 MIN_SHARE_ROWS = 8  # fewer rows make no point of the curve
 EVALUATION_STEPS = 25  # of a run on the way, between evaluations, where it has so many
 STEPS_WANTED, EPOCHS = 400, (2.0, 10.0)  # of a run; the fewest and the most passes over its rows
@@ -115,7 +115,7 @@ class Training:
         points: list[Point] = []
         results: list[tuple[list[float], NDArray[np.float64]]] = []
         for number, count in enumerate(counts):
-            steps, until = self.steps(runs, method, count, last=number == len(counts) - 1)
+            steps, until = self.steps(runs, method, counts[number:])
             if number and steps < RANGE_STEPS[0]:  # no time for it
                 break
             some = np.sort(order[:count])
@@ -143,19 +143,18 @@ class Training:
         gains["loss"] = paired(after, self.work.base_losses, seed=seed)
         for name, others in self.work.scores.items():
             gains[f"tuned - {name}"] = paired(others, scores, seed=seed)
-        if len(results) > 1:
+        # A run on fewer rows that was cut shorter than the one on all would tell of its time, not of the rows.
+        if len(results) > 1 and points[-2].epochs > 0.9 * points[-1].epochs:
             fewer, before = results[-2]
             gains["all - third"] = paired(fewer, scores, seed=seed) if scores else paired(after, before, seed=seed)
         return replace(evidence, curve=tuple(points), gains=gains)
 
-    def steps(self, runs: Runs, method: str, count: int, *, last: bool) -> tuple[int, float]:
-        """The steps of the run on ``count`` rows, and when it must end: at the passes that are wanted, or with the time
-        that is left, of which other runs get a share."""
-        now = self.work.clock()
-        room = self.work.moment(RUNS_UNTIL) - now
-        if not last:
-            room *= FIRST
-        room -= 1.2 * self.work.scoring + runs.overhead
+    def steps(self, runs: Runs, method: str, counts: Sequence[int]) -> tuple[int, float]:
+        """The steps of the run on the first of these numbers of rows, and when it must end: at the passes that are
+        wanted, or when the time is over in which all of them could make equally many."""
+        now, count = self.work.clock(), counts[0]
+        room = self.work.moment(RUNS_UNTIL) - now - len(counts) * (1.2 * self.work.scoring + runs.overhead)
+        room *= count / sum(counts)
         wanted = math.ceil(passes(count, self.work.batch_size) * count / self.work.batch_size)
         return int(min(wanted, 0.95 * room / runs.seconds_per_step[method])), now + room
 
