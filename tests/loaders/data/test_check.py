@@ -74,7 +74,8 @@ def test_clean_rows_have_no_problem(tmp_path: Path, tokenizer: Tokenizer, with_m
     assert found.worst() == ""
 
 
-def test_planted_problems_of_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_model", [False, True])
+def test_planted_problems_of_rows(tmp_path: Path, tokenizer: Tokenizer, with_model: bool) -> None:
     rows: list[Row | str] = [clean(number) for number in range(60)]
     rows += [
         clean(5),  # 61 repeats 6
@@ -89,7 +90,8 @@ def test_planted_problems_of_rows(tmp_path: Path) -> None:
         {"prompt": clean(7)["prompt"] + "?", "completion": clean(7)["completion"]},  # 70 is near 8
         {"other": 1},  # 71
     ]
-    found = check_data(write(tmp_path / "rows.jsonl", *rows))
+    model = tokenizer if with_model else None
+    found = check_data(write(tmp_path / "rows.jsonl", *rows), model)
     assert told(found) == {
         "unreadable_rows": ("error", 2, [62, 71]),
         "mojibake": ("warning", 1, [64]),
@@ -108,9 +110,16 @@ def test_planted_problems_of_rows(tmp_path: Path) -> None:
     assert found.worst() == "error"
     assert (found.rows, found.usable) == (71, 66)
     assert set(found.dropped.values()) == {"duplicates", "near_duplicates"}
-    lenient = check_data(tmp_path / "rows.jsonl", skip_bad_lines=True)
+    lenient = check_data(tmp_path / "rows.jsonl", model, skip_bad_lines=True)
     assert told(lenient)["unreadable_rows"][0] == "warning"
     assert "near_duplicates" not in told(check_data(tmp_path / "rows.jsonl", similarity=0))
+
+
+def test_rows_that_ask_nothing_contradict_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": clean(number)["completion"]} for number in range(30)]
+    assert told(check_data(write(tmp_path / "rows.jsonl", *rows))) == {}
+    texts = [{"text": clean(number)["completion"]} for number in range(30)]
+    assert told(check_data(write(tmp_path / "texts.jsonl", *texts))) == {}
 
 
 def test_labels(tmp_path: Path) -> None:
@@ -225,11 +234,11 @@ def test_near_rows_on_both_sides_of_the_split(tmp_path: Path, tokenizer: Tokeniz
     rows = [clean(number) for number in range(60)]
     rows += [row | {"prompt": row["prompt"] + "?"} for row in rows]
     path = write(tmp_path / "rows.jsonl", *rows)
-    data = prepare(path, tokenizer, max_length=100, seed=42, progress=False)
+    data = prepare(path, tokenizer, max_length=100, val_size=0.5, seed=42, progress=False)
     held = {int(data.dev.where(number).rpartition(" ")[2]) for number in range(len(data.dev))}
     leaks = sorted(line for line in held if (line + 59) % 120 + 1 not in held)
-    found = told(check_data(path, tokenizer))
-    assert found["near_duplicates"][1] == 60
+    found = told(check_data(path, tokenizer, val_size=0.5))
+    assert 10 < len(leaks) < 60 == found["near_duplicates"][1]
     assert found["near_dev_rows_in_train"] == ("warning", len(leaks), leaks[:10])
 
 
