@@ -163,6 +163,13 @@ TESTED_WITH = {
     "afina/cli/train": "cli/test_main",
     "afina/export/compare": "export/test_export",
     "afina/report/inspected": "report/test_inspect_page",
+    "afina/report/budget": "report/test_report",
+    "afina/report/finetune": "report/test_report",
+    "afina/report/measure": "report/test_report",
+    "afina/report/page_parts": "report/test_page",
+    "afina/report/page_style": "report/test_page",
+    "afina/report/run_models": "report/test_report",
+    "afina/report/sections": "report/test_page",
 }
 
 

@@ -12,10 +12,13 @@ import io
 import itertools
 import math
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from afina.report.tokens import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 Points = Sequence[tuple[float, float]]
 MAX_POINTS = 400  # of a curve; more than a figure has pixels for
 TABLE_ROWS = 60  # of a curve's numbers
+WIDTH = 5.8  # inches
+MAX_LABEL = 24  # characters of a name
 
 # Stand-ins for the page's colours. The heat map's levels follow them.
 INK, MUTED, GRID, ONE, TWO, FAINT, PAGE = (f"#0000a{n}" for n in range(7))
@@ -77,7 +82,6 @@ class Dot(NamedTuple):
 def curves(
     name: str,
     title: str,
-    y_label: str,
     *,
     line: Points,
     label: str,
@@ -107,7 +111,7 @@ def curves(
             axes.axhline(level[0], color=MUTED, linewidth=1, linestyle=":", label=level[1])
         if log:
             _log_scale(axes, [y for _, y in shown])
-        axes.set(xlabel="step", ylabel=y_label)
+        axes.set(xlabel="step")
         if marks or best or level or smooth:
             axes.legend()
         first, last = line[0], line[-1]
@@ -152,17 +156,19 @@ def histogram(name: str, title: str, changes: Sequence[float], *, of: str, bins:
     return Chart(name, title, told, svg, ("change, nats a token", of), rows)
 
 
-def before_after(name: str, title: str, metrics: Sequence[tuple[str, Dot, Dot]]) -> Chart:
-    """Metrics before and after, each with its interval, on one scale."""
-    with _figure(height=0.9 + 0.55 * len(metrics)) as (axes, finish):
+def before_after(name: str, title: str, metrics: Sequence[tuple[str, Dot, Dot]], *, unit: str = "") -> Chart:
+    """Metrics before and after, each with its interval, on one scale, in ``unit``."""
+    labels = [label_of(metric) for metric, _, _ in metrics]
+    with _figure(height=0.75 + 0.5 * len(metrics), labels=labels) as (axes, finish):
         for row, (_, one, two) in enumerate(metrics):
             for shift, dot, colour, marker in ((-0.14, one, MUTED, "o"), (0.14, two, ONE, "s")):
                 axes.plot([dot.low, dot.high], [row + shift] * 2, color=colour, linewidth=2)
                 label = {"o": "before", "s": "after"}[marker] if row == 0 else None
                 axes.plot(dot.value, row + shift, color=colour, marker=marker, markersize=6, linestyle="", label=label)
-        axes.set_yticks(range(len(metrics)), [metric for metric, _, _ in metrics])
+        axes.set_yticks(range(len(metrics)), labels)
         axes.set_ylim(len(metrics) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
+        axes.set(xlabel=unit)
         axes.legend(loc="best")
         told = "; ".join(f"{metric} {one.value:.3f} before, {two.value:.3f} after" for metric, one, two in metrics)
         svg = finish(name, title, told)
@@ -195,10 +201,11 @@ def heat_map(
         f"{unit} from {show(cells[least])} ({least[0]}, layer {least[1]}) to {show(cells[most])} ({most[0]}, layer "
         f"{most[1]})"
     )
-    with _figure(height=0.9 + 0.32 * len(kinds)) as (axes, finish):
+    labels = [label_of(kind) for kind in kinds]
+    with _figure(height=0.9 + 0.32 * len(kinds), labels=labels) as (axes, finish):
         axes.add_collection(PolyCollection(squares, facecolors=colours, edgecolors="none"))
         axes.set(xlim=(0, len(layers)), ylim=(len(kinds), 0), xlabel="layer")
-        axes.set_yticks([n + 0.5 for n in range(len(kinds))], kinds)
+        axes.set_yticks([n + 0.5 for n in range(len(kinds))], labels)
         every = max(1, math.ceil(len(layers) / 16))
         axes.set_xticks([n + 0.5 for n in range(0, len(layers), every)], [str(layer) for layer in layers[::every]])
         axes.grid(visible=False)
@@ -233,7 +240,7 @@ def spectra(name: str, title: str, kinds: Mapping[str, Sequence[float]]) -> Char
         for n, (kind, values) in enumerate(kinds.items()):
             axes.plot(
                 range(1, len(values) + 1), values, color=(ONE, TWO, MUTED)[n % 3], linewidth=1.2, markersize=4,
-                marker=marks[n % len(marks)], linestyle=("-", "--", ":")[n // 3 % 3], label=kind,
+                marker=marks[n % len(marks)], linestyle=("-", "--", ":")[n // 3 % 3], label=label_of(kind),
             )  # fmt: skip
         axes.set(xlabel="singular value, largest first", ylabel="share of the largest", ylim=(0, 1.03))
         axes.legend(fontsize=8, ncols=2)
@@ -243,6 +250,11 @@ def spectra(name: str, title: str, kinds: Mapping[str, Sequence[float]]) -> Char
     longest = max(map(len, kinds.values()))
     rows = [(kind, *(f"{v:.3f}" for v in values), *["-"] * (longest - len(values))) for kind, values in kinds.items()]
     return Chart(name, title, told, svg, ("matrix", *map(str, range(1, longest + 1))), rows)
+
+
+def label_of(name: str) -> str:
+    """A name of a file's own, such as a tensor's, as a figure can show it."""
+    return visible(name if len(name) <= MAX_LABEL else f"{name[:MAX_LABEL]}…")
 
 
 def thinned(points: Points, most: int = MAX_POINTS) -> Points:
@@ -279,20 +291,28 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 @contextmanager
-def _figure(*, width: float = 5.8, height: float = 3.0) -> Iterator[tuple[Axes, Any]]:
-    """Axes to draw in, and what makes SVG of them: ``finish(name, title, description)``."""
+def _figure(*, height: float = 3.0, labels: Sequence[str] = ()) -> Iterator[tuple[Axes, Any]]:
+    """Axes to draw in, and what makes SVG of them: ``finish(name, title, description)``.
+
+    Margins are set here, by the length of the ``labels`` beside the axes: to have matplotlib find them takes as long as
+    the drawing. ``height`` in inches; a figure is as wide as fits twice beside each other.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        left = max([0.72, *(0.25 + 0.085 * len(label) for label in labels)])
+        figure = Figure(figsize=(WIDTH, height))
+        axes = figure.add_axes((left / WIDTH, 0.5 / height, 1 - (left + 0.1) / WIDTH, 1 - 0.58 / height))
 
         def finish(name: str, title: str, description: str) -> str:
             out = io.StringIO()
-            figure.savefig(out, format="svg", metadata={"Date": None})
+            with warnings.catch_warnings():  # a name in another script: the browser has a font for it
+                warnings.simplefilter("ignore", UserWarning)
+                figure.savefig(out, format="svg", metadata={"Date": None})
             return inline(out.getvalue(), name, title, description)
 
-        yield figure.add_subplot(), finish
+        yield axes, finish
 
 
 def inline(svg: str, name: str, title: str, description: str) -> str:
@@ -311,7 +331,7 @@ def inline(svg: str, name: str, title: str, description: str) -> str:
     # The font's size stays; its family is the page's.
     body = re.sub(r"font: (?:[\w]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    label = f'<title id="{name}-title">{html.escape(title)}</title>'
-    label += f'<desc id="{name}-desc">{html.escape(description)}</desc>'
+    label = f'<title id="{name}-title">{html.escape(visible(title))}</title>'
+    label += f'<desc id="{name}-desc">{html.escape(visible(description))}</desc>'
     head = f'<svg class="chart" role="img" aria-labelledby="{name}-title {name}-desc" {view[0]}>'
     return head + label + body

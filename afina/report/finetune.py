@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,8 @@ def finetune(
 
     The settings are a ``TrainConfig``, or its fields as keywords. ``resume`` goes on from the newest whole checkpoint
     in ``output_dir``; ``overwrite`` replaces an earlier run there; ``quiet`` prints nothing. The result's metrics have
-    the report's verdict: ``report``, ``verdict`` ("better", "worse", "no difference", "unknown"), ``verdict_line`` and
-    ``forgot`` ("yes", "no", "unclear"; None where it was not measured).
+    the report's verdict: ``report``, ``verdict`` ("better", "worse", "no difference", "unknown"), ``verdict_line``,
+    ``forgot`` ("yes", "no", "unclear"; None where it was not measured) and ``report_seconds``.
 
     Raises AfinaError for anything wrong with the request or its files (before anything is written), NonFiniteError when
     three steps in a row have no finite gradient, Interrupted after a signal, a resumable checkpoint being on disk then.
@@ -36,9 +37,10 @@ def finetune(
 
 def with_report(result: RunResult, *, quiet: bool) -> RunResult:
     """Write the report of a run that is done. Whatever goes wrong with it, the run is not lost: a line says it."""
-    from afina.report.report import report_of_training
-
+    begun = time.perf_counter()
     try:
+        from afina.report.report import report_of_training
+
         report = report_of_training(result.output_dir)
     except (Exception, KeyboardInterrupt) as problem:  # the run is whole on the disk, whatever its report comes upon
         told = " ".join(str(problem).split()) or type(problem).__name__
@@ -48,4 +50,5 @@ def with_report(result: RunResult, *, quiet: bool) -> RunResult:
     else:
         found = {"report": str(report.path), "verdict": report.judged.word, "verdict_line": report.line}
         found["forgot"] = report.found.forgetting and report.found.forgetting.word
+    found["report_seconds"] = round(time.perf_counter() - begun, 2)
     return replace(result, metrics={**result.metrics, **found})

@@ -2,7 +2,7 @@
 
 PEFT's method comparison measures the same (https://github.com/huggingface/peft/pull/2925), on passages of Wikipedia.
 Ours is ``afina/data/reference.txt``: 24 passages on as many subjects, written for this project, so that it is there
-offline and no model has been trained on it. The mean is over tokens, the interval over passages.
+offline. The mean is over tokens, the interval over passages.
 """
 
 from __future__ import annotations

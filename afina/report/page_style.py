@@ -19,6 +19,7 @@ REPORT_CSS = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 header, main, footer, nav { max-width: 72rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 1.75rem; }
+header nav { padding: 0; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }

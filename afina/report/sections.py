@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from afina.engine.intervals import Interval, bootstrap, ratio
-from afina.engine.task_results import TaskResult
+from afina.engine.task_results import LOWER_IS_BETTER, TaskResult
 from afina.report.charts import Chart, Dot, before_after, curves, heat_map, histogram, levels, spectra
 from afina.report.facts import RunFacts
 from afina.report.measure import PARTS, SAME_CHANGE, Answers, Measured
 from afina.report.page_parts import Section, facts_list, figure, note, shown_rows, table, text
-from afina.report.tokens import legend, token_spans, token_table
+from afina.report.tokens import legend, token_spans, token_table, visible
 from afina.report.verdict import FORGOT, Judged
 from afina.report.weights_change import MatrixChange, WeightsChange
 
+OTHER_SCALES = {*LOWER_IS_BETTER, "chrf", "bleu", "log_likelihood"}  # than from 0 to 1, higher being better
 SHOWN_ANSWERS = 4  # of the rows that won, and as many that lost
 RECIPE_TEXT = 20_000
 
@@ -50,25 +51,25 @@ def training(facts: RunFacts) -> str:
     ring = (best, value) if best is not None and (value := facts.dev_loss(best)) is not None else None
     charts = [
         curves(
-            "loss", "Loss", "nats a token", line=losses, label="training loss", smooth=True, marks=facts.dev_losses,
+            "loss", "Loss, nats a token", line=losses, label="training loss", smooth=True, marks=facts.dev_losses,
             marks_label="dev loss", best=ring,
         )
     ]  # fmt: skip
     rates = facts.series(facts.steps, "lr")
-    charts.append(curves("rate", "Learning rate", "learning rate", line=rates, label="learning rate"))
+    charts.append(curves("rate", "Learning rate", line=rates, label="learning rate"))
     clip = facts.config.max_grad_norm
     norms = [point for point in facts.series(facts.steps, "grad_norm") if point[1] > 0]
     if norms:
         level = (clip, f"clipped to {clip:g}") if clip else None
         charts.append(
             curves(
-                "gradient", "Gradient norm, before clipping", "norm", line=norms, label="gradient norm", smooth=True,
+                "gradient", "Gradient norm, before clipping", line=norms, label="gradient norm", smooth=True,
                 level=level, log=True,
             )
         )  # fmt: skip
     metric = facts.config.eval_metric
     if metric != "loss" and (points := facts.series(facts.evaluations, f"dev_{metric}")):
-        charts.append(curves("metric", f"{metric} on dev rows", metric, line=points, label=metric))
+        charts.append(curves("metric", f"{metric} on dev rows", line=points, label=metric))
     skipped = sum(1 for line in facts.steps if line.get("skipped"))
     told = (
         note(f"{skipped:,} steps had no finite loss or gradient and left the weights as they were.") if skipped else ""
@@ -82,7 +83,7 @@ def dev_rows(facts: RunFacts, judged: Judged, found: Measured) -> str:
         return note("The dev rows were not measured both before and after training, so there is nothing to compare.")
     before, after = (_loss(sums, rows.tokens) for sums in (rows.before, rows.after))
     dots = [("dev loss", Dot(*before), Dot(*after))]
-    charts = [before_after("dev-loss", "Dev loss with 95 % intervals, nats a token", dots)]
+    charts = [before_after("dev-loss", "Dev loss, with 95 % intervals", dots, unit="nats a token")]
     change = (rows.after - rows.before) / rows.tokens
     charts.append(histogram("changes", "Change of the loss, row by row", change.tolist(), of="dev rows"))
     perplexity = [(f"{math.exp(min(v, 700.0)):,.2f}" for v in interval) for interval in (before, after)]
@@ -140,7 +141,7 @@ def tokens(found: Measured) -> str:
         )
         body += f'<div class="beside">{sides}</div>'
         body += f"<h4>Change</h4>{token_spans(row.after, row.before)}"
-        numbers = token_table(row.after, row.before, caption=f"Every token of {title}")
+        numbers = token_table(row.after, row.before, caption=f"Every token of {visible(title)}")
         body += f"<details><summary>The numbers</summary>{numbers}</details>"
     return body
 
@@ -152,7 +153,7 @@ def answers(found: Measured) -> str:
     one, two, compared = measured.before, measured.after, measured.comparison
     count = len(two.rows)
     of = "all" if count == measured.of else f"{count:,} of {measured.of:,}"
-    body = f"<p>{text(f'Task {measured.task}, since {measured.why}. Asked: {of} dev rows, greedy.')}</p>"
+    body = f"<p>{text(f'Task {measured.task}, since {measured.why}. Asked: {of} dev rows.')}</p>"
     names = [name for name in two.intervals if name in one.intervals]
     rows = []
     for name in names:
@@ -161,9 +162,9 @@ def answers(found: Measured) -> str:
         sides = (
             f"{r.metrics[name]:.3f} ({r.intervals[name][0]:.3f} to {r.intervals[name][1]:.3f})" for r in (one, two)
         )
-        rows.append((name, *sides, told))
+        rows.append((f"{name} (lower is better)" if name in LOWER_IS_BETTER else name, *sides, told))
     body += table(("metric", "before", "after", "change"), rows, "Metrics with 95 % intervals")
-    dots = [(n, _dot(one, n), _dot(two, n)) for n in names if two.metrics[n] <= 1]
+    dots = [(n, _dot(one, n), _dot(two, n)) for n in names if n not in OTHER_SCALES]
     if dots:
         chart = before_after("answers-metrics", "Metrics of the answers, with 95 % intervals", dots)
         body += f'<div class="grid">{figure(chart)}</div>'

@@ -57,10 +57,7 @@ class Judged:
         figures: dict[str, Any] = {"figure": self.name, "before": self.before, "after": self.after, "rows": self.rows}
         if self.found is None:
             return figures
-        changed = self.found._asdict()
-        if not self.higher_is_better:  # a row whose loss rose has lost
-            changed |= {"won": self.found.lost, "lost": self.found.won}
-        return figures | changed
+        return figures | (self.found._asdict() if self.higher_is_better else _of_losses(self.found))
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,12 @@ class Forgetting:
 
     def to_dict(self) -> dict[str, Any]:
         figures = {"before": self.before, "after": self.after, "limit": FORGOT, "tokens": self.tokens}
-        return figures | {"passages": self.passages, "source": self.source, **self.found._asdict()}
+        return figures | {"passages": self.passages, "source": self.source, **_of_losses(self.found)}
+
+
+def _of_losses(found: Paired) -> dict[str, Any]:
+    """As plain data; a row whose loss rose has lost."""
+    return found._asdict() | {"won": found.lost, "lost": found.won}
 
 
 def judge(rows: DevRows | None) -> Judged:
