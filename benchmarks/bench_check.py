@@ -41,7 +41,7 @@ def generate(rows: int, seed: int) -> tuple[list[dict[str, str]], list[tuple[int
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(20_000)]
     weights = [1 / (10 + rank) for rank in range(len(words))]
-    pool = rng.choices(words, weights, k=400_000)
+    pool = rng.choices(words, weights, k=min(400_000, 100 * rows + 1000))
 
     def text(count: int) -> list[str]:
         at = rng.randrange(len(pool) - count)

@@ -105,7 +105,8 @@ class _Colour:
 
 def _story(found: Findings, tokenizer: Tokenizer | None, colour: _Colour, *, train_on_prompt: bool) -> Iterable[str]:
     split = " (" + ", ".join(f"{count:,} {name}" for name, count in found.split.items()) + ")" if found.split else ""
-    yield f"{found.data}: {found.rows:,} rows of {found.schema}, {found.usable:,} usable{split}"
+    used = f"{found.usable:,} usable" if found.usable <= found.rows else f"cut into {found.usable:,}"
+    yield f"{found.data}: {found.rows:,} rows of {found.schema}, {used}{split}"
     yield from (f"  {_safe(fact)}" for fact in found.taken)
     if found.unused:
         yield f"  not used: {_safe(', '.join(found.unused))}"

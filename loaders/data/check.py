@@ -112,7 +112,9 @@ class _Rows:
     @property
     def used(self) -> int:
         """How many rows training uses, of texts those that they are split into."""
-        return len(self.cache.length) if self.is_text and self.cache else len(self.usable)
+        if self.is_text:
+            return len(self.cache.length) if self.cache is not None else self.counts["rows"]
+        return len(self.usable)
 
     @property
     def compared(self) -> NDArray[np.int64]:
@@ -153,7 +155,7 @@ def check_data(
     near-duplicates (0: they are not looked for). ``unmet``: which token ids the model has not learnt, (vocabulary,)
     bool.
 
-    Memory: some 300 bytes a row, whatever its length; texts and tokens lie in the cache folder meanwhile. Raises
+    Memory: some 400 bytes a row, whatever its length; texts and tokens lie in the cache folder meanwhile. Raises
     DataError where nothing can be read: no such file, no row of a known schema.
     """
     if on_long not in ON_LONG:
@@ -191,7 +193,9 @@ def check_data(
         elif dev is not None:
             problems += reading_problems(dev.facts, skip_bad_lines=skip_bad_lines, prefix="dev_")
             problems += [_refused(dev.refusal)] if dev.refusal else []
-        found.split = {"train": found.usable - int(in_dev.sum()), "dev": dev.used if dev else int(in_dev.sum())}
+        if tokenizer is not None or not rows.is_text:
+            held = int(in_dev.sum())
+            found.split = {"train": found.usable - held, "dev": dev.used if dev is not None else held}
         problems += duplicate_problems(rows.facts)
         problems += letter_problems(rows.facts)
         problems += answer_problems(rows.facts, rows.usable, found.labels)

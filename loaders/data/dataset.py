@@ -46,7 +46,7 @@ class TokenSet:
     def select(self, rows: NDArray[np.integer]) -> TokenSet:
         """The rows of these numbers, in this order, as a set of their own."""
         index = self._index[rows]
-        return TokenSet(self._cache, index, sha256(self.fingerprint, "rows", index.tolist()), self._source)
+        return TokenSet(self._cache, index, sha256(self.fingerprint, "rows", index.tolist()), self.source)
 
     def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the ids (T,) int32 of a row and which of them have a loss (T,) bool, never the first."""

@@ -81,7 +81,7 @@ def test_planted_problems_of_rows(tmp_path: Path, tokenizer: Tokenizer, with_mod
         clean(5),  # 61 repeats 6
         "{broken",  # 62
         {"prompt": "Is it empty?", "completion": " "},  # 63
-        {"prompt": "Ist das schÃ¶n?", "completion": "ja, sehr schÃ¶n"},  # 64
+        {"prompt": "Ist das schÃ¶n \u00e2\x80\x93 ja?", "completion": "ja, sehr schÃ¶n"},  # 64
         {"prompt": "What was it\ufffd?", "completion": "nobody knows that"},  # 65
         {"prompt": "Any bell\u0007 here?", "completion": "not one, I think"},  # 66
         {"prompt": "A zero\u200bwidth space?", "completion": "there it hides"},  # 67
@@ -249,7 +249,8 @@ def test_plain_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert told(found) == {}
     assert found.split == {"train": len(data.train), "dev": len(data.dev)}
     assert found.lengths["max"] == 64
-    assert told(check_data(tmp_path / "book.txt")) == {}
+    plain = check_data(tmp_path / "book.txt")
+    assert (told(plain), plain.rows, plain.usable, plain.split) == ({}, 1, 1, {})
 
 
 def test_several_rows_in_a_line_and_several_files(tmp_path: Path) -> None:

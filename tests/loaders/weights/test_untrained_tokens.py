@@ -52,6 +52,7 @@ def test_a_cluster_around_the_impossible_bytes(model: Path, monkeypatch: pytest.
     def push(matrix: torch.Tensor) -> None:
         noise = torch.randn(len(letters()) + 2, 32, generator=torch.Generator().manual_seed(0)) * 0.05
         matrix[[*letters(), 1, 250]] = torch.full((32,), 3.0) + noise
+        matrix[260] = torch.full((32,), 4.5)  # half as far from the middle as the mean of all is
 
     assert with_rows(model, push).tolist() == sorted([*letters(), 1, 250])
 
