@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import afina
-from afina.engine.evaluate import evaluate_task
+from afina.engine.tasks import run_task
 from afina.loaders.text.render import Example
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "support" / "banking77.csv"
@@ -74,7 +74,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         model, tokenizer = afina.load_model(result.best), afina.load_tokenizer(result.best)
         examples = [Example(prompt=text + "\n", completion=label) for text, label in held_out]
-        metrics = evaluate_task(model, tokenizer, examples, "classification")
+        metrics = run_task(model, tokenizer, examples, "classification", intervals=False).metrics
     print(
         json.dumps(
             {

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import afina
-from afina.engine.evaluate import evaluate_task, exact_match
 from afina.engine.generate import complete, encode_prompt
 from afina.engine.sampling import Sampling
+from afina.engine.scores import exact_match
+from afina.engine.tasks import run_task
 from afina.loaders.text.render import Example
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -58,11 +59,12 @@ def share_right(task: str, best: Path, held_out: list[dict[str, str]]) -> float:
     model, tokenizer = afina.load_model(best), afina.load_tokenizer(best)
     examples = [Example(**row) for row in held_out]
     if task == "banking77":
-        return float(evaluate_task(model, tokenizer, examples, "exact_match")["exact_match"])
+        return run_task(model, tokenizer, examples, "exact_match", intervals=False).metrics["exact_match"]
     prompts = [encode_prompt(model, tokenizer, example) for example in examples]
     answers = complete(model, tokenizer, prompts, Sampling(max_new_tokens=200))
     numbers = [done.text.rpartition("####")[2].strip() for done in answers]
-    return exact_match(numbers, [row["completion"].rpartition("####")[2] for row in held_out])
+    wanted = [row["completion"].rpartition("####")[2] for row in held_out]
+    return sum(map(exact_match, numbers, wanted)) / len(wanted)
 
 
 def main() -> None:

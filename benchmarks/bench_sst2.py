@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import afina
-from afina.engine.evaluate import evaluate_task
+from afina.engine.tasks import run_task
 from afina.loaders.text.render import Example
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sentiment"
@@ -73,9 +73,9 @@ def main() -> None:
     examples = [Example(messages=tuple(messages(*row))) for row in held_out]
 
     def right(source: str | Path) -> float:
-        return evaluate_task(afina.load_model(source), tokenizer, examples, "exact_match", max_new_tokens=8)[
-            "exact_match"
-        ]
+        model = afina.load_model(source)
+        found = run_task(model, tokenizer, examples, "exact_match", max_new_tokens=8, intervals=False)
+        return found.metrics["exact_match"]
 
     before = right(args.model)
     with tempfile.TemporaryDirectory() as folder:

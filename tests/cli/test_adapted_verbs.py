@@ -80,7 +80,7 @@ def test_the_best_adapter_gives_the_loss_that_was_measured(place: Path) -> None:
         config = TrainConfig.resolve(place / name / "recipe.yaml")
         data = read_data(config, load_tokenizer(place / name), progress=False)
         again = evaluate_loss(load_model(place / name), data.dev, batch_size=config.batch_size)
-        assert again["loss"] == pytest.approx(best, rel=1e-6)
+        assert again.loss == pytest.approx(best, rel=1e-6)
     quantized = load_model(place / "second")
     assert quantized.layers[0].attn.qkv.quantized is not None
     assert load_model(place / "first").layers[0].attn.qkv.quantized is None
@@ -166,7 +166,7 @@ def test_several_adapters_by_name(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert list(result["adapters"]) == ["first", "other"]
     assert result["loss"] == result["adapters"]["other"]["loss"] < result["base"]["loss"]
     assert run(["eval", str(place / "model"), *both, "--data", str(place / "rows.jsonl")]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["first", "other", "base"]
+    assert capsys.readouterr().out.splitlines()[0].split()[:3] == ["first", "other", "base"]
 
 
 def test_chat_changes_who_answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def test_contexts_by_hand(folder: Path) -> None:
     choice, written, likely, same = (measured(folder, name) for name in FILES)
     assert choice.rows[0]["prompt"] == "Question: how do I reset\nAnswer:"
     assert likely.rows[0]["prompt"] == "how do I reset"
-    # random.Random(1234).sample of five: the first two draws are 3 and 0.
-    shots = "THREE 3\n=> shot 3\n\nTHREE 0\n=> shot 0\n\n"
-    assert written.rows[0]["prompt"] == f"Be short.\n\n{shots}HOW DO I RESET\n"
+    draw = random.Random(1234)  # which goes on from row to row
+    for row, found in zip(ROWS, written.rows, strict=True):
+        shots = "".join(f"THREE {i}\n=> shot {i}\n\n" for i in draw.sample(range(5), 2))
+        assert found["prompt"] == f"Be short.\n\n{shots}{row['question'].upper()}\n"  # type: ignore[attr-defined]
     for row, found in zip(ROWS, same.rows, strict=True):  # never the row itself
         shot, _, question = found["prompt"].rpartition("\n")
         assert question == row["question"]
