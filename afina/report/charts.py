@@ -151,6 +151,7 @@ def histogram(name: str, title: str, changes: Sequence[float], *, of: str, bins:
         axes.bar(edges[:-1], counts, width=np.diff(edges) * 0.92, align="edge", color=colours)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set(xlabel="change, nats a token", ylabel=of)
+        axes.locator_params(axis="x", nbins=6)
         svg = finish(name, title, told)
     rows = [(f"{a:+.3f} to {b:+.3f}", f"{count:,}") for a, b, count in zip(edges, edges[1:], counts.tolist()) if count]
     return Chart(name, title, told, svg, ("change, nats a token", of), rows)
