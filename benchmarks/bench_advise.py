@@ -4,10 +4,10 @@
 
 Of every set a test part is put aside that advice never sees. Afterwards the base model (zero-shot and few-shot), the
 simple method, LoRA and full fine-tuning (all rows, the rate and the passes that were advised, ``--max_steps`` at most)
-are scored on it, and a run on three times the rows where there are as many. The outcome is the cheapest way that none
-of the others beats by more than `SMALLEST_GAIN` and beyond chance; "nothing" where no way beats the answer that looks
-at no input. Times are those of the process, so that what else the machine does has no part in them. One JSON line a set
-goes to standard output; what was read and why is in docs/advice.md.
+are scored on it, and, where advice asks for more rows or finds too few, a run on three times as many if there are. The
+outcome is the cheapest way that none of the others beats by more than `SMALLEST_GAIN` and beyond chance; "nothing"
+where no way beats the answer that looks at no input. Times are those of the process, so that what else the machine does
+has no part in them. One JSON line a set goes to standard output; docs/advice.md has the table (``--table FILE``).
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Trial:
         outcome = self.outcome(unit)
         tuned = "full" if evidence.method == "full" else "LoRA"
         more = None
-        if "more" in self.files and (outcome not in ("LoRA", "full") or advice.decision.verdict == verdict.COLLECT):
+        if "more" in self.files and advice.decision.verdict in (verdict.COLLECT, verdict.ROWS):
             more = self.score(task, self.train(advice, tuned.lower(), "more"), **settings)
         return self.told(advice, outcome, tuned, more)
 
@@ -295,6 +295,7 @@ class Trial:
             "evidence": evidence.to_dict(),
             "seconds": self.seconds,
             "steps": self.steps,
+            "minutes": self.request.minutes,
             "versions": {p: version(p) for p in ("afina", "torch", "scikit-learn")},
         }
 

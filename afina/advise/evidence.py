@@ -31,7 +31,7 @@ class Trial(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A run of the learning curve.
+    """A run of the learning curve: its ``steps``, and how many it should have had.
 
     ``loss``: nats a token on the judging rows, ``score`` there too (None where only the loss can be judged).
     ``falling``: when its steps were over the loss on the tuning rows was still going down.
@@ -39,6 +39,7 @@ class Point(NamedTuple):
 
     rows: int
     steps: int
+    wanted: int
     epochs: float
     loss: float
     score: Score | None
@@ -57,6 +58,7 @@ class Evidence:
     "prompt - trivial", "simple - trivial", "tuned - trivial", "tuned - prompt", "tuned - simple", "simple - prompt",
     "all - third" (the curve's last two points), "loss" (base minus tuned, nats a token) and "lora - full" (losses on
     the tuning rows at each method's best rate).
+    ``minutes_needed``: the time in which the run on all rows would have had all its steps, where it had not.
     ``rows_loss``, ``reference_loss``: the base model's, nats a token, on the judging rows and on ordinary English.
     """
 
@@ -82,6 +84,7 @@ class Evidence:
     curve: tuple[Point, ...] = ()
     gains: dict[str, Paired] = field(default_factory=dict)
     seconds: float = 0.0
+    minutes_needed: int | None = None
 
     @property
     def unit(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from afina.errors import ConfigError
 from afina.loaders.data.dataset import permutation
 
 FULL_MODEL = 100_000_000  # parameters below which full fine-tuning is tried beside LoRA
-RANGE_UNTIL, RUNS_UNTIL = 0.5, 0.96  # shares of the time: when the range test ends, and the last run is scored
+RANGE_UNTIL, RUNS_UNTIL = 0.45, 0.96  # shares of the time: when the range test ends, and the last run is scored
 RANGE_STEPS = (10, 40)  # the least and the most steps of a run of the range test
 SHARES = (1.0, 0.3, 0.1)  # of the training rows; the run on all of them comes first and has what time it needs
 MIN_SHARE_ROWS = 8  # fewer rows make no point of the curve
@@ -114,9 +113,9 @@ class Training:
         counts = [count for share in SHARES if (count := round(share * len(order))) >= MIN_SHARE_ROWS]
         points: list[Point] = []
         results: list[tuple[list[float], NDArray[np.float64]]] = []
-        for number, count in enumerate(counts):
-            steps, until = self.steps(runs, method, counts[number:])
-            if number and steps < RANGE_STEPS[0]:  # no time for it
+        for count in counts:
+            wanted, steps, until = self.steps(runs, method, count)
+            if points and steps < RANGE_STEPS[0]:  # no time for it
                 break
             some = np.sort(order[:count])
             evaluations = min(5, max(2, steps // EVALUATION_STEPS))
@@ -132,7 +131,7 @@ class Training:
             del model
             told = score(f"training on {count:,} rows", scores) if scores else None
             epochs = round(done.steps * self.work.batch_size / count, 2)
-            points.insert(0, Point(count, done.steps, epochs, float(after.mean()), told, done.falling))
+            points.insert(0, Point(count, done.steps, wanted, epochs, float(after.mean()), told, done.falling))
             results.insert(0, (scores, after))
             shown = f", {evidence.metric} {told.value:.3f}" if told is not None else ""
             self.work.say(f"curve: {count:,} rows, {done.steps} steps: loss {after.mean():.3f}{shown}")
@@ -143,20 +142,21 @@ class Training:
         gains["loss"] = paired(after, self.work.base_losses, seed=seed)
         for name, others in self.work.scores.items():
             gains[f"tuned - {name}"] = paired(others, scores, seed=seed)
+        tuned = points[-1]
+        missing = (tuned.wanted - tuned.steps) * runs.seconds_per_step[method]
+        minutes = math.ceil((self.work.clock() - self.work.started + missing) / 60) if missing > 0 else None
         # A run on fewer rows that was cut shorter than the one on all would tell of its time, not of the rows.
         if len(results) > 1 and points[-2].epochs > 0.9 * points[-1].epochs:
             fewer, before = results[-2]
             gains["all - third"] = paired(fewer, scores, seed=seed) if scores else paired(after, before, seed=seed)
-        return replace(evidence, curve=tuple(points), gains=gains)
+        return replace(evidence, curve=tuple(points), gains=gains, minutes_needed=minutes)
 
-    def steps(self, runs: Runs, method: str, counts: Sequence[int]) -> tuple[int, float]:
-        """The steps of the run on the first of these numbers of rows, and when it must end: at the passes that are
-        wanted, or when the time is over in which all of them could make equally many."""
-        now, count = self.work.clock(), counts[0]
-        room = self.work.moment(RUNS_UNTIL) - now - len(counts) * (1.2 * self.work.scoring + runs.overhead)
-        room *= count / sum(counts)
+    def steps(self, runs: Runs, method: str, count: int) -> tuple[int, int, float]:
+        """The steps that a run on so many rows should have, those that there is time for, and when it must end."""
+        now = self.work.clock()
+        room = self.work.moment(RUNS_UNTIL) - now - 1.2 * self.work.scoring - runs.overhead
         wanted = math.ceil(passes(count, self.work.batch_size) * count / self.work.batch_size)
-        return int(min(wanted, 0.95 * room / runs.seconds_per_step[method])), now + room
+        return wanted, int(min(wanted, 0.95 * room / runs.seconds_per_step[method])), now + room
 
 
 def passes(count: int, batch_size: int) -> float:

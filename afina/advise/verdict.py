@@ -173,8 +173,12 @@ def _value(score: Score | None) -> float:
 def _unfinished(e: Evidence) -> tuple[str, ...]:
     if e.tuned is None or not e.tuned.falling:
         return ()
-    told = "the loss was still falling when the longest run here was over: a longer one may come out better"
-    return (f"{told} ({e.tuned.epochs:.1f} passes over the rows)",)
+    if e.minutes_needed is not None:
+        return (
+            f"training had time for {e.tuned.steps} of {e.tuned.wanted} steps, and its loss was still falling: this is "
+            f"no last word on it; --minutes {e.minutes_needed} would give it all of them",
+        )
+    return ("the loss was still falling when the run on all rows was over: a longer one may come out better",)
 
 
 def _loss_fell(e: Evidence) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ def evidence(
         method="lora",
         learning_rate=1e-3,
         curve=(
-            Point(42, 50, 9.5, 0.9, score("training on 42 rows", tuned - rise), False),
-            Point(140, 100, 5.7, 0.5, score("training on 140 rows", tuned), False),
+            Point(42, 50, 50, 9.5, 0.9, score("training on 42 rows", tuned - rise), False),
+            Point(140, 100, 100, 5.7, 0.5, score("training on 140 rows", tuned), False),
         ),
         gains={
             "prompt - trivial": gain(prompt - trivial, half),
@@ -71,7 +71,7 @@ def evidence(
 
 
 def by_loss(lowered: float, rise: float = 0.0) -> Evidence:
-    points = tuple(Point(rows, 50, 1.0, 2.0, None, False) for rows in (42, 140))
+    points = tuple(Point(rows, 50, 50, 1.0, 2.0, None, False) for rows in (42, 140))
     gains = {"loss": gain(lowered), "all - third": gain(rise)}
     found = evidence(metric="loss", task="loss", prompts=(), curve=points, gains=gains)
     return replace(found, trivial=None, simple=())
@@ -176,6 +176,7 @@ def test_reasons_say_what_was_measured() -> None:
     falling = replace(unfinished, curve=tuple(point._replace(falling=True) for point in unfinished.curve))
     assert "still falling" in " ".join(decide(falling).reasons)
     assert "still falling" not in " ".join(decide(unfinished).reasons)
+    assert "--minutes 7" in " ".join(decide(replace(falling, minutes_needed=7)).reasons)
     assert "a larger model" in " ".join(decide(evidence(prompt=0.5, simple=0.49, tuned=0.505)).reasons)
 
 
