@@ -29,6 +29,10 @@ class Budget:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    def reserve(self, seconds: float) -> None:
+        """Keep so much of the time for what comes after."""
+        self.end -= seconds
+
     def poll(self) -> None:
         """Raise OutOfTime when the time is over."""
         if self.left < 0:

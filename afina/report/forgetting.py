@@ -40,6 +40,14 @@ class Reference:
     name: str
     rows: EncodedRows
 
+    def part(self, share: float) -> Reference:
+        """This share of the passages, evenly spread; all of them where it is 1 or more."""
+        size = len(self.rows)
+        kept = min(size, int(share * size))
+        chosen = [n * size // kept for n in range(kept)]
+        ids, masks = self.rows.ids, self.rows.loss_masks
+        return Reference(self.name, EncodedRows([ids[n] for n in chosen], [masks[n] for n in chosen]))
+
 
 def read_passages(path: Path) -> list[str]:
     """The passages of a text file, which blank lines divide. Raises DataError where it cannot be read, is larger than

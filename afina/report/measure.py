@@ -38,6 +38,8 @@ SHOWN_EACH, SHOWN_SAME = 6, 3  # rows won, and as many lost; rows unchanged
 SAME_CHANGE = 0.01  # nats a token: a row whose loss moved by less is unchanged
 TOKEN_SPAN, TOKENS_BEFORE = 160, 24  # tokens shown of a row; those before the first that is learnt
 ANSWERED, FIRST_ANSWERED = 40, 8  # dev rows answered; those that show how long it takes
+# Of the time, for the forgetting probe; and the fewest passages that an interval over passages makes sense for.
+PROBE_SHARE, MIN_PASSAGES = 0.6, 8
 ENOUGH_TO_ANSWER = 2.0  # seconds; answers are written in one go, and with less there is no use in beginning
 OUT_OF_TIME = "it would have taken more than its share of the training's time"
 
@@ -111,12 +113,15 @@ def measure(facts: RunFacts, budget: Budget, *, device: str | None = None, refer
         "forgetting": lambda: _forgetting(models, found, reference),
         "tokens": lambda: _tokens(models, found),
         "weights": lambda: _weights(models, found),
-        "answers": lambda: _answers(models, found),
+        "answers": lambda: _answers(models, found, took.get("forgetting", 0.0)),
     }
+    took: dict[str, float] = {}
     for name, part in work.items():
+        begun = time.monotonic()
         try:
             budget.poll()
             part()
+            took[name] = time.monotonic() - begun
         except OutOfTime:
             found.missing[name] = OUT_OF_TIME
         except (AfinaError, OSError) as problem:
@@ -169,7 +174,14 @@ def _pieces(tokenizer: Tokenizer, ids: NDArray[np.int32], loss_mask: NDArray[np.
 
 
 def _forgetting(models: RunModels, found: Measured, path: Path | None) -> None:
+    """On all passages, or on as many as there is time for."""
     reference = encode_reference(models.tokenizer, path, models.max_positions)
+    if models.budget.limited:
+        tokens = sum(len(ids) for ids in reference.rows.ids)
+        share = PROBE_SHARE * models.budget.left / max(1e-9, reading_time(models.facts, tokens))
+        reference = reference.part(share)
+        if len(reference.rows) < MIN_PASSAGES:
+            raise OutOfTime
     before, after = models.both(lambda model: reference_losses(model, reference, poll=models.budget.poll))
     found.forgetting = judge_forgetting(before, after, reference.name)
     found.passages = changes(before, after)
@@ -179,6 +191,9 @@ def _tokens(models: RunModels, found: Measured) -> None:
     """The row that lost the most, the one that won the most, and two between them."""
     order = np.argsort(_changes(models.facts), kind="stable").tolist()
     chosen = list(dict.fromkeys(order[round(share * (len(order) - 1))] for share in (1.0, 0.0, 0.67, 0.33)))
+
+    length = sum(len(models.dev.row(number)[0]) for number in chosen)
+    models.budget.need(reading_time(models.facts, length))
 
     def views(model: GPT) -> list[list[TokenView]]:
         seen = []
@@ -193,6 +208,13 @@ def _tokens(models: RunModels, found: Measured) -> None:
         start = max(0, min(first - TOKENS_BEFORE, len(one) - TOKEN_SPAN))
         span = slice(start, start + TOKEN_SPAN)
         found.tokens.append(TokenRow(models.dev.where(number), start, len(one), one[span], two[span]))
+
+
+def reading_time(facts: RunFacts, tokens: int) -> float:
+    """About how many seconds both models need to read so many tokens: forward takes a third of a training step on the
+    same tokens, half of one where an adapter trains."""
+    speed = facts.total("tokens") / facts.seconds if facts.seconds else 0.0
+    return tokens / speed if speed else 0.0
 
 
 def _weights(models: RunModels, found: Measured) -> None:
@@ -213,8 +235,12 @@ def _weights(models: RunModels, found: Measured) -> None:
     found.weights = whole_change(base, models.best, poll=poll)
 
 
-def _answers(models: RunModels, found: Measured) -> None:
-    """Answers to some dev rows. A few show how long one takes, and so how many there is time for."""
+def _answers(models: RunModels, found: Measured, probe: float) -> None:
+    """Answers to some dev rows. A few show how long one takes, and so how many there is time for.
+
+    ``probe``: the seconds that asking for forgetting took: some two thousand tokens read by both models take about as
+    long as a few short answers.
+    """
     examples = [row.example for row in models.dev.source_rows()]
     task, why = guess_task(str(models.data.report.get("schema", "")), examples)
     if task == "loss":
@@ -230,7 +256,7 @@ def _answers(models: RunModels, found: Measured) -> None:
         return run_task(model, models.tokenizer, rows, task, options=options, intervals=intervals, poll=poll)
 
     if models.budget.limited:
-        models.budget.need(ENOUGH_TO_ANSWER)
+        models.budget.need(max(ENOUGH_TO_ANSWER, probe))
         begun = time.monotonic()
         models.both(lambda model: answered(model, chosen[:FIRST_ANSWERED], intervals=False))
         row = (time.monotonic() - begun) / min(FIRST_ANSWERED, len(chosen))

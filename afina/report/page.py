@@ -21,9 +21,10 @@ MAX_BYTES = 3_000_000
 TONES = {"better": "good", "worse": "bad", "no": "good", "yes": "bad"}
 
 
-def report_page(facts: RunFacts, judged: Judged, found: Measured) -> str:
-    """The whole page, of at most ``MAX_BYTES``: what is longest is left out of it first."""
-    chapters = sections(facts, judged, found)
+def report_page(facts: RunFacts, judged: Judged, found: Measured, curves: str) -> str:
+    """The whole page, of at most ``MAX_BYTES``: what is longest is left out of it first. ``curves``: what
+    ``sections.training`` made of the facts."""
+    chapters = sections(facts, judged, found, curves)
     while len((page := _page(facts, judged, found, chapters)).encode()) > MAX_BYTES:
         longest = max(range(len(chapters)), key=lambda number: len(chapters[number].body))
         chapters[longest] = chapters[longest].emptied()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from afina.report.budget import SHARE, Budget
 from afina.report.facts import read_run
 from afina.report.measure import Measured, measure
 from afina.report.page import report_page
+from afina.report.sections import training
 from afina.report.verdict import Judged, judge
 
 
@@ -56,8 +58,12 @@ def write_report(
     facts = read_run(folder)
     judged = judge(facts.dev_rows)
     given = None if reference is None else Path(reference)
-    found = measure(facts, Budget(seconds), device=device, reference=given)
-    page = report_page(facts, judged, found)
+    budget, begun = Budget(seconds), time.monotonic()
+    curves = training(facts)
+    # The page has about as many figures again, so drawing them will take as long, however busy the machine is.
+    budget.reserve(time.monotonic() - begun)
+    found = measure(facts, budget, device=device, reference=given)
+    page = report_page(facts, judged, found, curves)
     path = facts.folder / REPORT
     with open_file(path, error=RunError) as file:
         file.write(page.encode())
@@ -65,5 +71,6 @@ def write_report(
 
 
 def report_of_training(folder: Path) -> Report:
-    """The report at the end of a run, which measures for at most ``SHARE`` of the time that the steps took."""
+    """The report at the end of a run, for which no more than ``SHARE`` of the time that the steps took is spent, but
+    for the page itself."""
     return write_report(folder, seconds=SHARE * read_run(folder).seconds)

@@ -22,10 +22,10 @@ SHOWN_ANSWERS = 4  # of the rows that won, and as many that lost
 RECIPE_TEXT = 20_000
 
 
-def sections(facts: RunFacts, judged: Judged, found: Measured) -> list[Section]:
+def sections(facts: RunFacts, judged: Judged, found: Measured, curves: str) -> list[Section]:
     """All sections that there is something to say in, in order."""
-    made = [
-        Section("training", "Training", training(facts)),
+    return [
+        Section("training", "Training", curves),
         Section("dev", "Dev rows, before and after", dev_rows(facts, judged, found)),
         Section("tokens", "Token by token", tokens(found)),
         Section("answers", "Answers, before and after", answers(found)),
@@ -35,7 +35,6 @@ def sections(facts: RunFacts, judged: Judged, found: Measured) -> list[Section]:
         Section("time", "Time and memory", time_and_memory(facts)),
         Section("recipe", "Recipe and versions", recipe(facts)),
     ]
-    return made
 
 
 def missing(found: Measured, part: str) -> str:

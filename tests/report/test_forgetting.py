@@ -37,6 +37,15 @@ def test_losses_are_those_of_each_passage_alone() -> None:
     assert found[5].tolist() == pytest.approx([float(wanted), len(ids) - 1], rel=1e-4)
 
 
+def test_a_part_of_the_passages_is_spread_over_all() -> None:
+    reference = encode_reference(tiny_tokenizer(), None, 2048)
+    assert [ids.tolist() for ids in reference.part(5.0).rows.ids] == [ids.tolist() for ids in reference.rows.ids]
+    third = reference.part(1 / 3)
+    assert [ids.tolist() for ids in third.rows.ids] == [ids.tolist() for ids in reference.rows.ids[::3]]
+    assert len(third.rows.loss_masks) == 8
+    assert len(reference.part(0.0).rows) == 0
+
+
 def test_a_model_against_itself_forgot_nothing() -> None:
     before = np.array([[30.0, 10], [55.0, 20], [22.0, 8], [31.0, 10], [60.0, 20], [24.0, 8]])
     same = judge_forgetting(before, before, "text")

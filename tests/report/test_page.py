@@ -18,7 +18,7 @@ from afina.report.measure import Measured, ShownRow, TokenRow
 from afina.report.page import MAX_BYTES, report_page
 from afina.report.page_parts import ROW_TEXT, row_text, text
 from afina.report.page_style import REPORT_CSS
-from afina.report.sections import duration
+from afina.report.sections import duration, training
 from afina.report.verdict import Forgetting, judge
 from afina.report.weights_change import MatrixChange, WeightsChange
 
@@ -62,7 +62,7 @@ def measured(text: str, tokens: int = 6, rows: int = 2) -> Measured:
 
 
 def page_of(facts: RunFacts, found: Measured) -> str:
-    return report_page(facts, judge(facts.dev_rows), found)
+    return report_page(facts, judge(facts.dev_rows), found, training(facts))
 
 
 def test_a_whole_page() -> None:
