@@ -83,9 +83,11 @@ class Work:
             contradictory=rows.contradictory,
             parameters=model.config.num_parameters(),
         )
+        left_out = [f"{evidence.duplicates:,} exact duplicates left out"] if evidence.duplicates else []
+        left_out += [f"{evidence.contradictory:,} contradict each other"] if evidence.contradictory else []
         self.say(
-            f"{evidence.rows:,} rows: {evidence.train_rows:,} to learn from, {evidence.tune_rows:,} to tune on, "
-            f"{evidence.judge_rows:,} to judge on; task {task} ({why})"
+            f"{'; '.join([f'{evidence.rows:,} rows', *left_out])}: {evidence.train_rows:,} to learn from, "
+            f"{evidence.tune_rows:,} to tune on, {evidence.judge_rows:,} to judge on; task {task} ({why})"
         )
         if before_training(evidence):
             return evidence

@@ -12,6 +12,7 @@ from afina.advise.evidence import Evidence
 from afina.advise.parts import Request, read
 from afina.advise.training import Training
 from afina.advise.verdict import Decision, before_training, decide
+from afina.engine.methods import refuse_adapter
 from afina.engine.runtime import prepare_process
 from afina.engine.tasks import TASKS
 from afina.engine.weights import load_model
@@ -49,6 +50,8 @@ def advise(request: Request, say: Callable[[str], None] = lambda text: None) -> 
     tokenizer = load_tokenizer(request.model)
     model = load_model(request.model, dtype=request.dtype, device=request.device)
     check_vocab(tokenizer, model.config.vocab_size)
+    if model.adapter is not None:
+        refuse_adapter(request.model, model.adapter.config.base)
     parameters = model.config.num_parameters()
     minutes = request.minutes or (SMALL if parameters < SMALL_MODEL else BIG)
     rows = read(request, tokenizer, model.config.max_positions)

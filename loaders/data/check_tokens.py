@@ -84,7 +84,7 @@ def token_problems(
             f"rows with some of {len(found):,} tokens that the model has not learnt: their embeddings are unused ones"
         )
         mend = (
-            "train the embeddings too (--modules_to_save embed_tokens,lm_head), or write or format the rows otherwise"
+            "method full learns them; adapters need --modules_to_save embed_tokens,lm_head; or write the rows otherwise"
         )
         rows_met = np.unique(numbers[np.concatenate(met)])
         yield from at_rows(facts, rows_met, "unmet_tokens", "warning", what, mend, notes=notes, tokens=some)

@@ -19,6 +19,7 @@ from afina.advise.parts import Request
 from afina.advise.recipe import recipe_text
 from afina.advise.training import passes
 from afina.advise.verdict import FULL, LORA, PROMPT, ROWS, SIMPLER, VERDICTS
+from afina.engine.train import finetune
 from afina.engine.train_config import TrainConfig
 from afina.errors import ConfigError, DataError
 
@@ -107,7 +108,9 @@ def test_the_recipe_is_one_that_training_takes(classified: Advice, tmp_path: Pat
 
 
 def test_labels_that_follow_from_nothing(model: str, tmp_path: Path) -> None:
-    advice = asked(rows_of(tmp_path, labelled(90, shuffled=True)), model)
+    rows = labelled(90, shuffled=True)
+    advice = asked(rows_of(tmp_path, rows + rows[:3]), model)
+    assert advice.evidence.duplicates == 3
     assert advice.decision.verdict == ROWS
 
 
@@ -158,6 +161,13 @@ def test_unknown_and_unfit_tasks(model: str, tmp_path: Path) -> None:
     texts = rows_of(tmp_path, [{"text": f"open page {n}"} for n in range(40)])
     with pytest.raises(DataError, match=r"rows\.jsonl: line \d+: has no answer in words to score; use --task loss"):
         asked(texts, model, task="generate")
+
+
+def test_an_adapter_is_refused_before_anything_is_measured(model: str, tmp_path: Path) -> None:
+    data = rows_of(tmp_path, labelled(30))
+    finetune(model=model, data=data, output_dir=str(tmp_path / "run"), method="lora", max_steps=1, quiet=True)
+    with pytest.raises(ConfigError, match="is an adapter of"):
+        asked(data, str(tmp_path / "run"))
 
 
 def test_passes() -> None:
