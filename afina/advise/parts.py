@@ -1,8 +1,8 @@
 """The rows that advice is about, divided into those that are learnt, those that choose, and those that judge.
 
-The judging rows are held out as training holds out its dev rows; nothing is chosen on them but the better of two
-prompts. The tuning rows choose the simple method, the rate, the method and the best step of every run. The training
-rows are what remains.
+The judging rows are those of the dev file, or held out as training holds out its dev rows; nothing is chosen on them
+but the better of two prompts. The tuning rows choose the simple method, the rate, the method and the best step of every
+run. The training rows are what remains.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def read(request: Request, tokenizer: Tokenizer, max_positions: int) -> Rows:
             max_length=length,
             on_long=settings.on_long,
             train_on_prompt=settings.train_on_prompt,
+            val_file=settings.val_file,
             val_size=share,
             seed=request.seed,
             columns=settings.columns,
@@ -97,9 +98,13 @@ def read(request: Request, tokenizer: Tokenizer, max_positions: int) -> Rows:
             progress=False,
         )
 
-    total = len(prepared(0.0).train)
-    judge = min(MAX_JUDGE, round(total / (5 if total >= 50 else 3)))
-    data = prepared(min(0.5, max(1, judge) / total))
+    data = prepared(0.0)
+    total = len(data.train)
+    if settings.val_file is None:
+        judge = min(MAX_JUDGE, round(total / (5 if total >= 50 else 3)))
+        data = prepared(min(0.5, max(1, judge) / total))
+    judging = [row.example for row in data.dev.source_rows()]
+    chosen = np.sort(permutation(len(data.dev), request.seed, 4)[:MAX_JUDGE])
     order = permutation(len(data.train), request.seed, 1)
     tune = min(MAX_TUNE, max(1, round(total / 10)), len(data.train) - 1)
     examples = [row.example for row in data.train.source_rows()]
@@ -107,7 +112,7 @@ def read(request: Request, tokenizer: Tokenizer, max_positions: int) -> Rows:
     given = {
         name: [examples[n] for n in numbers] for name, numbers in parts.items() if len(examples) == len(data.train)
     }
-    given["judge"] = [row.example for row in data.dev.source_rows()]
+    given["judge"] = [judging[n] for n in chosen] if len(judging) == len(data.dev) else judging
     found = check_data(
         request.data,
         columns=settings.columns,
@@ -120,7 +125,7 @@ def read(request: Request, tokenizer: Tokenizer, max_positions: int) -> Rows:
         data.report,
         data.train.select(parts["train"]),
         data.train.select(parts["tune"]),
-        data.dev,
+        data.dev.select(chosen),
         given,
         length,
         sum(conflicts),

@@ -14,7 +14,16 @@ from afina.errors import ConfigError
 if TYPE_CHECKING:
     from afina.advise.evidence import Evidence
 
-_READING = ("max_length", "on_long", "train_on_prompt", "columns", "skip_bad_lines", "roles_to_train", "batch_size")
+_READING = (
+    "val_file",
+    "max_length",
+    "on_long",
+    "train_on_prompt",
+    "columns",
+    "skip_bad_lines",
+    "roles_to_train",
+    "batch_size",
+)
 
 
 def add_options(parser: Parser) -> None:

@@ -50,6 +50,15 @@ def test_no_row_is_in_two_parts_and_examples_go_with_their_tokens(tmp_path: Path
     assert rows.unanswered is None
 
 
+def test_a_dev_file_judges(tmp_path: Path) -> None:
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text("".join(json.dumps({"prompt": f"other {n}\n", "completion": f"{n}"}) + "\n" for n in range(400)))
+    rows = divided(tmp_path, numbered(60), val_file=str(dev))
+    assert (len(rows.train), len(rows.tune), len(rows.judge)) == (54, 6, MAX_JUDGE)
+    assert all(example.where.startswith(str(dev)) for example in rows.examples["judge"])
+    assert [example.where for example in rows.examples["judge"]] == [rows.judge.where(n) for n in range(MAX_JUDGE)]
+
+
 def test_contradictions_count_where_answers_are_labels(tmp_path: Path) -> None:
     labels = [{"text": f"film {n // 2}", "label": "ab"[n % 2 if n < 8 else 0]} for n in range(80)]
     assert divided(tmp_path, labels).contradictory == 8
