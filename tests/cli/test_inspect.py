@@ -80,7 +80,7 @@ def test_the_row_is_training_s_and_its_loss_is_eval_s(place: Path, capsys: pytes
     (place / "one.jsonl").write_text((place / "rows.jsonl").read_text().splitlines()[2])
     one = prepare(place / "one.jsonl", tokenizer, max_length=96, val_size=0.0).train
     assert found["documents"][0]["loss"] == pytest.approx(
-        evaluate_loss(load_model(place / "model"), one)["loss"], abs=1e-4
+        evaluate_loss(load_model(place / "model"), one).loss, abs=1e-4
     )
     assert set(tokens[1]) >= {"text", "id", "trained", "document", "position", "loss", "probability", "rank", "top"}
     assert len(tokens[1]["top"]) == 5
