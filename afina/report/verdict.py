@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from afina.engine.dev_rows import DevRows
+from afina.engine.dev_rows import DevRows, MetricRows
 from afina.engine.intervals import SAMPLES, Paired, Statistic, mean, paired, ratio, verdict
 from afina.engine.scores import score_of_counts
+from afina.engine.task_results import macro_f1_of_numbers
 
 FEW_ROWS = 30  # with fewer dev rows an interval is itself uncertain, and the page says so
 # Nats a token on reference text. By the exponent 0.076 that Kaplan et al. (2020) measured for loss against size, a
@@ -103,18 +104,21 @@ def judge(rows: DevRows | None) -> Judged:
     metric = None if rows is None else rows.metric
     if metric is None or metric.after is None or metric.before.shape != metric.after.shape:
         return judge_dev_loss(rows)
-    statistic = _statistic(metric.name, metric.before.ndim)
-    if statistic is None:  # macro F1: which label a number stands for differs from one measurement to the next
+    statistic = _statistic(metric)
+    if statistic is None:
         return judge_dev_loss(rows)
     found = paired(metric.before, metric.after, statistic)
     figures = statistic(metric.before), statistic(metric.after)
     return Judged(metric.name, *figures, len(metric.before), found, higher_is_better=True)
 
 
-def _statistic(name: str, dimensions: int) -> Statistic | None:
-    if name in ("chrf", "bleu"):
-        return partial(score_of_counts, name)
-    return mean if dimensions == 1 else None
+def _statistic(metric: MetricRows) -> Statistic | None:
+    """What makes the figure of the rows' values; None where this version does not know the metric."""
+    if metric.name in ("chrf", "bleu"):
+        return partial(score_of_counts, metric.name)
+    if metric.name == "macro_f1":  # of rows of (predicted, wanted), whose labels are numbered from 0
+        return partial(macro_f1_of_numbers, int(metric.before[:, 1].max()) + 1)
+    return mean if metric.before.ndim == 1 else None
 
 
 def judge_dev_loss(rows: DevRows | None) -> Judged:

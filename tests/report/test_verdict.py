@@ -72,7 +72,7 @@ def test_the_metric_that_picked_the_model_decides() -> None:
     assert judge(planted(0.5, 0.1, metric=MetricRows("exact_match", after, before))).word == "worse"
 
 
-def test_a_metric_of_the_corpus_and_one_that_cannot_be_paired() -> None:
+def test_metrics_of_the_corpus() -> None:
     pytest.importorskip("sacrebleu")
     from afina.engine.scores import chrf, corpus_counts
 
@@ -81,8 +81,16 @@ def test_a_metric_of_the_corpus_and_one_that_cannot_be_paired() -> None:
     judged = judge(planted(0.0, 0.1, metric=MetricRows("chrf", before, after)))
     assert judged.word == "better"
     assert judged.after == pytest.approx(chrf(wanted, wanted)[0])
-    labels = np.ones((20, 2))
-    assert judge(planted(-0.5, 0.1, metric=MetricRows("macro_f1", labels, labels))).name == "dev loss"
+    labels = np.arange(30) % 3
+    right, wrong = (np.stack([guess, labels], axis=1).astype(float) for guess in (labels, np.zeros(30)))
+    judged = judge(planted(0.0, 0.1, metric=MetricRows("macro_f1", wrong, right)))
+    assert (judged.word, judged.after) == ("better", 1.0)
+    assert judged.before == pytest.approx(1 / 6)
+
+
+def test_a_metric_that_this_version_does_not_know() -> None:
+    values = np.ones((20, 2))
+    assert judge(planted(-0.5, 0.1, metric=MetricRows("other", values, values))).name == "dev loss"
 
 
 @pytest.mark.parametrize(
