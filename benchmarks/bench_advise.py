@@ -312,7 +312,7 @@ def table(path: Path) -> str:
     ways = ("trivial", "prompt", "simple", "LoRA", "full")
     lines = [
         f"| Set | Rows | Metric | {' | '.join(ways)} | Verdict | Best in truth | Right | Cost |",
-        "| -- " * 11 + "|",
+        "| -- " * 12 + "|",
     ]
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
