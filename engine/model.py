@@ -228,6 +228,11 @@ class GPT(nn.Module):
             self.to_empty(device=device)
             self.init_weights(0)
 
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
+        """As ``nn.Module.to_empty``, which asks for ``empty_like`` of tensors on meta: that imports torch's symbolic
+        shapes and sympy, a third of a second to a second of every start."""
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights' files, or of what the weights were drawn from; files are read when first asked."""

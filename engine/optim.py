@@ -107,7 +107,8 @@ class AdamW:
     def _zero_moment(self, weight: Tensor, *, signed: bool) -> Moment:
         if self.variant == "adamw_8bit":
             return State8.zeros_like(weight, signed=signed)
-        return torch.zeros_like(weight)
+        # zeros_like of a tensor on meta, which a run that is only checked has, would import sympy: most of a second.
+        return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
 
     @property
     def nbytes(self) -> int:

@@ -251,3 +251,19 @@ def test_peak_memory_of_loading(model_type: str, tmp_path: Path) -> None:
         if all(0.9 < ratio <= 1.15 for ratio in found[-1]):
             return
     raise AssertionError(f"shares of the model in each of three processes: {found}")
+
+
+def test_loading_imports_no_algebra() -> None:
+    """empty_like and zeros_like of tensors on meta import sympy: most of a second at every start."""
+    code = """
+import sys
+import torch
+before = "sympy" in sys.modules
+from afina.engine.optim import AdamW
+from afina.engine.weights import load_model
+for weights in (True, False):
+    model = load_model("afina-tiny", weights=weights)
+    AdamW(model, decay=set(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+assert before or "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
