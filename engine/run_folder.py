@@ -155,6 +155,11 @@ class RunFolder:
         """Whether there is a run here that goes on: one that was killed before it had a record begins anew."""
         return self._resume and (self.path / RUN).exists()
 
+    def recorded(self, setting: str) -> Any:
+        """What ``setting`` is in the run that goes on here; None where none does."""
+        config = (self._record() or {}).get("config") if self.resuming else None
+        return config.get(setting) if isinstance(config, dict) else None
+
     def _refuse(self, config: Any, facts: Any, bytes_needed: int) -> dict[str, Any] | None:
         """Raise RunError for too little space, and for a run that cannot go on like this; return the run's record."""
         held = sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())  # what is replaced as the run goes on

@@ -40,6 +40,7 @@ from afina.engine.run_folder import RunFolder, Stop, StopRequest, now
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
 from afina.engine.train_config import TrainConfig
+from afina.engine.training_dtype import training_dtype
 from afina.engine.weights import choose_device, load_model, new_model, save_model
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
@@ -128,9 +129,15 @@ def open_run(
         if data is None:
             data = read_data(config, tokenizer, progress=not quiet)
             log(data.summary())
+        notes = {}
+        if config.dtype == "auto":
+            # A run that goes on computes as it began, whatever this machine would choose.
+            dtype = folder.recorded("dtype")
+            if dtype is None:
+                dtype, notes["dtype"] = training_dtype(choose_device(config.device))
+            config = replace(config, dtype=dtype)
         model = _load(config, tokenizer, weights=weights)
         config = choose_trained(config, model)
-        notes = {}
         if config.learning_rate is None:
             rate, notes["learning_rate"] = default_learning_rate(config.method, model.config.hidden_size)
             config = replace(config, learning_rate=rate)
@@ -289,7 +296,8 @@ class Run:
         )
         self.log(self.memory.line())
         for name, note in self.notes.items():
-            self.log(f"{name} {getattr(c, name):g}: {note}")
+            value = getattr(c, name)
+            self.log(f"{name} {value if isinstance(value, str) else format(value, 'g')}: {note}")
         for reason in self.folder.skipped:
             self.log(f"damaged checkpoint skipped: {reason}")
         self.folder.record(data=self._data_facts(), total_steps=self.total)

@@ -175,7 +175,11 @@ class TrainConfig(Settings):
         "what computes attention in training: the fastest here, our Triton kernels, torch's own, or plain torch",
         choices=("auto", "triton", "sdpa", "torch"),
     )
-    dtype: str = setting("auto", "auto is float32 on a CPU, bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting(
+        "auto",
+        "auto is bfloat16 on a GPU and on a CPU that is made for it",
+        choices=("auto", "float32", "bfloat16"),
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", limit=DEVICE)
     seed: int = setting(42, "seed of the split, the order of the rows and a random start", limit=SEED)
     threads: int | None = setting(None, "CPU threads (default: torch's choice)", limit=POSITIVE)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
+os.environ["AFINA_CPU_DTYPE"] = "float32"  # so that every CPU computes what the tests compare with
 
 if not torch.cuda.is_available():
     # Triton's own library is made for the interpreter or the compiler when it is imported, a kernel when it is defined.

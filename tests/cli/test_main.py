@@ -236,10 +236,12 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(
     assert snapshot(tmp_path) == before
     (tmp_path / "again.yaml").write_text(printed)
     assert run(["train", str(tmp_path / "again.yaml"), "--dry-run"]) == 0
-    reason, given = (line for line in printed.splitlines(keepends=True) if "learning_rate" in line or "#" in line)
-    assert reason.startswith("# default for method full and width")
-    assert float(given.split()[1]) > 0
-    assert capsys.readouterr().out == printed.replace(reason, "")
+    reasons = [line for line in printed.splitlines() if line.startswith("#")]
+    assert [reason.split()[1:3] for reason in reasons] == [["default", "for"], ["AFINA_CPU_DTYPE", "asks"]]
+    resolved = yaml.safe_load(printed)
+    assert resolved["learning_rate"] > 0
+    assert resolved["dtype"] == "float32"
+    assert capsys.readouterr().out.splitlines() == [line for line in printed.splitlines() if line not in reasons]
 
 
 @pytest.mark.parametrize(
