@@ -1,0 +1,90 @@
+"""Does bfloat16 training learn what float32 training learns? The dev losses of three jobs in both, side by side.
+
+    python benchmarks/bench_dtype.py [support sentiment translation ...] [--max_steps N]
+
+The jobs are recipes of examples/: the same rows in the same order, the same rate, weights in float32 or in bfloat16
+with float32 masters. ``gap`` is bfloat16's last dev loss less float32's, with the 95 % interval of the difference over
+dev rows. On a CPU without bfloat16 instructions the seconds say nothing. One JSON line a job goes to standard output;
+``--table FILE`` prints the lines of a file as a Markdown table, and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from afina.engine.intervals import paired
+from afina.engine.train import finetune
+from afina.engine.train_config import TrainConfig
+
+REPO = Path(__file__).resolve().parent.parent
+DTYPES = ("float32", "bfloat16")
+
+
+def train(job: str, dtype: str, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
+    """The dev losses (step, nats a token), and the best model's loss of each dev row in nats a token."""
+    overrides: dict[str, Any] = {"dtype": dtype, "output_dir": str(folder / dtype), "eval_steps": None}
+    if args.max_steps:
+        overrides["max_steps"] = args.max_steps
+    config = TrainConfig.resolve(str(REPO / "examples" / job / "recipe.yaml"), overrides)
+    result = finetune(config, quiet=True)
+    lines = [json.loads(line) for line in (folder / dtype / "metrics.jsonl").read_text().splitlines()]
+    rows = json.loads((folder / dtype / "dev_rows.json").read_text())["rows"]
+    curve = [[line["step"], round(line["dev_loss"], 4)] for line in lines if "dev_loss" in line]
+    told = {"curve": curve, "best": round(result.metrics["dev_loss"], 4), "seconds": result.metrics["train_seconds"]}
+    return told, np.array([row["loss"] / row["tokens"] for row in rows])
+
+
+def table(path: Path) -> str:
+    lines = [
+        "| Job | Steps | Dev loss at the start | fp32, at a fifth, half, the end | bf16, the same | gap at the end |"
+    ]
+    lines.append("| -- " * 6 + "|")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        curves = [row[dtype]["curve"] for dtype in DTYPES]
+        last = curves[0][-1][0]
+        three = [
+            ", ".join(f"{min(curve, key=lambda point: abs(point[0] - share * last))[1]:.3f}" for share in (0.2, 0.5, 1))
+            for curve in curves
+        ]
+        gap = "{:+.4f} ({:+.4f} to {:+.4f})".format(*row["gap"])
+        lines.append(f"| {row['job']} | {last} | {curves[0][0][1]:.3f} | {three[0]} | {three[1]} | {gap} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", default=["support", "sentiment", "translation"])
+    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--table", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return
+    os.chdir(REPO)  # the paths in a recipe are those of the repository's root
+    for job in args.jobs:
+        with tempfile.TemporaryDirectory() as name:
+            runs = {dtype: train(job, dtype, Path(name), args) for dtype in DTYPES}
+        told = {dtype: run[0] for dtype, run in runs.items()}
+        gap = paired(runs["float32"][1], runs["bfloat16"][1])
+        line = {
+            "command": " ".join(["python", "benchmarks/bench_dtype.py", *sys.argv[1:]]),
+            "job": job,
+            **told,
+            "gap": [round(float(value), 5) for value in gap[:3]],
+            "versions": {package: version(package) for package in ("afina", "torch")},
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
