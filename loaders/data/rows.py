@@ -225,7 +225,8 @@ class _Shape:
         """The values of a row under our names."""
         if not self.columns:
             return raw
-        value = {key: item for key, item in raw.items() if key not in self.renamed}
+        # A key of ours that another column stands for is not meant, also where a row lacks that column.
+        value = {key: item for key, item in raw.items() if key not in self.renamed and key not in self.columns}
         return value | {ours: raw[theirs] for ours, theirs in self.columns.items() if theirs in raw}
 
     def _schema(self, value: Mapping[str, Any]) -> str:
@@ -235,7 +236,7 @@ class _Shape:
         """Take keys that are ours but for case and blanks, as "Prompt" is, if they make a schema; return its name."""
         named = self._named(raw)
         ours = {key.strip().lower(): key for key in raw if key not in self.renamed}
-        folded = {name: ours[name] for name in KEYS if name in ours and name not in named}
+        folded = {name: ours[name] for name in KEYS if name in ours and name not in {*named, *self.columns}}
         name = self._schema({**named, **folded})
         if name:
             self.columns |= folded
@@ -267,7 +268,8 @@ class _Shape:
             else:
                 others = [key for key in raw if key not in known]
                 hint = next((f", {key!r}{close}" for key in others if (close := nearest(key, known))), "")
-            mend = f"rename them with columns, as in {{'prompt': {next(iter(raw), 'question')!r}}}"
+            example = next((key for key in raw if key not in KEYS), "question")
+            mend = f"rename them with columns, as in {{'prompt': {example!r}}}"
             raise Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")
         self.name, self.first_row = name, where
         self.make: Callable[[Mapping[str, Any], Row], dict[str, Any] | None] = {

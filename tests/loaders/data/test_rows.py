@@ -129,6 +129,19 @@ def test_columns_are_renamed_and_raw_rows_keep_their_names(tmp_path: Path) -> No
         assert words in str(refused.value)
 
 
+def test_a_column_named_by_the_user_is_taken_and_no_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "x": "q", "completion": "c"})
+    (row,) = read_rows(path, columns={"prompt": "x"})
+    assert plain(row) == {"prompt": "q", "completion": "c"}
+    (row,) = read_rows(path, columns={"prompt": "completion", "completion": "prompt"})
+    assert plain(row) == {"prompt": "c", "completion": "p"}
+    with pytest.raises(DataError, match=r"found the keys .* no column 'y'"):
+        list(read_rows(path, columns={"prompt": "y"}))
+    mixed = write(tmp_path / "b.jsonl", {"x": "q", "completion": "c"}, {"prompt": "p", "completion": "c"})
+    with pytest.raises(DataError, match="line 2: has the keys 'prompt', 'completion'"):
+        list(read_rows(mixed, columns={"prompt": "x"}))
+
+
 def test_rows_with_nothing_to_learn_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": c} for c in ("a", " \n", "", "\x00")]
     counts: Counter[str] = Counter()
