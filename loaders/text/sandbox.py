@@ -28,6 +28,7 @@ MAX_STEPS = 1_000_000  # loop turns and calls of one rendering
 MAX_SECONDS = 5.0
 SPARE_OUTPUT = 1 << 20  # characters that a template may write besides four times its messages
 _SHORT = 256  # longest argument of the string methods and filters that can multiply a text
+_DEEP = 16  # longest indent and separator of JSON
 _MULTIPLIERS = ("replace", "join", "indent")
 _USELESS = ("batch", "center", "format", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
 _WIDE = re.compile(r"\d{4}|\*|\{[^}]*\{")  # format strings that pad to a width of their own choosing
@@ -70,7 +71,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             del self.globals[name]
         for name in _MULTIPLIERS:
             self.filters[name] = _short_arguments(self.filters[name])
-        self.filters |= {"tojson": _to_json, "metered": self._metered, "capped": self._capped}
+        self.filters |= {"tojson": self._to_json, "metered": self._metered, "capped": self._capped}
+        self.filters["shown"] = self._shown
         self.filters |= {"entered": self._entered, "assigned": self._assigned, "left": self._left}
         # The messages that are rendered, by identity; which of them each loop of the template has come to, the
         # outermost loop first; and the innermost of these: the one that is being written.
@@ -96,7 +98,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             elif isinstance(node, nodes.Add):
                 node.left, node.right = _capped(node.left), _capped(node.right)
             elif isinstance(node, nodes.Concat | nodes.Output):
-                node.nodes = [_capped(item) for item in node.nodes]
+                node.nodes = [_capped(item, "shown") for item in node.nodes]
         if followed:
             tree.body = _followed(tree.body, 0, by_index=False)
         return self.from_string(tree)
@@ -142,6 +144,45 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, _SIZED) and len(value) > self.limit:
             raise Runaway(f"a text of more than {self.limit:,} characters")
         return value
+
+    def _shown(self, value: Any) -> Any:
+        if isinstance(value, list | tuple | dict):
+            self._check_written(value, 4)
+        return self._capped(value)
+
+    def _check_written(self, value: Any, between: int) -> None:
+        """Refuse a value whose text would be too long, with so many characters between its parts: a list that holds
+        one list twice, which holds another twice, and so on, is small until somebody writes it."""
+        size, left = 0, [value]
+        while left:
+            self.tick()
+            item = left.pop()
+            size += between + (len(item) if isinstance(item, str) else 0)
+            if isinstance(item, dict):
+                left += [*item, *item.values()]
+            elif isinstance(item, list | tuple):
+                left += item
+            if size > self.limit:
+                raise Runaway(f"a text of more than {self.limit:,} characters")
+
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """Jinja's own filter escapes HTML; the models were trained on plain JSON.
+
+        These options are all that templates use. ``json.dumps`` has others that call what they are given (``default``,
+        ``cls``), outside of the sandbox.
+        """
+        lengths = [len(x) if isinstance(x, str) else int(x or 0) for x in (indent, *(separators or ()))]
+        if max(lengths) > _DEEP:
+            raise Runaway(f"JSON with an indent or a separator over {_DEEP}")
+        self._check_written(value, 4 + sum(lengths))
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.tick()
@@ -217,9 +258,9 @@ def _loaded(target: Any) -> nodes.Expr:
     return nodes.Const(None, lineno=target.lineno)
 
 
-def _capped(node: Any) -> Any:
+def _capped(node: Any, name: str = "capped") -> Any:
     # What stands in the template itself is no longer than the template.
-    return node if isinstance(node, nodes.Const | nodes.TemplateData) else _filtered(node, "capped")
+    return node if isinstance(node, nodes.Const | nodes.TemplateData) else _filtered(node, name)
 
 
 def _short_arguments(function: Any) -> Any:
@@ -246,8 +287,3 @@ def brief(problem: BaseException) -> str:
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **rest: Any) -> str:
-    # Jinja's own filter escapes HTML; the models were trained on plain JSON.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **rest)

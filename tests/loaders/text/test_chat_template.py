@@ -57,6 +57,7 @@ def test_functions_that_templates_use() -> None:
 
 # Wrong templates
 
+NESTED = "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = IT %}{% endfor %}"
 RUNAWAY = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -76,6 +77,12 @@ RUNAWAY = {
     "join": "{{ range(99999) | join('b' * 100000) | length }}",
     "method join": "{{ ('b' * 100000).join(['a', 'b'] * 10000) | length }}",
     "indent": "{{ 'a\nb' | indent(10000000000) }}",
+    "list of itself": NESTED.replace("IT", "[n.x, n.x]") + "{{ n.x }}",
+    "~ list of itself": NESTED.replace("IT", "(n.x, n.x)") + "{{ n.x ~ '' }}",
+    "JSON of itself": NESTED.replace("IT", "{'a': n.x, 'b': n.x}") + "{{ n.x | tojson | length }}",
+    "JSON indent": "{{ ([1] * 100000) | tojson(indent=100000) | length }}",
+    "JSON indent text": "{{ ([1] * 100000) | tojson(indent=' ' * 100000) | length }}",
+    "JSON separator": "{{ ([1] * 100000) | tojson(separators=(',' * 100000, ':')) | length }}",
     "steps by depth": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 }
 
@@ -103,6 +110,12 @@ def test_a_template_that_runs_away_is_stopped(name: str, inside: str, monkeypatc
     assert "folder: " in str(caught[0])
     assert "\n" not in str(caught[0])
     assert time.monotonic() - start < 20
+
+
+def test_json_calls_nothing_that_it_is_given() -> None:
+    for option in ("default=cycler.__init__", "default=raise_exception", "cls=dict", "object_hook=dict"):
+        with pytest.raises(TokenizerError):
+            ChatTemplate(TALK + f"{{{{ [1] | tojson({option}) }}}}", "folder", NAMES)
 
 
 def test_the_time_limit_stops_what_the_step_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
