@@ -8,12 +8,12 @@ checkpoints go last. There is no pickle anywhere. Only the holder of the run fol
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from afina.durable import publish, remove, sync
 from afina.errors import AfinaError, RunError
 from afina.loaders.weights.safetensors import read_safetensors, write_safetensors
+from afina.manifest import MANIFEST, damage, write_manifest
 
 FORMAT = "afina-checkpoint-1"
-MANIFEST, STATE = "manifest.json", "state.json"
+STATE = "state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 MAX_JSON_BYTES = 64 << 20
 
@@ -78,8 +79,7 @@ def save_checkpoint(
             write_safetensors(folder / f"{group}.safetensors", members)
         state = {"format": FORMAT, "step": step, "groups": sorted(tensors), "meta": meta}
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        write_manifest(folder, {}, format=FORMAT)
 
     _publish(final, write)
     others = [(n, path) for n, path in checkpoints(run_dir) if n != step]
@@ -90,12 +90,20 @@ def save_checkpoint(
     return final
 
 
-def publish_best(run_dir: Path, writer: Callable[[Path], None]) -> Path:
-    """Let ``writer`` fill an empty folder, then put it at ``best/`` in one piece, replacing the best before it.
+def publish_best(
+    run_dir: Path, writer: Callable[[Path], None], facts: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
+    """Let ``writer`` fill an empty folder, then put it at ``best/`` in one piece, replacing the best before it. Its
+    manifest has the files' SHA-256, and ``facts``.
 
     Raises SaveError, with the earlier ``best/`` as it was.
     """
-    return _publish(run_dir / "best", writer)
+
+    def write(folder: Path) -> None:
+        writer(folder)
+        write_manifest(folder, facts)
+
+    return _publish(run_dir / "best", write)
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -124,16 +132,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     present = {entry.name for entry in path.iterdir()} - {MANIFEST}
     if different := sorted(present ^ set(recorded)):
         raise RunError(f"{path} is damaged: its manifest and its files differ in {', '.join(different)[:200]!r}")
-    for name, facts in recorded.items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-            if size != facts.get("size"):
-                raise RunError(f"{file} is damaged: {size} bytes, its manifest says {facts.get('size')!r:.80}")
-            if _sha256(file) != facts.get("sha256"):
-                raise RunError(f"{file} is damaged: its SHA-256 is not the one in its manifest")
-        except OSError as error:
-            raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    if (problem := damage(path, recorded)) is not None:
+        raise RunError(problem)
     content = read_json(state)
     step, groups, meta = content.get("step"), content.get("groups"), content.get("meta")
     if content.get("format") != FORMAT:
@@ -162,11 +162,6 @@ def _publish(final: Path, writer: Callable[[Path], None]) -> Path:
         failure.errno = cause.errno
         raise failure from error
     return final
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -42,10 +42,12 @@ from afina.engine.schedule import lr_factor
 from afina.engine.train_config import TrainConfig
 from afina.engine.training_dtype import training_dtype
 from afina.engine.weights import choose_device, load_model, new_model, save_model
+from afina.errors import WeightsError
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab
+from afina.manifest import check_manifest, read_manifest
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 
@@ -469,7 +471,11 @@ class Run:
             return
         if better:
             save = save_adapter if self.model.adapter else save_model
-            publish_best(self.folder.path, lambda folder: save(self.model, self.tokenizer, folder))
+            publish_best(
+                self.folder.path,
+                lambda folder: save(self.model, self.tokenizer, folder),
+                {"step": progress.step, "dev_loss": loss, **({c.eval_metric: figure} if self.dev_metric else {})},
+            )
             if self.dev_rows:
                 values = self.dev_metric.values if self.dev_metric else None
                 self.dev_rows.best(progress.step, held_out.sums, values).write(self.folder.path)
@@ -508,6 +514,23 @@ class Run:
             torch.cuda.set_rng_state(torch.tensor(checkpoint.meta["cuda_rng"], dtype=torch.uint8), self.device)
         self.dev_rows = read_dev_rows(self.folder.path)
         self.log(f"resumed from {checkpoint.path.name}")
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """A best model that is gone or damaged does not count: the next evaluation makes another."""
+        progress, best = self.progress, self.folder.path / "best"
+        if progress.best_step < 0:
+            return
+        problem = f"{best} is gone"
+        try:
+            if best.is_dir():
+                check_manifest(best)
+                return
+        except WeightsError as error:
+            problem = str(error)
+        self.log(f"{problem}; the next evaluation makes another best model")
+        progress.best_step, progress.best_dev_loss, progress.best_dev_metric = -1, math.inf, 0.0
+        progress.evaluated_step = -1  # so that a run at its end has one
 
     def finish(self) -> RunResult:
         """Return the figures of the whole run, resumed parts included."""
@@ -516,6 +539,11 @@ class Run:
             raise NonFiniteError(
                 f"no evaluation gave a finite dev loss, so there is no best model in {self.folder.path}"
             )
+        kept = read_manifest(best) or {}
+        if kept.get("step", progress.best_step) != progress.best_step:
+            # A run that went back to an earlier checkpoint, and took another way from there, left a better one.
+            progress.best_step, progress.best_dev_loss = kept["step"], kept["dev_loss"]
+            progress.best_dev_metric = kept.get(self.config.eval_metric, 0.0)
         before = (progress.dev_metric_before, -progress.dev_loss_before)
         if (progress.best_dev_metric, -progress.best_dev_loss) <= before:
             marks = f"the {progress.dev_loss_before:.4f} it had before training (lowest after it: "

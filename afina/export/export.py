@@ -41,6 +41,7 @@ from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile, is_adapter
 from afina.loaders.weights.safetensors import SafetensorsFolder, write_safetensors
 from afina.loaders.weights.source import open_weights
+from afina.manifest import write_manifest
 
 FORMATS: dict[str, tuple[str, ...]] = {  # and the dtypes of each
     "hf": ("auto", *DTYPES),
@@ -300,6 +301,8 @@ def _published(place: Path) -> Iterator[Path]:
     try:
         with publish(place, replace=False) as working:
             yield working
+            if working.is_dir():
+                write_manifest(working, {})
             _refuse_existing(place)  # again: it may have come meanwhile
         missing.clear()
     finally:

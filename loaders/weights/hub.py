@@ -15,6 +15,7 @@ from afina.durable import cache_folder, publish
 from afina.errors import WeightsError, nearest
 from afina.loaders.jsonfile import show
 from afina.loaders.weights.package_index import MODELS, fetched
+from afina.manifest import check_manifest
 
 BUILT_IN = "afina-tiny"
 # Weights, configs, tokenizers and templates of the repository's top folder; never code or pickles.
@@ -59,10 +60,12 @@ def resolve(source: str | Path) -> Path:
 
 def _local(folder: Path) -> Path:
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        check_manifest(folder)
         return folder
     best = folder / "best"
     if (folder / "run.json").is_file():
         if (best / "config.json").is_file() or (best / "adapter_config.json").is_file():
+            check_manifest(best)
             return best
         raise WeightsError(f"{folder}: is a run without a best model yet: train it to its first evaluation")
     files = sorted(folder.glob("*.gguf"))

@@ -23,7 +23,6 @@ from torch import Tensor
 from afina.durable import WORKING_NAME, recover
 from afina.engine import checkpoint as saving
 from afina.engine.checkpoint import (
-    MANIFEST,
     STATE,
     Checkpoint,
     SaveError,
@@ -33,6 +32,7 @@ from afina.engine.checkpoint import (
     save_checkpoint,
 )
 from afina.errors import RunError
+from afina.manifest import MANIFEST, check_manifest, describe
 
 
 def groups(value: float, size: int = 64) -> dict[str, dict[str, Tensor]]:
@@ -67,10 +67,7 @@ def write_large_best(folder: Path) -> None:
 
 
 def remake_manifest(folder: Path) -> None:
-    files = {
-        p.name: {"size": p.stat().st_size, "sha256": saving._sha256(p)} for p in folder.iterdir() if p.name != MANIFEST
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+    (folder / MANIFEST).write_text(json.dumps({"files": describe(folder)}))
 
 
 def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
@@ -462,4 +459,5 @@ def test_signals_do_not_cut_a_save_short(tmp_path: Path) -> None:
     with StopRequest() as stop:
         publish_best(tmp_path, write)
     assert stop.requested == signal.SIGINT
-    assert tree(tmp_path / "best") == {"a": b"1", "b": b"1"}
+    check_manifest(tmp_path / "best")
+    assert tree(tmp_path / "best").items() >= {"a": b"1", "b": b"1"}.items()

@@ -1,0 +1,103 @@
+"""What a folder held when it was published: ``manifest.json``, with the size and SHA-256 of each of its files.
+
+Renames make what is published whole; what a disk, a copy or a person changes in it afterwards is found here, before a
+model is loaded, exported or gone on from. Files that came later (a README, say) are nobody's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from afina.errors import WeightsError
+
+MANIFEST = "manifest.json"
+FORMAT = "afina-manifest-1"
+MAX_BYTES = 64 << 20
+
+_lock = threading.Lock()
+_sound: dict[Path, list[tuple[str, int, int, int]]] = {}  # the files of folders that were found as recorded
+
+
+def describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of each file in ``folder`` but the manifest, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], *, format: str = FORMAT) -> None:
+    """Write the manifest of all that is in ``folder``; ``facts``: JSON values that are kept beside it."""
+    content = {"format": format, **facts, "files": describe(folder)}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What ``write_manifest`` wrote; None where nothing of its kind is there. Raises WeightsError."""
+    path = folder / MANIFEST
+    mend = "take the folder from where it came, or remove the file if the model is known to be whole"
+    try:
+        if not path.is_file():
+            return None
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise WeightsError(f"{path}: is damaged: {size} bytes, expected at most {MAX_BYTES}: {mend}")
+        content = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise WeightsError(f"{path}: cannot be read ({problem.strerror})") from problem
+    except (ValueError, RecursionError) as problem:
+        raise WeightsError(f"{path}: is damaged: not JSON: {mend}") from problem
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None  # somebody else's
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+        raise WeightsError(f"{path}: is damaged: it lists no files: {mend}")
+    return content
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise WeightsError where a file of ``folder`` is not what its manifest says. Without one nothing is known, and
+    nothing is checked; files that have not been touched since the last check in this process are not read again."""
+    content = read_manifest(folder)
+    if content is None:
+        return
+    now = [_identity(folder / name) for name in [MANIFEST, *content["files"]]]
+    with _lock:
+        if _sound.get(folder) == now:
+            return
+    if (problem := damage(folder, content["files"])) is not None:
+        raise WeightsError(
+            f"{problem}: take it from a backup or train again, or remove {folder / MANIFEST} if the change was meant"
+        )
+    with _lock:
+        _sound[folder] = now
+
+
+def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first file that is not as ``recorded``, and how, in one line; None where all are."""
+    for name, facts in recorded.items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != facts.get("size"):
+                return f"{file} is damaged: {size} bytes, its manifest says {facts.get('size')!r:.80}"
+            if sha256(file) != facts.get("sha256"):
+                return f"{file} is damaged: its SHA-256 is not the one in its manifest"
+        except (OSError, ValueError) as problem:  # ValueError: a name with a null byte
+            return f"{file} cannot be read: {getattr(problem, 'strerror', None) or problem}"
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity(path: Path) -> tuple[str, int, int, int]:
+    try:
+        facts = path.stat()
+    except (OSError, ValueError):
+        return (path.name, -1, -1, -1)
+    return (path.name, facts.st_size, facts.st_mtime_ns, facts.st_ino)
