@@ -19,7 +19,8 @@ so, and x need not be kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -172,6 +173,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.quantized: QuantizedWeight | None = None
         self.lora: Lora | None = None
+        self.recompute: bool | None = None  # None: with an adapter (see ``recomputes``)
 
     def hold(self, weight: nn.Parameter | QuantizedWeight | None) -> None:
         """Replace W (O, C). None lets the present one go, so that another can be made in its memory."""
@@ -208,18 +210,25 @@ class Linear(nn.Module):
         """The format that W is frozen in, such as "nf4-bfloat16"; None where it is a parameter."""
         return None if self.quantized is None else self.quantized.format
 
+    def recomputes(self) -> bool:
+        """Whether x is computed again in the backward pass, where that is cheap, and not kept for it."""
+        return self.lora is not None if self.recompute is None else self.recompute
+
     def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
-        """``recompute`` computes x a second time, in the backward pass, so that x itself is not kept."""
+        """``recompute`` computes x a second time, in the backward pass, so that x itself need not be kept."""
         lora = self.lora
+        if not torch.is_grad_enabled() or not self.recomputes():
+            recompute = None
         if lora is None and self.quantized is None:
-            return F.linear(x, self.dense(x.dtype), self.bias)
+            if recompute is None or self.weight is None or not self.weight.requires_grad:
+                return F.linear(x, self.dense(x.dtype), self.bias)
+            with _recomputed(x, recompute):
+                return F.linear(x, self.dense(x.dtype), self.bias)
         if lora is None:
             return _AdaptedLinear.apply(x, None, None, self, self.bias, None, None)
         mask = None
         if lora.dropout and self.training:
             mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - lora.dropout)
-        if not torch.is_grad_enabled():
-            recompute = None
         if lora.magnitude is None:
             return _AdaptedLinear.apply(x, lora.A, lora.B, self, self.bias, mask, recompute)
         gains = lora.gains(self.dense(x.dtype))
@@ -227,6 +236,26 @@ class Linear(nn.Module):
         # The bias is added inside, as without an adapter: added afterwards, it would round the sum once more, and a
         # fresh adapter would not leave bf16 outputs as they are.
         return y if self.bias is None else y + self.bias * (1 - gains)
+
+
+@contextmanager
+def _recomputed(x: Tensor, recompute: Recompute) -> Iterator[None]:
+    """Operations in this context keep, in place of x and views of it, what computes x again. The backward pass then runs
+    on the same values as it would with x, whichever operations they are, so it gives the same bits."""
+    memory, source = x.untyped_storage()._cdata, recompute.source.detach()
+
+    def pack(kept: Tensor) -> Tensor | tuple[Any, ...]:
+        same = kept.untyped_storage()._cdata == memory
+        return (kept.size(), kept.stride(), kept.storage_offset()) if same else kept
+
+    def unpack(kept: Tensor | tuple[Any, ...]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return recompute.compute(source).as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class _AdaptedLinear(torch.autograd.Function):

@@ -43,13 +43,15 @@ LEAN_BYTES = 100_000_000  # the most that the lean mode of linear_cross_entropy 
 class MemoryPlan:
     """Bytes. ``weights``: the base as it is held, dense and quantised; ``adapters``: the LoRA parameters;
     ``gradients``: of all that trains; ``optimizer``: moments, and fp32 weights where the model has others;
-    ``activations``: what one micro-batch keeps for its backward pass, and what the head works in."""
+    ``activations``: what one micro-batch keeps for its backward pass, and what the head works in; ``host``: what of it
+    waits in the host's memory, which is no part of the total."""
 
     weights: int
     adapters: int
     gradients: int
     optimizer: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -59,8 +61,9 @@ class MemoryPlan:
 
     def line(self) -> str:
         """For a person to read, in GB (1e9 bytes)."""
-        parts = ", ".join(f"{name} {_gb(size)}" for name, size in asdict(self).items() if size)
-        return f"memory: {parts} = {_gb(self.total)} GB predicted"
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in asdict(self).items() if size and name != "host")
+        beside = f", and {_gb(self.host)} GB of the host's" if self.host else ""
+        return f"memory: {parts} = {_gb(self.total)} GB predicted{beside}"
 
     def to_dict(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
@@ -78,12 +81,14 @@ def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int, lean_lo
     base = {p for p in model.parameters() if p not in lora}
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
     quantized = sum(layer.nbytes for layer in layers if layer.frozen_format is not None)
+    walk = _Walk(model, tokens, loss_tokens, lean_loss)
     return MemoryPlan(
         weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
         adapters=_nbytes(lora),
         gradients=_nbytes(optimizer.params.values()),
         optimizer=optimizer.nbytes,
-        activations=_Walk(model, tokens, loss_tokens, lean_loss).peak(),
+        activations=walk.peak(),
+        host=walk.host(),
     )
 
 
@@ -120,6 +125,7 @@ class _Walk:
         self.only_loss_positions = loss_tokens <= DENSE * tokens
         self.rows = loss_tokens if self.only_loss_positions else tokens
         self.recompute = model.gradient_checkpointing and model.training
+        self.offload = self.recompute and model.activation_policy == "offload"
         self.held: set[_Value] = set()
         self.layers: list[int] = []  # what each layer keeps
         self.inputs: list[int] = []  # and what it keeps until it is computed again
@@ -155,8 +161,12 @@ class _Walk:
         self.ends += _size(self.tables_held)
 
     def kept(self) -> int:
-        """What is there after the forward pass."""
-        return sum(self.inputs if self.recompute else self.layers) + self.ends
+        """What is there after the forward pass, on the device."""
+        return sum(self.inputs if self.recompute else self.layers) + self.ends - self.host()
+
+    def host(self) -> int:
+        """What waits in the host's memory then: the inputs of all layers but the last."""
+        return sum(self.inputs[:-1]) if self.offload else 0
 
     def peak(self) -> int:
         """The most at any time: at the loss, or where a layer is computed again."""
@@ -172,7 +182,11 @@ class _Walk:
         dense = max((m.workspace_bytes(self.dtype) for m in self.model.modules() if isinstance(m, Linear)), default=0)
         peaks = [self.kept() + max(dense, logits)]
         if self.recompute:
-            peaks += [sum(self.inputs[: i + 1]) + layer + self.ends + dense for i, layer in enumerate(self.layers)]
+            # From the host's memory a layer's input comes while the layer above it is computed again.
+            first = [max(0, i - 1) if self.offload else 0 for i in range(len(self.layers))]
+            peaks += [
+                sum(self.inputs[first[i] : i + 1]) + layer + self.ends + dense for i, layer in enumerate(self.layers)
+            ]
         return max(peaks)
 
     def _new(self, rows: int, width: int, grad: bool = False) -> _Value:
@@ -240,7 +254,7 @@ class _Walk:
 
     def _linear(self, layer: Linear, x: _Value, recompute_from: _Value | None = None) -> _Value:
         """``recompute_from``: what its input can be computed from."""
-        source = recompute_from if layer.lora is not None and recompute_from is not None else x
+        source = recompute_from if layer.recomputes() and recompute_from is not None else x
         self._keep(linear.saved(layer, x.rows, self.dtype), x.rows, x=source)
         grad = x.grad or layer.lora is not None or _trained(layer.weight, layer.bias)
         return self._new(x.rows, layer.out_features, grad)

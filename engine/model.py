@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from afina.engine.kv_cache import KVCache, Slots
 from afina.engine.linear import Linear, Recompute
 from afina.engine.model_config import ModelConfig
+from afina.engine.offload import HostCopies
 from afina.engine.rope_tables import RopeTables, packed_positions
 from afina.errors import ConfigError
 from afina.kernels.activation import geglu, swiglu
@@ -193,10 +195,10 @@ def _recompute(norm: Norm | None, total: Tensor) -> Recompute | None:
 class GPT(nn.Module):
     """A decoder-only language model (see ``ModelConfig``).
 
-    ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. With ``gradient_checkpointing`` set,
-    training computes each layer again in the backward pass instead of keeping its activations. ``attention_backend``
-    is what ``attention`` takes, None for its own choice (see ``set_attention_backend``). ``hf_config`` is the
-    config.json it came from, for export; ``adapter`` is the active one (see ``set_adapter``).
+    ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. ``activation_policy`` is what training
+    keeps for its backward pass (see ``set_activation_policy``), ``attention_backend`` what ``attention`` takes, None for
+    its own choice (see ``set_attention_backend``). ``hf_config`` is the config.json it came from, for export;
+    ``adapter`` is the active one (see ``set_adapter``).
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class GPT(nn.Module):
         self.hash_source: Callable[[], str] = str
         self.sample_source: Callable[[], str] = str
         self.adapter: Adapter | None = None
-        self.gradient_checkpointing = False
+        self.activation_policy = "auto"
         self.attention_backend: str | None = None
         device = torch.device("cpu" if device is None else device)
         # On meta first: the layers' own initialisation would cost time and draw from the global random state.
@@ -323,17 +325,41 @@ class GPT(nn.Module):
         context = ForwardContext(tables, cu_seqlens, cache, slots, self.attention_backend)
         branch: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        host = HostCopies(residual.device) if recompute and self.activation_policy == "offload" else None
         dropout = self.adapter is not None and self.adapter.config.dropout > 0
         for index, layer in enumerate(self.layers):
             only = wanted if index == len(self.layers) - 1 else None
             if recompute:
                 residual = residual if branch is None else residual + branch  # one tensor to keep, not two
-                residual, branch = checkpoint(
-                    layer, residual, None, context, only, use_reentrant=False, preserve_rng_state=dropout
-                )
+                with nullcontext() if host is None else host.keep(last=index == len(self.layers) - 1):
+                    residual, branch = checkpoint(
+                        layer, residual, None, context, only, use_reentrant=False, preserve_rng_state=dropout
+                    )
             else:
                 residual, branch = layer(residual, branch, context, only)
         return self.norm.add(residual, branch)[0]
+
+    def set_activation_policy(self, policy: str) -> None:
+        """Choose what training keeps of a forward pass for its backward pass. Gradients do not depend on it; in 16 bits
+        "full" and "offload" round them once more between layers.
+
+        "keep": all that its operations ask for. "selective": not the inputs of matrices that norms and activations
+        compute again. "full": of each layer its input, from which the layer runs again. "offload": the same, and the
+        inputs wait in the host's memory. "auto": "selective" for matrices with adapters, "keep" for the others.
+        """
+        self.activation_policy = policy
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.recompute = {"keep": False, "selective": True}.get(policy)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass runs each layer again. Setting it chooses the policy "full", or "auto"."""
+        return self.activation_policy in ("full", "offload")
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.set_activation_policy("full" if on else "auto")
 
     def set_attention_backend(self, backend: str, *, longest: int, device: torch.device) -> None:
         """Choose what computes attention to sequences of at most ``longest`` tokens on ``device``: "triton", "sdpa",

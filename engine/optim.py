@@ -12,7 +12,7 @@ is not for it. The roundings and the 8-bit codes are explained in kernels/adamw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 import torch
@@ -53,6 +53,16 @@ def _check(variant: str, dtype: torch.dtype, what: str) -> None:
             f"optim: adamw_bf16 rounds bfloat16 weights stochastically, but {what} is {found}; train in bfloat16, or "
             "choose adamw or adamw_8bit"
         )
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """The 2-norm of one gradient, fp32 ()."""
+    return torch.linalg.vector_norm(grad, dtype=torch.float32)
+
+
+def global_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients of these norms together, fp32 ()."""
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
 class AdamW:
@@ -97,11 +107,12 @@ class AdamW:
         self.exp_avgs = {name: self._zero_moment(w, signed=True) for name, w in self.masters.items()}
         self.exp_avg_sqs = {name: self._zero_moment(w, signed=False) for name, w in self.masters.items()}
         self.betas, self.eps = betas, eps
+        # Weight decay and the factor of the learning rate of each parameter; those of equal ones are updated together.
+        self.factors = {n: (weight_decay if n in decay else 0.0, (lr_scales or {}).get(n, 1.0)) for n in self.params}
         groups: dict[tuple[float, float], list[str]] = {}
-        for name in self.params:
-            key = (weight_decay if name in decay else 0.0, (lr_scales or {}).get(name, 1.0))
-            groups.setdefault(key, []).append(name)
-        self.groups = [(names, *key) for key, names in groups.items()]
+        for name, factors in self.factors.items():
+            groups.setdefault(factors, []).append(name)
+        self.groups = [(names, *factors) for factors, names in groups.items()]
         self.num_updates = 0
 
     def _zero_moment(self, weight: Tensor, *, signed: bool) -> Moment:
@@ -122,7 +133,7 @@ class AdamW:
         Returns the norm before that, fp32 (). It is called once, after the last micro-batch of a step.
         """
         grads = [p.grad for p in self.params.values() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+        norm = global_norm([gradient_norm(g) for g in grads])
         if max_norm > 0:
             # The formula is that of torch's clip_grad_norm_, so that losses can be compared with its users'.
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -137,24 +148,31 @@ class AdamW:
         ``num_updates`` before the next one.
         """
         self.num_updates += 1
-        for i, (names, weight_decay, lr_scale) in enumerate(self.groups):
-            grads = {n: g for n in names if (g := self.params[n].grad) is not None}
-            live = list(grads)
-            adamw_(
-                [self.masters[n] for n in live],
-                list(grads.values()),
-                [self.exp_avgs[n] for n in live],
-                [self.exp_avg_sqs[n] for n in live],
-                step=self.num_updates,
-                lr=lr * lr_scale,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=weight_decay,
-                skip=skip,
-                copies=[self.params[n] if self._has_copy(n) else None for n in live],
-                # Groups draw from seeds of their own, so that the roundings of one do not repeat those of another.
-                seed=(self.seed + i) % 2**32 if self.variant == "adamw_bf16" else None,
-            )
+        for i, (names, *_) in enumerate(self.groups):
+            # Groups draw from seeds of their own, so that the roundings of one do not repeat those of another.
+            self.update([n for n in names if self.params[n].grad is not None], lr, skip=skip, draw=i)
+
+    @torch.no_grad()
+    def update(self, names: Sequence[str], lr: float, *, skip: Tensor | None, draw: int) -> None:
+        """Apply the update that ``num_updates`` counts to parameters with gradients that share their factors; with
+        ``adamw_bf16`` calls of one update need a ``draw`` each."""
+        if not names:
+            return
+        weight_decay, lr_scale = self.factors[names[0]]
+        adamw_(
+            [self.masters[n] for n in names],
+            [g for n in names if (g := self.params[n].grad) is not None],
+            [self.exp_avgs[n] for n in names],
+            [self.exp_avg_sqs[n] for n in names],
+            step=self.num_updates,
+            lr=lr * lr_scale,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=weight_decay,
+            skip=skip,
+            copies=[self.params[n] if self._has_copy(n) else None for n in names],
+            seed=(self.seed + draw) % 2**32 if self.variant == "adamw_bf16" else None,
+        )
 
     def _has_copy(self, name: str) -> bool:
         """Return whether the parameter is the rounded copy of a master."""

@@ -36,6 +36,7 @@ from afina.engine.metrics import MetricsWriter, Progress, run_metrics, step_row
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft, training_objective
 from afina.engine.optim import AdamW
+from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.run_folder import RunFolder, Stop, StopRequest, now
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
@@ -185,7 +186,10 @@ def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
             weights=weights,
         )
     check_vocab(tokenizer, model.config.vocab_size)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing = True
+    if config.activation_policy != "auto":
+        model.set_activation_policy(config.activation_policy)
     return model.train()
 
 
@@ -195,10 +199,12 @@ def accumulate(
     objective: Objective = sft,
     *,
     poll: Callable[[], None] | None = None,
+    before_backward: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Add the gradient of a step's loss, the mean over all its loss tokens, to ``.grad``; return that loss, fp32 ().
 
-    ``poll`` is called before each micro-batch and may raise to stop.
+    ``poll`` is called before each micro-batch and may raise to stop; ``before_backward`` with a micro-batch's share of
+    the loss before its backward pass.
     """
     loss_tokens = sum(mb.loss_tokens for mb in micro_batches)
     total = torch.zeros((), device=next(model.parameters()).device)
@@ -206,6 +212,8 @@ def accumulate(
         if poll:
             poll()
         loss, _ = objective(model, mb, divisor=loss_tokens)
+        if before_backward:
+            before_backward(loss)
         loss.backward()
         total += loss.detach()
     return total
@@ -391,23 +399,37 @@ class Run:
         if self.launched is None:
             self.clock = time.perf_counter()
         micro_batches = self.batches.step(progress.step)
-        try:
-            loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)
-        except Interrupted:
-            self.optimizer.zero_grad()
-            raise
-        self._settle()  # the last step, of which the optimizer must know whether it was skipped
-        grad_norm = self.optimizer.clip_(self.config.max_grad_norm)
         lr = self.peak_lr * lr_factor(
             self.config.lr_scheduler_type, progress.step, self.total, self.warmup, self.config.min_lr_ratio
         )
-        figures = torch.stack([loss, grad_norm])
-        self.optimizer.step(lr, skip=~figures.isfinite().all())
-        self.optimizer.zero_grad()
+        try:
+            figures = (self._update_in_backward if self.config.optim_in_backward else self._update)(micro_batches, lr)
+        finally:
+            self.optimizer.zero_grad()
         progress.step += 1
         self.launched = LaunchedStep(micro_batches, lr, figures)
         if not self.deferred:
             self._settle()
+
+    def _update(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
+        """Move the weights, by gradients that add up first; the loss and the gradient's norm, fp32 (2,)."""
+        loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)
+        self._settle()  # the last step, of which the optimizer must know whether it was skipped
+        figures = torch.stack([loss, self.optimizer.clip_(self.config.max_grad_norm)])
+        self.optimizer.step(lr, skip=~figures.isfinite().all())
+        return figures
+
+    def _update_in_backward(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
+        """As ``_update``, each weight as soon as its gradient is there; there is one micro-batch."""
+        updates = UpdatesInBackward(self.optimizer, lr)
+
+        def begin(loss: Tensor) -> None:
+            self._settle()  # as in _update
+            updates.begin(loss)
+
+        with updates.attached():
+            loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll, before_backward=begin)
+        return torch.stack([loss, updates.norm()])
 
     def _settle(self) -> None:
         """Account for the step that was launched last, if its result has not been looked at yet: log it, and count it.

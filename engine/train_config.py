@@ -136,6 +136,12 @@ class TrainConfig(Settings):
         "what AdamW holds: fp32 weights and moments, moments of 8 bits, or bf16 weights and moments alone",
         choices=("adamw", "adamw_8bit", "adamw_bf16"),
     )
+    optim_in_backward: bool = setting(
+        False,
+        "move each weight as soon as its gradient is there, which is then freed: needs max_grad_norm 0 and one "
+        "micro-batch a step",
+        aliases=("optimizer_in_bwd",),
+    )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", limit=POSITIVE)
@@ -166,7 +172,13 @@ class TrainConfig(Settings):
         ("assistant",), "whose turns of a conversation are learnt: assistant, or several, such as user,assistant"
     )
     packing: bool = setting(True, "concatenate rows instead of padding them; rows stay isolated, the maths is the same")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    activation_policy: str = setting(
+        "auto",
+        "what the backward pass finds kept, from fast to lean: all, not what is cheap to recompute, the layers' inputs, "
+        "or those in the host's memory; auto is keep, with adapters selective",
+        choices=("auto", "keep", "selective", "full", "offload"),
+    )
+    gradient_checkpointing: bool = setting(False, "the same as activation_policy full: less memory, more time")
     lean_loss: bool = setting(
         False, "compute the loss in tiles of the logits: 100 MB at most, a third to two thirds more work"
     )
@@ -218,6 +230,17 @@ class TrainConfig(Settings):
         for name, value in self._method_defaults().items():
             if getattr(self, name) is None:
                 self._set(name, value)
+        if self.gradient_checkpointing and self.activation_policy in ("keep", "selective"):
+            raise ConfigError(
+                f"gradient_checkpointing is true, which is activation_policy full, but activation_policy is "
+                f"{self.activation_policy}: keep one of them"
+            )
+        for name, needed in (("max_grad_norm", 0), ("gradient_accumulation_steps", 1)):
+            if self.optim_in_backward and getattr(self, name) != needed:
+                raise ConfigError(
+                    f"optim_in_backward moves a weight as soon as its gradient is there, but {name} is "
+                    f"{getattr(self, name):g}, for which all gradients must be there first: set {name} to {needed}"
+                )
         if self.attention_backend == "sdpa" and self.packing:
             raise ConfigError(
                 "attention_backend is sdpa, which cannot keep packed rows apart, but packing is true: set packing to "

@@ -103,7 +103,7 @@ def _plan(lists: Lists) -> _Plan:
         plans.pop(key, None)
 
     refs = [weakref.ref(x, forget) for x in fixed if x is not None]
-    if len(_plans) >= 16:
+    if len(_plans) >= 4096:  # Updates in the backward pass have a plan for each parameter.
         _plans.pop(next(iter(_plans)))
     plan = _plans[key] = _Plan(memory, shapes, devices, list(groups.values()), refs)
     return plan

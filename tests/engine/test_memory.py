@@ -106,7 +106,9 @@ def error(model: GPT, ids: Tensor, labels: Tensor, cu: Tensor | None) -> float:
     found = storages.alive() - loss.nbytes
     if model.head_weight.requires_grad:
         found -= model.head_weight.nbytes  # its gradient
-    return kept(model, tokens=ids.numel(), loss_tokens=int((labels != IGNORE).sum())) / found - 1
+    tokens, loss_tokens = ids.numel(), int((labels != IGNORE).sum())
+    host = plan(model, AdamW(model, decay=set()), tokens=tokens, loss_tokens=loss_tokens).host  # the same memory here
+    return (kept(model, tokens=tokens, loss_tokens=loss_tokens) + host) / found - 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,17 +123,34 @@ def test_activations_are_predicted_to_the_byte(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["full", "freeze", "embedding"])
 @hf_models.parametrize()
-def test_activations_with_gradient_checkpointing(name: str, method: str) -> None:
+def test_activations_under_each_policy(name: str, method: str) -> None:
     model = prepared(name, method)
-    model.gradient_checkpointing = True
-    assert error(model, *batch(0.4)) == 0
+    for policy in {"full": ("selective", "full", "offload"), "freeze": ("full", "offload")}.get(method, ("full",)):
+        model.set_activation_policy(policy)
+        assert error(model, *batch(0.4)) == 0
 
 
 @pytest.mark.parametrize("method", LORA)
-def test_activations_of_adapters_with_gradient_checkpointing(method: str) -> None:
+def test_activations_of_adapters_under_each_policy(method: str) -> None:
     model = prepared("llama", method)
-    model.gradient_checkpointing = True
-    assert error(model, *batch(0.4)) == 0
+    for policy in ("keep", "offload"):
+        model.set_activation_policy(policy)
+        assert error(model, *batch(0.4)) == 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_each_policy_holds_less_than_the_one_before(method: str) -> None:
+    model = prepared("llama", method)
+    optimizer, found = AdamW(model, decay=set()), {}
+    for policy in ("keep", "selective", "full", "offload"):
+        model.set_activation_policy(policy)
+        found[policy] = plan(model, optimizer, tokens=TOKENS, loss_tokens=TOKENS // 4)
+    keep, selective, full, offload = (plan.activations for plan in found.values())
+    assert keep > selective > full >= offload
+    # Three layers: the inputs of the first two wait on the host.
+    hosts = [plan.host for plan in found.values()]
+    assert hosts == [0, 0, 0, 2 * TOKENS * model.config.hidden_size * 4]
+    assert f"and {hosts[3] / 1e9:.3f} GB of the host's" in found["offload"].line()
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])

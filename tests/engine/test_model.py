@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from hf_models import parametrize, saved
 from torch import Tensor
 
+from afina.engine.lora import new_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig, RopeConfig
 from afina.engine.weights import load_model
 from afina.errors import ConfigError
 from afina.kernels import backend as backends
+from afina.loaders.weights.peft import AdapterConfig
 
 TINY = ModelConfig(
     vocab_size=16,
@@ -170,8 +172,37 @@ def test_tied_gradient_is_the_sum_of_both_uses() -> None:
     assert torch.allclose(one["embed.weight"], two["embed.weight"] + two["head.weight"], atol=1e-7)
 
 
+@parametrize("llama", "gemma3_text", "olmo2", "gpt2")
+@pytest.mark.parametrize(("dtype", "adapted"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_activation_policies_change_nothing(name: str, adapted: bool, dtype: str) -> None:
+    model = load_model(saved(name).folder, dtype=dtype).train()
+    if adapted:
+        new_adapter(model, AdapterConfig(base=None, r=4, alpha=8), targets=["all-linear"], seed=0)
+        for parameter in model.parameters():  # a fresh adapter's B is 0, and so is the gradient of its A
+            parameter.data.add_(0.01 if parameter.requires_grad else 0.0)
+    ids = torch.randint(0, 61, (1, 40), generator=torch.Generator().manual_seed(0))
+    labels = ids.where(ids % 3 > 0, -100)
+    policies = ("keep", "selective", "full", "offload", "auto")
+    found: dict[str, dict[str, Tensor]] = {}
+    for policy in policies:
+        model.set_activation_policy(policy)
+        assert model.gradient_checkpointing == (policy in ("full", "offload"))
+        model.zero_grad()
+        loss = model.loss(ids, labels, cu_seqlens=starts(25, 15))
+        loss.backward()
+        grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        found[policy] = {"loss": loss.detach(), **grads}
+    assert len(found["keep"]) > 3 and all(value.abs().max() > 0 for value in found["keep"].values())
+    # Where layers are computed again, the sum of residual and branch is made before the norm, and its gradient is then
+    # rounded once more in 16 bits.
+    equal_to = dict.fromkeys(policies, "keep") | ({"full": "full", "offload": "full"} if dtype == "bfloat16" else {})
+    for policy, other in equal_to.items():
+        assert found[policy].keys() == found[other].keys()
+        assert all(torch.equal(value, found[other][key]) for key, value in found[policy].items()), policy
+
+
 @parametrize("llama", "gpt_neox", "gemma3_text", "olmo2")
-def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+def test_gradient_checkpointing_runs_a_layer_twice(name: str) -> None:
     model = load_model(saved(name).folder).train()
     ids = torch.randint(0, 61, (1, 40), generator=torch.Generator().manual_seed(0))
     labels = ids.where(ids % 3 > 0, -100)

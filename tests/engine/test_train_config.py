@@ -199,6 +199,16 @@ def test_the_dataclass_itself_checks() -> None:
         ({"init": "random"}, "leave out model"),
         ({"init": "random", "model": None, "tokenizer": "t"}, "config is missing"),
         ({"init": "random", "model": None, "config": "c.json"}, "tokenizer is missing"),
+        (
+            {"gradient_checkpointing": True, "activation_policy": "selective"},
+            "gradient_checkpointing is true, which is activation_policy full, but activation_policy is selective",
+        ),
+        ({"optim_in_backward": True}, "but max_grad_norm is 1, .*: set max_grad_norm to 0"),
+        (
+            {"optim_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
+            "but gradient_accumulation_steps is 2, .*: set gradient_accumulation_steps to 1",
+        ),
+        ({"activation_policy": "ofload"}, "expected auto, keep, selective, full, offload .did you mean 'offload'"),
     ],
 )
 def test_settings_that_contradict_each_other(given: dict[str, Any], words: str) -> None:
