@@ -240,8 +240,8 @@ class Linear(nn.Module):
 
 @contextmanager
 def _recomputed(x: Tensor, recompute: Recompute) -> Iterator[None]:
-    """Operations in this context keep, in place of x and views of it, what computes x again. The backward pass then runs
-    on the same values as it would with x, whichever operations they are, so it gives the same bits."""
+    """Operations in this context keep, in place of x and views of it, what computes x again. The backward pass then
+    runs on the same values as it would with x, whichever operations they are, so it gives the same bits."""
     memory, source = x.untyped_storage()._cdata, recompute.source.detach()
 
     def pack(kept: Tensor) -> Tensor | tuple[Any, ...]:

@@ -14,10 +14,11 @@ the same for all layers.
 The gradient of the head's weight, made with the loss, is a gradient, not an activation. Beside all this stands what the
 head works in, a chunk of logits, or the largest quantised matrix, dequantised; they are never there together.
 
-With gradient checkpointing a layer keeps its input until its turn in the backward pass comes: then it keeps what it
-would have kept, while the layers below it still wait. Not counted: what operations hold while they run, the batch
-itself, and what allocators keep for later (on a CPU, in a heap that gives no pages back, that may be as much as the
-activations).
+Where layers are computed again a layer keeps its input until its turn in the backward pass comes: then it keeps what
+it would have kept, while the layers below it still wait. The backward pass itself is followed through each layer's MLP,
+where it is widest: gradients of the product and of what it is made from. Not counted: what other operations hold while
+they run (torch's attention on a CPU makes masks and scores), the batch itself, and what allocators keep for later (on a
+CPU, in a heap that gives no pages back, that may be as much as the activations).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from afina.engine import linear
 from afina.engine.linear import Linear
@@ -33,7 +34,7 @@ from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
 from afina.kernels import activation, attention, cross_entropy, norm, rope
 from afina.kernels.backend import choose, wide_dtype
-from afina.kernels.cross_entropy_chunks import workspace_bytes
+from afina.kernels.cross_entropy_chunks import GPU_CHUNK_ROWS, workspace_bytes
 from afina.kernels.saved import Saved
 
 LEAN_BYTES = 100_000_000  # the most that the lean mode of linear_cross_entropy holds
@@ -42,9 +43,9 @@ LEAN_BYTES = 100_000_000  # the most that the lean mode of linear_cross_entropy 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes. ``weights``: the base as it is held, dense and quantised; ``adapters``: the LoRA parameters;
-    ``gradients``: of all that trains; ``optimizer``: moments, and fp32 weights where the model has others;
-    ``activations``: what one micro-batch keeps for its backward pass, and what the head works in; ``host``: what of it
-    waits in the host's memory, which is no part of the total."""
+    ``gradients``: those that are there when most is held; ``optimizer``: moments, and fp32 weights where the model has
+    others; ``activations``: what one micro-batch keeps for its backward pass, and what the head or the backward pass
+    works in; ``host``: what of it waits in the host's memory, which is no part of the total."""
 
     weights: int
     adapters: int
@@ -55,8 +56,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All of it at once, which is the peak from a step's second micro-batch on; with one micro-batch the last
-        gradients come when the first activations have gone, so it is an upper bound."""
+        """All of it, when it is most."""
         return self.weights + self.adapters + self.gradients + self.optimizer + self.activations
 
     def line(self) -> str:
@@ -73,21 +73,36 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.3g}" if size >= 1e8 else f"{size / 1e9:.3f}"
 
 
-def plan(model: GPT, optimizer: AdamW, *, tokens: int, loss_tokens: int, lean_loss: bool = False) -> MemoryPlan:
+def plan(
+    model: GPT,
+    optimizer: AdamW,
+    *,
+    tokens: int,
+    loss_tokens: int,
+    lean_loss: bool = False,
+    in_backward: bool = False,
+    accumulates: bool = True,
+    backend: str | None = None,
+) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
-    ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room."""
+    ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room. ``in_backward``: the weights move in the
+    backward pass; ``accumulates``: a step has several micro-batches; ``backend``: of all operations, None for those of
+    the model's device."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     lora = {p for layer in layers if layer.lora is not None for p in layer.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
     quantized = sum(layer.nbytes for layer in layers if layer.frozen_format is not None)
-    walk = _Walk(model, tokens, loss_tokens, lean_loss)
+    walk = _Walk(model, tokens, loss_tokens, lean_loss, backend)
+    activations, gradients = walk.peak(
+        set(optimizer.params.values()), in_backward=in_backward, accumulates=accumulates and not in_backward
+    )
     return MemoryPlan(
         weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
         adapters=_nbytes(lora),
-        gradients=_nbytes(optimizer.params.values()),
+        gradients=gradients,
         optimizer=optimizer.nbytes,
-        activations=walk.peak(),
+        activations=activations,
         host=walk.host(),
     )
 
@@ -114,11 +129,13 @@ class _Value:
 class _Walk:
     """The forward pass of ``GPT.loss``, of sizes alone: the functions from ``_layer`` on stand for the model's own."""
 
-    def __init__(self, model: GPT, tokens: int, loss_tokens: int, lean_loss: bool = False) -> None:
+    def __init__(
+        self, model: GPT, tokens: int, loss_tokens: int, lean_loss: bool = False, backend: str | None = None
+    ) -> None:
         weight, config = model.embed.weight, model.config
-        self.model, self.dtype, self.lean_loss = model, weight.dtype, lean_loss
-        ops = ("attention", "rope", "rms_norm", "layer_norm", "linear_cross_entropy")
-        self.backends = {op: choose(op, None, weight) for op in ops}
+        self.model, self.dtype, self.lean_loss, self.tokens = model, weight.dtype, lean_loss, tokens
+        ops = ("attention", "rope", "rms_norm", "layer_norm", "linear_cross_entropy", "glu")
+        self.backends = {op: backend or choose(op, None, weight) for op in ops}
         if model.attention_backend is not None:
             self.backends["attention"] = model.attention_backend
         # Whether the last layer's o and MLP, and the head, take the loss positions alone.
@@ -128,7 +145,8 @@ class _Walk:
         self.offload = self.recompute and model.activation_policy == "offload"
         self.held: set[_Value] = set()
         self.layers: list[int] = []  # what each layer keeps
-        self.inputs: list[int] = []  # and what it keeps until it is computed again
+        self.inputs: list[int] = []  # what it keeps until it is computed again
+        self.again: list[int] = []  # and what it keeps then, with its input
         wide = wide_dtype(self.dtype).itemsize
         self.tables = [{name: _Value(tokens, r.dim // 2 * wide) for name in ("cos", "sin")} for r in config.ropes]
         self.tables_held: set[_Value] = set()
@@ -146,6 +164,7 @@ class _Walk:
             residual, branch = self._layer(layer, residual, branch, cut)
             self.layers.append(_size(self.held))
             self.inputs.append(_size(new) if self.held else 0)
+            self.again.append(_size(self.held | new) if self.held else 0)
             given |= new if self.held else set()
         self.held = set()
         hidden, _ = self._add(model.norm, residual, branch)
@@ -168,26 +187,69 @@ class _Walk:
         """What waits in the host's memory then: the inputs of all layers but the last."""
         return sum(self.inputs[:-1]) if self.offload else 0
 
-    def peak(self) -> int:
-        """The most at any time: at the loss, or where a layer is computed again."""
-        head, config = self.model.head_weight, self.model.config
+    def peak(self, learns: set[nn.Parameter], *, in_backward: bool, accumulates: bool) -> tuple[int, int]:
+        """Activations and gradients when they take most together, where ``learns`` is trained.
+
+        Gradients stay until the step ends, and where micro-batches add to them, all are there from the second one on,
+        with the new ones. With ``in_backward`` there is one matrix's at a time, and that of a tied head, made with the
+        loss, which waits for the embedding's.
+        """
+        model = self.model
+        head = model.head_weight
         logits = workspace_bytes(
             head,
             self.rows,
             learns=head.requires_grad,
-            softcap=config.logit_softcap,
+            softcap=model.config.logit_softcap,
             backend=self.backends["linear_cross_entropy"],
         )
-        logits = min(logits, LEAN_BYTES) if self.lean_loss else logits
-        dense = max((m.workspace_bytes(self.dtype) for m in self.model.modules() if isinstance(m, Linear)), default=0)
-        peaks = [self.kept() + max(dense, logits)]
-        if self.recompute:
-            # From the host's memory a layer's input comes while the layer above it is computed again.
-            first = [max(0, i - 1) if self.offload else 0 for i in range(len(self.layers))]
-            peaks += [
-                sum(self.inputs[first[i] : i + 1]) + layer + self.ends + dense for i, layer in enumerate(self.layers)
-            ]
-        return max(peaks)
+        # Beside the logits, the rows of the gradient that a chunk of them has given; and what the head reads.
+        width = model.config.hidden_size * self.dtype.itemsize
+        logits += min(self.rows, GPU_CHUNK_ROWS[1]) * width
+        logits = (min(logits, LEAN_BYTES) if self.lean_loss else logits) + self.rows * width
+        dense = max((m.workspace_bytes(self.dtype) for m in model.modules() if isinstance(m, Linear)), default=0)
+        # Activations; gradients that are new then, or of the head that waits; those of what the pass has been through.
+        moments = [(self.kept() + max(dense, logits), _nbytes({head} & learns), 0)]
+        waiting = _nbytes({head} & learns) if model.config.tie_embeddings else 0
+        done = _nbytes(({head} | set(model.norm.parameters())) & learns) - waiting
+        for i in reversed(range(len(model.layers))):
+            layer = model.layers[i]
+            assert isinstance(layer, Layer)
+            below = self.inputs[max(0, i - 1) if self.offload else 0 : i] if self.recompute else self.layers[:i]
+            held = sum(below) + (self.again if self.recompute else self.layers)[i] + _size(self.tables_held)
+            if self.layers[i]:
+                moments += [
+                    (held + own, waiting + new, done + before) for own, new, before in self._backward(layer, i, learns)
+                ]
+            done += _nbytes(set(layer.parameters()) & learns)
+        embeddings = {model.embed.weight, *([model.pos_embed.weight] if model.config.learned_positions else [])}
+        moments.append((0, waiting + max(_nbytes({p} & learns) for p in embeddings), done))
+        if accumulates:
+            return max(kept + new for kept, new, _ in moments), _nbytes(learns)
+        kept, new, stay = max(moments, key=lambda moment: sum(moment[: 2 if in_backward else 3]))
+        return kept, new if in_backward else new + stay
+
+    def _backward(self, layer: Layer, index: int, learns: set[nn.Parameter]) -> list[tuple[int, int, int]]:
+        """What the backward pass of the layer's MLP, the widest of its parts, takes beside all that the layer keeps,
+        and the gradients of weights that are new then, and of its weights before: in the last matrix, in the
+        activation, in the first matrix."""
+        mlp = layer.mlp
+        first = mlp.gate_up if mlp.gated else mlp.up
+        rows = self.rows if self.only_loss_positions and index == len(self.layers) - 1 else self.tokens
+        size = rows * self.dtype.itemsize
+        width, inner, wide = (size * n for n in (mlp.down.out_features, mlp.down.in_features, first.out_features))
+        grads = [_nbytes(learns & set(matrix.parameters())) for matrix in (mlp.down, first)]
+        # The matrices' inputs lie among what the layer keeps, or are computed again. What was used goes.
+        learnt = [_trained(matrix.weight) or matrix.lora is not None for matrix in (mlp.down, first)]
+        again = inner if learnt[0] and mlp.down.recomputes() else 0
+        kept = inner if learnt[0] and not again else 0
+        norm = width if learnt[1] and first.recomputes() else 0
+        product = inner if mlp.gated and self.backends["glu"] == "torch" else 0  # torch's path makes one on the way
+        return [
+            (width + inner + again + mlp.down.workspace_bytes(self.dtype), grads[0], 0),
+            (width + inner + wide + product - kept, 0, grads[0]),
+            (2 * width + norm + first.workspace_bytes(self.dtype) - kept, grads[1], grads[0]),
+        ]
 
     def _new(self, rows: int, width: int, grad: bool = False) -> _Value:
         return _Value(rows, width * self.dtype.itemsize, grad)

@@ -196,8 +196,8 @@ class GPT(nn.Module):
     """A decoder-only language model (see ``ModelConfig``).
 
     ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. ``activation_policy`` is what training
-    keeps for its backward pass (see ``set_activation_policy``), ``attention_backend`` what ``attention`` takes, None for
-    its own choice (see ``set_attention_backend``). ``hf_config`` is the config.json it came from, for export;
+    keeps for its backward pass (see ``set_activation_policy``), ``attention_backend`` what ``attention`` takes, None
+    for its own choice (see ``set_attention_backend``). ``hf_config`` is the config.json it came from, for export;
     ``adapter`` is the active one (see ``set_adapter``).
     """
 

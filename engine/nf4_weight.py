@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from afina.errors import WeightsError
 from afina.kernels.blockwise import from_blocks
-from afina.kernels.nf4 import NF4State, dequantize_nf4, quantize_nf4
+from afina.kernels.nf4 import NESTED, NF4State, dequantize_nf4, quantize_nf4
 from afina.loaders.families.common import HFTensor
 from afina.loaders.weights.bitsandbytes import QuantizedTensor, read_quantized
 from afina.loaders.weights.source import Weights
@@ -104,11 +104,16 @@ def _tensors(part: Part) -> Iterator[Tensor]:
 
 
 def shapes_of_nf4(rows: int, width: int, dtype: torch.dtype) -> NF4Weight:
-    """A weight (rows, width) without values, on device "meta", as if made of one matrix in ``dtype``."""
-    count, blocksize, meta = rows * width, 64, torch.device("meta")
-    absmax = torch.empty(-(-count // blocksize), device=meta)
-    state = NF4State(absmax, (rows, width), dtype, blocksize, torch.empty(16, device=meta))
-    return NF4Weight([(0, rows, torch.empty(-(-count // 2), 1, dtype=torch.uint8, device=meta), state)])
+    """A weight (rows, width) without values, on device "meta", as if made of one matrix in ``dtype`` with double
+    quantisation."""
+    count, blocksize = rows * width, 64
+    blocks = -(-count // blocksize)
+    with torch.device("meta"):
+        packed, absmax = (torch.empty(size, dtype=torch.uint8) for size in ((-(-count // 2), 1), (blocks,)))
+        nested = {"offset": torch.empty(()), "nested_absmax": torch.empty(-(-blocks // NESTED))}
+        code, nested_code = torch.empty(16), torch.empty(256)
+    state = NF4State(absmax, (rows, width), dtype, blocksize, code, nested_code=nested_code, **nested)
+    return NF4Weight([(0, rows, packed, state)])
 
 
 def read_nf4(

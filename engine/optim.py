@@ -124,8 +124,7 @@ class AdamW:
     @property
     def nbytes(self) -> int:
         """The bytes that are held beside the parameters: masters, moments and absmax."""
-        own = {p.data_ptr() for p in self.params.values()}
-        return sum(x.nbytes for group in self.state().values() for x in group.values() if x.data_ptr() not in own)
+        return sum(bytes_held(self.variant, p.dtype, p.numel()) for p in self.params.values())
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``; 0 leaves them as they are.

@@ -50,7 +50,8 @@ class UpdatesInBackward:
 
     @torch.no_grad()
     def _update(self, name: str, draw: int, parameter: Tensor) -> None:
-        assert parameter.grad is not None and self.skip is not None
+        assert parameter.grad is not None
+        assert self.skip is not None
         self.norms[name] = gradient_norm(parameter.grad)
         self.skip = self.skip | ~self.norms[name].isfinite()
         self.optimizer.update([name], self.lr, skip=self.skip, draw=draw)

@@ -349,6 +349,8 @@ class Run:
             tokens=tokens,
             loss_tokens=min(tokens, loss_tokens),
             lean_loss=self.config.lean_loss,
+            in_backward=self.config.optim_in_backward,
+            accumulates=self.config.gradient_accumulation_steps > 1,
         )
 
     def loop(self, stop: Stop, *, show_bar: bool) -> None:

@@ -174,8 +174,8 @@ class TrainConfig(Settings):
     packing: bool = setting(True, "concatenate rows instead of padding them; rows stay isolated, the maths is the same")
     activation_policy: str = setting(
         "auto",
-        "what the backward pass finds kept, from fast to lean: all, not what is cheap to recompute, the layers' inputs, "
-        "or those in the host's memory; auto is keep, with adapters selective",
+        "what the backward pass finds kept, from fast to lean: all, not what is cheap to recompute, the layers' "
+        "inputs, or those in the host's memory; auto is keep, with adapters selective",
         choices=("auto", "keep", "selective", "full", "offload"),
     )
     gradient_checkpointing: bool = setting(False, "the same as activation_policy full: less memory, more time")

@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 
-from afina.cli import advise, chat, check, demo, doctor, eval, export, fetch, generate, inspect, report, train
+from afina.cli import advise, chat, check, demo, doctor, eval, export, fetch, generate, inspect, plan, report, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
 
 VERBS: dict[str, Verb] = {
     "check": check.VERB,
     "advise": advise.VERB,
+    "plan": plan.VERB,
     "train": train.VERB,
     "eval": eval.VERB,
     "inspect": inspect.VERB,
@@ -74,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
     result = chosen.run(args)
     if args.json:
         print(to_json(result))
-    return 0 if result.get("ok", True) else 1
+    return 0 if result.get("ok", True) else chosen.failed
 
 
 def _help() -> str:

@@ -76,12 +76,13 @@ class Verb(NamedTuple):
     """A verb of the command line: its line in the help, what adds its options, and what runs it.
 
     ``run`` takes the parsed options, prints for people, and returns what ``--json`` prints; where that has ``ok``
-    false, the exit status is 1. A verb's file imports torch only inside its functions, so that the help is quick.
+    false, the exit status is ``failed``. A verb's file imports torch only inside its functions: the help is quick.
     """
 
     summary: str
     add_options: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]
+    failed: int = 1
 
 
 def model_options(parser: Parser) -> None:

@@ -13,11 +13,13 @@ from hf_models import saved
 from torch import Tensor
 
 import afina
+from afina.engine import optim
 from afina.engine.checkpoint import load_checkpoint
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.train import accumulate
+from afina.kernels.adamw import adamw_
 from afina.loaders.data.batches import MicroBatch
 
 
@@ -88,15 +90,14 @@ def test_one_gradient_at_a_time() -> None:
     assert held == [1] * len(optimizer.params)
 
 
-def test_stochastic_roundings_repeat_and_differ_between_parameters() -> None:
-    ends = []
+def test_stochastic_roundings_repeat_and_differ_between_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, seeds = [], list[int]()
     for _ in range(2):
         model, optimizer = made("llama", "adamw_bf16", "bfloat16")
-        seeds = []
-        update = optimizer.update
-        optimizer.update = lambda *a, draw, **k: (seeds.append(draw), update(*a, draw=draw, **k))  # type: ignore
+        monkeypatch.setattr(optim, "adamw_", lambda *a, seed, **k: (seeds.append(seed), adamw_(*a, seed=seed, **k)))
         step(model, optimizer, inside=True)
-        assert len(set(seeds)) == len(optimizer.params)
+        assert len(set(seeds)) == len(seeds) == len(optimizer.params)
+        seeds.clear()
         ends.append(state(optimizer))
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
@@ -130,5 +131,6 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ends.append(load_checkpoint(result.output_dir / "checkpoint-2").tensors("weights"))
         read = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
         logs.append([(line["loss"], line["grad_norm"]) for line in read if "loss" in line])
-    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
