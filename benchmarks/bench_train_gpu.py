@@ -7,7 +7,8 @@
 
 A step is the engine's own: `accumulate` over one micro-batch, clipping, AdamW with fp32 master weights; bf16. Full
 training takes dense rows of 1,024 tokens; lora and qlora take packed documents of 2,048 tokens, two a step, with
-adapters of rank 16 on all linear layers, and Llama-3-8B's rows say what it has to reach on an H200 (`target`).
+adapters of rank 16 on all linear layers, and Llama-3-8B's rows say what it has to reach on an H200 (`target`). The
+cases "524k" are LLM.Q's: 524,288 tokens a step in micro-batches, bf16 weights and moments, ours alone.
 Providers: afina (Triton), afina-torch (AFINA_BACKEND=torch), and transformers' model of the same shapes under the same
 optimizer, with its scaled_dot_product_attention, with eager attention, and patched by Liger; for adapters PEFT on that
 model, with Liger too, over bitsandbytes' NF4 for qlora. Peers' adapters are held as ours are, in bf16 beside the
@@ -34,6 +35,7 @@ import torch
 from harness import DEVICE, GPU, Unavailable, ceilings, one_line, tail
 from torch import Tensor, nn
 
+from afina.engine.known_models import KNOWN
 from afina.engine.linear import Linear
 from afina.engine.lora import linears, new_adapter
 from afina.engine.model import GPT
@@ -57,39 +59,10 @@ class Shape(NamedTuple):
     method: str = "full"
     checkpointing: bool = False
     target: dict[str, float] | None = None  # what ours has to reach
+    micro_batches: int = 1  # in a step
+    optim: str = "adamw"
 
 
-def qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int = 151_936) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "vocab_size": vocab,
-    }
-
-
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 5e5,
-    "tie_word_embeddings": False,
-    "vocab_size": 128_256,
-}
 TARGETS = {
     "lora": {"tokens_per_second": 13_000, "peak_mb": 30_000},
     "lora+checkpointing": {"peak_mb": 19_000},
@@ -112,18 +85,34 @@ def adapted(name: str, config: dict[str, Any], rows: int, length: int, targets: 
     }
 
 
-QWEN = {"Qwen2.5-0.5B": qwen(896, 4864, 24, 14, 2), "Qwen2.5-1.5B": qwen(1536, 8960, 28, 12, 2)}
-TINY = qwen(64, 160, 2, 4, 2, 512)
+QWEN = {"Qwen2.5-0.5B": KNOWN["qwen2.5-0.5b"], "Qwen2.5-1.5B": KNOWN["qwen2.5-1.5b"]}
+LLAMA_8B = KNOWN["llama-3-8b"]
+TINY = QWEN["Qwen2.5-0.5B"] | {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512,
+}  # fmt: skip
+
+
+def like_llmq(name: str, rows: int, length: int, micro_batches: int, speed: float | None) -> dict[str, Shape]:
+    """LLM.Q's settings: steps of 524,288 tokens, bf16 weights and moments; its speed on an H100 is to be reached."""
+    target = None if speed is None else {"tokens_per_second": speed}
+    shape = Shape(QWEN.get(name, TINY), rows, length, target=target, micro_batches=micro_batches)
+    return {f"{name} 524k": shape._replace(optim="adamw_bf16" if GPU else "adamw_8bit")}
+
+
 SHAPES = {
     "gpu": {
         "Qwen2.5-0.5B": Shape(QWEN["Qwen2.5-0.5B"], 16, 1024),
         "Qwen2.5-1.5B": Shape(QWEN["Qwen2.5-1.5B"], 8, 1024),
+        **like_llmq("Qwen2.5-0.5B", 16, 1024, 32, 150_000),
+        **like_llmq("Qwen2.5-1.5B", 8, 1024, 64, 60_000),
         **adapted("Llama-3-8B", LLAMA_8B, 2, 2048, targets=True),
         **adapted("Qwen2.5-1.5B", QWEN["Qwen2.5-1.5B"], 2, 2048),
         **adapted("Qwen2.5-0.5B", QWEN["Qwen2.5-0.5B"], 2, 2048),
     },
     "cpu": {
         "tiny": Shape(TINY, 4, 64),
+        **like_llmq("tiny", 2, 64, 2, None),
         **adapted("tiny-llama", TINY | {"model_type": "llama", "tie_word_embeddings": False}, 2, 32),
         **adapted("tiny", TINY, 2, 32),
     },
@@ -139,6 +128,7 @@ class Engine(NamedTuple):
 
 def afina(shape: Shape) -> Engine:
     if DEVICE.type == "cuda":
+        print("the kernels' self-test: its first compilation takes 35 to 40 s", file=sys.stderr, flush=True)
         verify(DEVICE)  # as loading a model does
     model = GPT(ModelConfig.from_hf(shape.config), device="meta", dtype=dtype())
     model.hf_config = shape.config
@@ -149,7 +139,8 @@ def afina(shape: Shape) -> Engine:
     if shape.method != "full":
         new_adapter(model, AdapterConfig(r=RANK, alpha=ALPHA), targets=["all-linear"], seed=0)
     model.gradient_checkpointing = shape.checkpointing
-    optimizer = AdamW(model.train(), decay=model.decay_parameters() if shape.method == "full" else set())
+    decay = model.decay_parameters() if shape.method == "full" else set()
+    optimizer = AdamW(model.train(), decay=decay, variant=shape.optim)
 
     def step(ids: Tensor) -> Tensor:
         rows, length = ids.shape
@@ -157,7 +148,7 @@ def afina(shape: Shape) -> Engine:
         if shape.method != "full":
             ids, starts = ids.view(1, -1), torch.arange(rows + 1, dtype=torch.int32) * length
         batch = MicroBatch(ids, ids, starts, list(range(rows)), rows * (length - 1), ids.numel())
-        return finished(optimizer, accumulate(model, [batch]), RATES[shape.method])
+        return finished(optimizer, accumulate(model, [batch] * shape.micro_batches), RATES[shape.method])
 
     return Engine(step, trained(model))
 
@@ -289,7 +280,7 @@ def measure(provider: str, shape: Shape, rows: int, warmup: int, seconds: float)
     first, last = losses[0], losses[-1]
     if not last < first:  # NaN is not
         raise Unavailable(f"wrong: the loss went from {first:.4f} to {last:.4f} on the same rows")
-    tokens = steps * rows * shape.length / taken
+    tokens = steps * rows * shape.length * shape.micro_batches / taken
     config = shape.config
     dim = config["hidden_size"] // config["num_attention_heads"]
     parameters = ModelConfig.from_hf(config).num_parameters()
@@ -381,7 +372,7 @@ def main() -> int:
             continue
         speeds: dict[str, float] = {}
         for name, shape in chosen.items():
-            if not takes(provider, shape.method):
+            if not takes(provider, shape.method) or (shape.micro_batches > 1 and provider != "afina"):
                 continue
             if time.monotonic() > deadline:
                 print(dumps(heading(name, shape, provider) | {"skipped": "time limit"} | tail()), flush=True)

@@ -1,10 +1,10 @@
-"""All that a GPU is needed for, in two commands of under nine minutes: the kernels' tests and all op benchmarks; then
-training, full and with adapters.
+"""All that a GPU is needed for, in parts that each end in time and begin with what answers most.
 
-    python benchmarks/gpu_suite.py                                   # into benchmarks/results/gpu_<device>/
-    python benchmarks/gpu_suite.py --part training                   # into benchmarks/results/gpu_<device>_training/
-    python benchmarks/gpu_suite.py --output results --minutes 9
-    python benchmarks/gpu_suite.py --only attention train
+    python benchmarks/gpu_suite.py --first       # 240 s: ceilings, all GPU tests, attention beside flash and cuDNN
+    python benchmarks/gpu_suite.py --second      # 300 s: other ops with one peer each, tuning, a first training step
+    python benchmarks/gpu_suite.py --training    # 400 s: LLM.Q's settings, 8B LoRA beside PEFT
+    python benchmarks/gpu_suite.py               # 522 s: the tests and all op benchmarks beside all peers
+    python benchmarks/gpu_suite.py --first --output results --seconds 200
 
 It needs no network and installs nothing: this repository need not be installed, and peers that are not importable
 become skipped rows. Each stage is a process of its own with its own time limit; what a stage leaves of its time goes
@@ -43,6 +43,24 @@ LEAST = 8.0  # seconds with which a stage is not worth beginning
 class Stage(NamedTuple):
     name: str
     weight: float  # its share of the time left is its weight over the weights left
+    script: str = ""  # of this folder; default: bench_NAME.py
+    arguments: tuple[str, ...] = ()
+    gpu_arguments: tuple[str, ...] = ()  # on a GPU alone: cases of its sizes
+
+
+def attention(*providers: str) -> tuple[Stage, ...]:
+    """Each in a process of its own: a kernel that waits for what never comes takes nobody with it."""
+    cases = ("--cases", "hd128 causal", "hd128 packed")
+    return tuple(Stage(f"attention-{p}", 27, "bench_attention.py", ("--providers", p), cases) for p in providers)
+
+
+def training(name: str, weight: float, method: str, *providers: str, cases: str) -> Stage:
+    arguments = ("--methods", method, "--providers", *providers)
+    return Stage(name, weight, "bench_train_gpu.py", arguments, ("--cases", cases))
+
+
+def beside(op: str, weight: float, peer: str) -> Stage:
+    return Stage(op, weight, arguments=("--providers", "afina", peer))
 
 
 KERNELS = (
@@ -56,31 +74,45 @@ KERNELS = (
     Stage("decode", 25),
     Stage("nf4", 10),
 )
-TRAINING = (Stage("train", 80), Stage("lora", 350))
-PARTS = {"kernels": KERNELS, "training": TRAINING}
-STAGES = (*KERNELS, *TRAINING)
-# Stages that bench_train_gpu.py does, and how it is asked.
-METHODS = {"train": ["--methods", "full"], "lora": ["--methods", "lora", "qlora"]}
+# In order of worth, so that what is cut off is worth least.
+FIRST = (Stage("tests", 100), *attention("afina", "flash", "cudnn"))
+SECOND = (
+    beside("cross_entropy", 40, "torch-linear"),
+    beside("norm", 25, "torch"),
+    beside("adamw", 25, "torch-fused"),
+    beside("decode", 25, "flash"),
+    Stage("tune", 80, "tune.py", ("attention_forward", "attention_dkdv", "attention_dq", "--dry-run", "--quick")),
+    training("train-0.5b", 70, "full", "afina", cases="Qwen2.5-0.5B"),
+)
+TRAINING = (
+    training("full-0.5b", 70, "full", "afina", cases="Qwen2.5-0.5B 524k"),
+    training("lora-8b", 90, "lora", "afina", cases="Llama-3-8B"),
+    training("full-1.5b", 80, "full", "afina", cases="Qwen2.5-1.5B 524k"),
+    training("lora-8b-peft", 110, "lora", "peft", cases="Llama-3-8B"),
+)
+PARTS = {"kernels": (522, KERNELS), "first": (240, FIRST), "second": (300, SECOND), "training": (400, TRAINING)}
+CPU_SECONDS = 115.0  # of a part on a CPU, where it only shows that everything runs
 PLOT_SECONDS = 20.0
 
 
-def allowance(left: float, index: int, stages: tuple[Stage, ...] = STAGES) -> float:
+def allowance(left: float, index: int, stages: tuple[Stage, ...]) -> float:
     """Seconds for a stage, of what is left before the deadline."""
     return max(0.0, left) * stages[index].weight / sum(stage.weight for stage in stages[index:])
 
 
 def test_files(importable: set[str]) -> tuple[list[str], list[str]]:
-    """Tests of kernels or marked gpu whose imports are there; and those left out, with the reason."""
+    """Tests of kernels, and of other files those marked gpu, whose imports are there; and files left out, and why."""
     run, out = [], []
     for file in sorted((REPO / "tests").rglob("test_*.py")):
-        text = file.read_text()
-        if "kernel_checks" not in text and "mark.gpu" not in text:
+        text, name = file.read_text(), file.relative_to(REPO).as_posix()
+        marked = re.findall(r"^@pytest\.mark\.gpu\b(?:.*\n)*?def (test_\w+)", text, re.MULTILINE)
+        if "kernel_checks" not in text and not marked:
             continue
         needed = {"hypothesis"} if "kernel_checks" in text or "hypothesis" in text else set()
         if missing := needed - importable:
             out.append(f"{file.name}: needs {', '.join(sorted(missing))}")
         else:
-            run.append(file.relative_to(REPO).as_posix())
+            run += [name] if "kernel_checks" in text else [f"{name}::{test}" for test in marked]
     return run, out
 
 
@@ -91,14 +123,14 @@ def pytest_command(files: list[str], importable: set[str], cpus: int) -> list[st
         command += ["--timeout=120"]
     if "xdist" in importable:
         # Compiling takes most of the time, and each worker compiles on a core of its own.
-        command += ["-n", str(max(1, min(8, cpus // 2))), "--dist", "worksteal"]
+        command += ["-n", str(max(1, min(14, cpus - 2))), "--dist", "worksteal"]
     return command + files
 
 
 class Suite:
-    def __init__(self, folder: Path, minutes: float, gpu: bool) -> None:
+    def __init__(self, folder: Path, seconds: float, gpu: bool) -> None:
         self.folder, self.gpu = folder, gpu
-        self.deadline = time.monotonic() + 60 * minutes
+        self.deadline = time.monotonic() + seconds
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.log = (folder / "suite.log").open("w")
@@ -159,6 +191,8 @@ class Suite:
             self.stage("tests", skipped="; ".join(left_out) or "no test of a kernel")
             return
         command = pytest_command(files, importable, os.cpu_count() or 1)
+        if not self.gpu:
+            command.append("--collect-only")  # the interpreter would take an hour
         with (self.folder / "tests.log").open("w") as file:
             file.write(" ".join(["python", *command[1:]]) + "\n")
             file.flush()
@@ -169,27 +203,31 @@ class Suite:
             facts["skipped"] = "time limit: see tests.log for what ran"
         self.stage("tests", **facts)
 
-    def benchmark(self, name: str, limit: float) -> None:
+    def benchmark(self, stage: Stage, limit: float) -> None:
         """One script's rows; again without a provider that broke the GPU's context."""
-        script = HERE / ("bench_train_gpu.py" if name in METHODS else f"bench_{name}.py")
+        name = stage.name
+        script = HERE / (stage.script or f"bench_{name}.py")
         ends = time.monotonic() + limit
         without: list[str] = []
         while True:
             left = ends - time.monotonic()
             command = [sys.executable, str(script), "--seconds", f"{max(1.0, left - START):.0f}"]
-            command += METHODS.get(name, [])
-            command += [] if self.gpu else ["--quick"]
+            command += [*stage.arguments, *(stage.gpu_arguments if self.gpu else ("--quick",))]
             command += ["--without", *without] if without else []
             temporary = self.folder / "rows.tmp"
-            extra = {} if self.gpu or name in METHODS else {"TRITON_INTERPRET": "1"}
+            extra = {} if self.gpu or script.name == "bench_train_gpu.py" else {"TRITON_INTERPRET": "1"}
             with temporary.open("w") as file:
                 status, seconds = self.run(command, left + GRACE - LAST_WORDS, file, self.log, **extra)
             lost = self.take(temporary)
             temporary.unlink()
             shown = " ".join(["python", str(script.relative_to(REPO)), *command[2:]])
             facts: dict[str, Any] = {"status": status, "seconds": seconds, "command": shown}
+            if not self.gpu:
+                facts["note"] = "CPU: no statement of speed"
             if status is None:
                 facts["skipped"] = "time limit: rows after the last one"
+            elif status == 2:
+                facts["skipped"] = "the script cannot do this here: suite.log says why"
             if lost:
                 facts["lost"] = lost
             self.stage(name, **facts)
@@ -227,7 +265,9 @@ class Suite:
 
 def summary(log: str) -> str:
     """pytest's last line, as far as there is one."""
-    lines = [line.strip("= ") for line in log.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    lines = [
+        line.strip("= ") for line in log.splitlines() if re.search(r"\d+ (passed|failed|error|tests? collected)", line)
+    ]
     return lines[-1] if lines else ""
 
 
@@ -241,34 +281,37 @@ def device() -> tuple[bool, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for part, (seconds, stages) in PARTS.items():
+        names = ", ".join(stage.name for stage in stages)
+        parser.add_argument(f"--{part}", dest="part", action="store_const", const=part, help=f"{seconds} s: {names}")
     parser.add_argument(
-        "--part", choices=PARTS, default="kernels", help="tests and op benchmarks, or training (default kernels)"
+        "--output", type=Path, help="folder for the files (default: benchmarks/results/gpu_<device>[_PART])"
     )
-    parser.add_argument(
-        "--output", type=Path, help="folder for the files (default: benchmarks/results/gpu_<device>, or ..._training)"
-    )
-    parser.add_argument("--minutes", type=float, default=8.7, help="deadline for all of it (default 8.7)")
-    names = [stage.name for stage in STAGES]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="STAGE", help=f"instead of a part: some of {', '.join(names)}"
-    )
+    parser.add_argument("--seconds", type=float, help="deadline for all of it (default: the part's)")
+    known = list(dict.fromkeys(stage.name for _, stages in PARTS.values() for stage in stages))
+    parser.add_argument("--only", nargs="+", choices=known, metavar="STAGE", help="of the part, or else of all parts")
+    parser.set_defaults(part="kernels")
     args = parser.parse_args()
     gpu, name = device()
     name += "" if args.part == "kernels" else f"_{args.part}"
-    suite = Suite(args.output or HERE / "results" / f"gpu_{name}", args.minutes, gpu)
+    seconds, stages = PARTS[args.part]
+    suite = Suite(
+        args.output or HERE / "results" / f"gpu_{name}", args.seconds or (seconds if gpu else CPU_SECONDS), gpu
+    )
     suite.environment()
-    stages = PARTS[args.part]
     if args.only:
-        stages = tuple(stage for stage in STAGES if stage.name in args.only)
+        everywhere = {stage.name: stage for _, other in PARTS.values() for stage in reversed(other)}
+        here = {stage.name: stage for stage in stages}
+        stages = tuple((everywhere | here)[name] for name in args.only)
     for i, stage in enumerate(stages):
-        left = suite.deadline - time.monotonic() - PLOT_SECONDS - GRACE
+        left = suite.deadline - time.monotonic() - (PLOT_SECONDS + GRACE if gpu else LAST_WORDS)
         limit = allowance(left, i, stages)
         if limit < LEAST:
             suite.stage(stage.name, skipped="the deadline is near")
         elif stage.name == "tests":
             suite.tests(limit)
         else:
-            suite.benchmark(stage.name, limit)
+            suite.benchmark(stage, limit)
     if suite.rows:
         suite.plots(max(5.0, suite.deadline - time.monotonic()))
     suite.log.close()

@@ -634,26 +634,59 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 def test_time_is_shared_out() -> None:
-    stages = gpu_suite.STAGES
-    assert {stage.name for stage in stages} == {*SCRIPTS, "tests", "train", "lora"}
-    assert [stage.name for part in gpu_suite.PARTS.values() for stage in part] == [stage.name for stage in stages]
-    left, whole = 500.0, 0.0
-    for i in range(len(stages)):
-        share = gpu_suite.allowance(left - whole, i)
-        assert share > 0
-        whole += share
-    assert whole == pytest.approx(left)
+    for seconds, stages in gpu_suite.PARTS.values():
+        assert sum(stage.weight for stage in stages) <= seconds - gpu_suite.GRACE
+        left, whole = float(seconds), 0.0
+        for i in range(len(stages)):
+            share = gpu_suite.allowance(left - whole, i, stages)
+            assert share > 0
+            whole += share
+        assert whole == pytest.approx(left)
+    stages = gpu_suite.KERNELS
+    assert {stage.name for stage in stages} == {*SCRIPTS, "tests"}
     # What one leaves, the next ones share; the last may take all.
-    assert gpu_suite.allowance(500.0, 3) > gpu_suite.allowance(400.0, 3)
-    assert gpu_suite.allowance(77.0, len(stages) - 1) == 77.0
-    assert gpu_suite.allowance(-5.0, 0) == 0.0
+    assert gpu_suite.allowance(500.0, 3, stages) > gpu_suite.allowance(400.0, 3, stages)
+    assert gpu_suite.allowance(77.0, len(stages) - 1, stages) == 77.0
+    assert gpu_suite.allowance(-5.0, 0, stages) == 0.0
+
+
+def test_what_a_part_does_first() -> None:
+    """The most worth first, the whole in the time that there is; each attention in a process of its own."""
+    parts = {part: (seconds, [stage.name for stage in stages]) for part, (seconds, stages) in gpu_suite.PARTS.items()}
+    assert parts["first"] == (240, ["tests", "attention-afina", "attention-flash", "attention-cudnn"])
+    assert parts["second"] == (300, ["cross_entropy", "norm", "adamw", "decode", "tune", "train-0.5b"])
+    assert parts["training"] == (400, ["full-0.5b", "lora-8b", "full-1.5b", "lora-8b-peft"])
+    first = gpu_suite.PARTS["first"][1]
+    assert gpu_suite.allowance(240 - gpu_suite.GRACE - gpu_suite.PLOT_SECONDS, 0, first) <= 115
+    for _, stages in gpu_suite.PARTS.values():
+        for stage in stages:
+            assert stage.name == "tests" or (gpu_suite.HERE / (stage.script or f"bench_{stage.name}.py")).is_file()
+    shapes = bench_train_gpu.SHAPES["gpu"]
+    for stage in (*gpu_suite.SECOND[-1:], *gpu_suite.TRAINING):
+        (_, word), method = stage.gpu_arguments, stage.arguments[1]
+        assert any(word in name and shape.method == method for name, shape in shapes.items())
+    llmq = [shape for name, shape in shapes.items() if name.endswith("524k")]
+    assert [shape.rows * shape.length * shape.micro_batches for shape in llmq] == [524_288] * 2
+
+
+@pytest.mark.slow
+def test_a_part_runs_through_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(gpu_suite.HERE / "gpu_suite.py"), "--training", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "out/environment.jsonl").read_text().splitlines()]
+    stages = [row for row in rows if row.get("row") == "stage"]
+    assert [row["stage"] for row in stages][:4] == [stage.name for stage in gpu_suite.TRAINING]
+    if not torch.cuda.is_available():
+        assert all(row.get("note") == "CPU: no statement of speed" for row in stages[:4] if "skipped" not in row)
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert "timed rows" in done.stdout
 
 
 def test_which_tests_run_how() -> None:
     files, left_out = gpu_suite.test_files({"hypothesis"})
     assert {
         "tests/kernels/test_attention.py",
-        "tests/benchmarks/test_benchmarks.py",
+        "tests/engine/test_train.py::test_steps_never_wait_for_the_gpu",
         "tests/kernels/test_norm.py",
     } <= set(files)
     assert "tests/loaders/data/test_rows.py" not in files
@@ -664,7 +697,7 @@ def test_which_tests_run_how() -> None:
     assert "-n" not in bare
     assert not any(word.startswith("--timeout") for word in bare)
     full = gpu_suite.pytest_command(["tests/kernels/test_norm.py"], {"xdist", "pytest_timeout"}, 16)
-    assert full[full.index("-n") + 1] == "8"
+    assert full[full.index("-n") + 1] == "14"
     assert "--timeout=120" in full
     assert gpu_suite.summary("x\n== 1 failed, 5 passed in 3.1s ==\n") == "1 failed, 5 passed in 3.1s"
     assert gpu_suite.summary("cut off") == ""
@@ -684,7 +717,7 @@ def test_an_op_goes_on_without_what_broke_the_gpu(tmp_path: Path, monkeypatch: p
         return (None if again else gpu_suite.DEVICE_LOST), 1.0
 
     monkeypatch.setattr(suite, "run", run)
-    suite.benchmark("activation", 60.0)
+    suite.benchmark(gpu_suite.Stage("activation", 1), 60.0)
     suite.log.close()
     assert "--methods" not in commands[0]
     assert "--quick" not in commands[0]
@@ -697,9 +730,9 @@ def test_an_op_goes_on_without_what_broke_the_gpu(tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.jsonl", "environment.jsonl", "suite.log"]
 
 
-@pytest.mark.parametrize(("name", "methods"), [("train", ["full"]), ("lora", ["lora", "qlora"])])
-def test_training_has_two_stages(name: str, methods: list[str], tmp_path: Path, monkeypatch: Any) -> None:
-    suite = gpu_suite.Suite(tmp_path, 9, gpu=True)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_stage_has_arguments_of_its_own(gpu: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    suite = gpu_suite.Suite(tmp_path, 9, gpu=gpu)
     commands: list[list[str]] = []
 
     def run(command: list[str], limit: float, out: Any, err: Any, **env: str) -> tuple[int | None, float]:
@@ -707,11 +740,12 @@ def test_training_has_two_stages(name: str, methods: list[str], tmp_path: Path, 
         return 0, 1.0
 
     monkeypatch.setattr(suite, "run", run)
-    suite.benchmark(name, 60.0)
+    suite.benchmark(gpu_suite.TRAINING[1], 60.0)
     suite.log.close()
     ((_, script, *rest),) = commands
     assert Path(script).name == "bench_train_gpu.py"
-    assert rest == ["--seconds", "55", "--methods", *methods]
+    sizes = ["--cases", "Llama-3-8B"] if gpu else ["--quick"]
+    assert rest == ["--seconds", "55", "--methods", "lora", "--providers", "afina", *sizes]
 
 
 def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
