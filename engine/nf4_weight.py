@@ -110,9 +110,9 @@ def shapes_of_nf4(rows: int, width: int, dtype: torch.dtype) -> NF4Weight:
     blocks = -(-count // blocksize)
     with torch.device("meta"):
         packed, absmax = (torch.empty(size, dtype=torch.uint8) for size in ((-(-count // 2), 1), (blocks,)))
-        nested = {"offset": torch.empty(()), "nested_absmax": torch.empty(-(-blocks // NESTED))}
-        code, nested_code = torch.empty(16), torch.empty(256)
-    state = NF4State(absmax, (rows, width), dtype, blocksize, code, nested_code=nested_code, **nested)
+        code, offset = torch.empty(16), torch.empty(())
+        nested = torch.empty(-(-blocks // NESTED)), torch.empty(256)
+    state = NF4State(absmax, (rows, width), dtype, blocksize, code, offset, *nested)
     return NF4Weight([(0, rows, packed, state)])
 
 

@@ -154,7 +154,7 @@ class Planner:
         forward = c.num_layers * (matrices + attention)
         head = c.vocab_size * c.hidden_size
         # Forward, gradients of the inputs, and of the weights where all are trained.
-        work = (3 if self.config.method == "full" else 2) * (forward + head)
+        work = (3.0 if self.config.method == "full" else 2.0) * (forward + head)
         # What is cheap to compute again, and the way to the host and back, are no products: they only decide ties.
         work += {"keep": 0.0, "selective": 0.01, "full": 1.0, "offload": 1.01}[policy] * forward
         return work + 1.5 * lean * head
@@ -207,8 +207,8 @@ def what_would_fit(planner: Planner, hf: Mapping[str, Any], memory: int) -> list
 
 def _with_method(config: TrainConfig, method: str) -> TrainConfig:
     """The run by another method, with that method's own defaults."""
-    kept = ("model", "config", "init", "tokenizer", "data", "output_dir", "dtype", "max_length", "batch_size")
-    kept += ("activation_policy", "lean_loss")
+    kept = ["model", "config", "init", "tokenizer", "data", "output_dir", "dtype", "max_length", "batch_size"]
+    kept += ["activation_policy", "lean_loss"]
     return TrainConfig(**{name: getattr(config, name) for name in kept}, method=method)
 
 
