@@ -413,19 +413,22 @@ def _dkdv_rows(
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # One loop goes over the tiles of all heads. What it loads must not depend on a branch, or no load could run ahead.
+    # It carries two numbers from which all addresses follow: pointers of their own would take registers that are full.
     tiles = tl.cdiv(tl.maximum(seen.stop - seen.start, 0), BLOCK_M)
     query_start = seen.start
-    head_start = 0  # of lse and delta
+    head = 0  # of those that share the keys
     for _ in range(shape.GROUP * tiles):
         needs_mask = _needs_mask(seen, query_start, query_start + BLOCK_M, variant.CAUSAL)
 
         # Load the queries and what the forward pass saved of them.
         column = tl.arange(0, BLOCK_M)
         inside = column < seen.stop - query_start
-        query = _load_tile(_from_token(q, query_start), column, seen.stop - query_start, shape)
-        do = _load_tile(_from_token(dout, query_start), column, seen.stop - query_start, shape)
-        column_lse = tl.load(lse + head_start + query_start + column, mask=inside, other=0.0)
-        column_delta = tl.load(delta + head_start + query_start + column, mask=inside, other=0.0)
+        head_wide, start_wide = tl.cast(head, tl.int64), tl.cast(query_start, tl.int64)
+        query = _load_tile(_begun_at(q, 0, head_wide, start_wide), column, seen.stop - query_start, shape)
+        do = _load_tile(_begun_at(dout, 0, head_wide, start_wide), column, seen.stop - query_start, shape)
+        at = head * queries + query_start + column
+        column_lse = tl.load(lse + at, mask=inside, other=0.0)
+        column_delta = tl.load(delta + at, mask=inside, other=0.0)
 
         # Scores, and p from the log-sum-exp.
         s = tl.dot(key, tl.trans(query), input_precision="ieee")
@@ -451,9 +454,8 @@ def _dkdv_rows(
         # Go on to the next tile, or to the first of the next head.
         is_last = query_start + BLOCK_M >= seen.stop
         query_start = tl.where(is_last, seen.start, query_start + BLOCK_M)
-        q = _moved(q, tl.where(is_last, q.stride_head, 0))
-        dout = _moved(dout, tl.where(is_last, dout.stride_head, 0))
-        head_start += tl.where(is_last, queries, 0)
+        if shape.GROUP > 1:
+            head += tl.where(is_last, 1, 0)
 
     # Store.
     _store_tile(dk, dk_acc * scales.grad_scale, row, row_stop, shape)
