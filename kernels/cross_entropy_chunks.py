@@ -6,7 +6,7 @@ first product; `cross_entropy.py` says what is computed, and what it costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ CPU_PITCH = 1000  # From so many columns on, the rows of a chunk's logits are al
 # On a GPU the products want thousands of rows, whatever the vocabulary. A chunk has the larger number of rows where
 # their logits take no more than these bytes.
 GPU_CHUNK_BYTES = 1_100_000_000
+GPU_CHUNK_SHARE = 64  # of a GPU's memory, where that is more: 1.3 GB on an H100, 2.3 on an H200
 GPU_CHUNK_ROWS = (2048, 4096)
 # The lean mode holds one tile of logits, and those rows of a gradient that are being summed in fp32.
 TILE_BYTES = {"torch": 16 << 20, "triton": 32 << 20}  # The torch path makes another tile or two on the way.
@@ -150,7 +151,7 @@ def head_loss(
     head = _Head(hidden, weight, bias, where, targets, rates, options, compute, scale, wanted[1])
     losses = torch.zeros(rows, dtype=wide, device=device)
     new = torch.empty if count else torch.zeros
-    size = _chunk_rows(weight.shape[0], count, compute, options.backend, wanted[1])
+    size = _chunk_rows(weight.shape, count, compute, options.backend, wanted[1], _room(device))
     # A single chunk's product is the weight's gradient: nothing is added to it, so it may be rounded at once.
     whole = weight.dtype if options.lean else compute if count <= size else wide
     gradients = _Gradients(
@@ -172,7 +173,7 @@ def workspace_bytes(weight: Tensor, rows: int, *, learns: bool, softcap: float |
     weight (V, C) may be on meta; `rows` are those that count, and `learns` says whether its gradient is wanted.
     """
     vocab, compute, wide = weight.shape[0], _compute_dtype(weight, backend), wide_dtype(weight.dtype)
-    size = _chunk_rows(vocab, rows, compute, backend, learns)
+    size = _chunk_rows(weight.shape, rows, compute, backend, learns, _room(weight.device))
     logits = min(size, rows) * _pitch(vocab, backend) * (compute if backend == "triton" else wide).itemsize
     if backend == "torch" and softcap is not None:
         logits *= 3  # The torch path makes the slope of the cap in two steps.
@@ -198,13 +199,30 @@ def _pitch(vocab: int, backend: str) -> int:
     return 64 * cdiv(vocab, 64) if backend == "triton" or vocab > CPU_PITCH else vocab
 
 
-def _chunk_rows(vocab: int, count: int, compute: torch.dtype, backend: str, learns: bool) -> int:
-    """How many of `count` rows of logits are made at a time; `learns`: whether the weight's gradient is wanted."""
+def _room(device: torch.device) -> int:
+    """How many bytes of logits a chunk may have, by the GPU's memory; for a tensor on meta that of the GPU here."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return GPU_CHUNK_BYTES
+    gpu = device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    return max(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(gpu).total_memory // GPU_CHUNK_SHARE)
+
+
+def _chunk_rows(
+    shape: Sequence[int], count: int, compute: torch.dtype, backend: str, learns: bool, room: int = GPU_CHUNK_BYTES
+) -> int:
+    """How many of `count` rows of logits are made at a time.
+
+    shape: (V, C) of the weight; `learns`: whether its gradient is wanted; `room`: the bytes that a chunk may have.
+    """
+    vocab, width = shape
     if backend == "torch":
         return max(CHUNK_ROWS[0], min(CHUNK_ROWS[1], CHUNK_BYTES // (4 * max(1, vocab))))
     few, many = GPU_CHUNK_ROWS
     # Another chunk costs something only where its share must be added to the weight's gradient.
-    most = many if learns and many * vocab * compute.itemsize <= GPU_CHUNK_BYTES else few
+    most = many if learns and many * vocab * compute.itemsize <= room else few
+    # Several chunks sum a 16-bit gradient in fp32, V x C of 4 bytes: 2 C more rows of logits take no more room.
+    if learns and compute.itemsize == 2 and count <= most + 2 * width:
+        most = max(most, 128 * cdiv(count, 128))
     # Chunks of nearly one size are faster than whole ones and a sliver at the end.
     return min(most, 128 * cdiv(cdiv(count, max(1, cdiv(count, most))), 128)) or most
 
@@ -212,7 +230,7 @@ def _chunk_rows(vocab: int, count: int, compute: torch.dtype, backend: str, lear
 def _run_chunks(head: _Head, losses: Tensor, gradients: _Gradients) -> None:
     """Fill `losses` (N,) and the gradients chunk by chunk: rows of `hidden`, each with all columns of its logits."""
     (vocab, _), count, wide, device = head.weight.shape, head.targets.numel(), losses.dtype, losses.device
-    size = _chunk_rows(vocab, count, head.compute, head.options.backend, head.learns)
+    size = _chunk_rows(head.weight.shape, count, head.compute, head.options.backend, head.learns, _room(device))
     triton, pitch = head.options.backend == "triton", _pitch(vocab, head.options.backend)
     dhidden, dweight, dbias = gradients
     matrix = head.weight.to(head.compute)

@@ -207,7 +207,7 @@ def _triton(
     columns = power_of_two(dim, 16)
     work = batch * key_heads * cdiv(group, HEADS)
     span = room if window is None else min(room, window)
-    splits = max(1, min(cdiv(programs, work), cdiv(span, row["BLOCK"])))
+    splits = _splits(work, programs, cdiv(span, row["BLOCK"]))
     parts = None
     if splits > 1:
         o = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
@@ -222,6 +222,16 @@ def _triton(
         row = config("decode_combine", q.device)
         launch(_decode_combine, (batch * heads,), parts, out, splits, dim, DIM=columns, **row)
     return out
+
+
+def _splits(work: int, slots: int, tiles: int) -> int:
+    """Into how many parts the keys of each of `work` rows of heads are split, where `slots` programs run at a time.
+
+    So many programs take ceil(work * splits / slots) rounds of 1 / splits of the keys each. That is made least, with
+    as few parts as do it, since what a part leaves must be combined; more than twice what fills the slots never pays.
+    """
+    most = min(tiles, 2 * cdiv(slots, work))
+    return min(range(1, max(1, most) + 1), key=lambda splits: (cdiv(work * splits, slots) / splits, splits))
 
 
 @torch.no_grad()

@@ -213,9 +213,16 @@ def _norm_backward(
 
 
 @lru_cache
-def programs(device: torch.device) -> int:
-    """Return how many programs share a backward pass that sums weight gradients: the device alone decides it."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def programs(options: dict[str, Any], device: torch.device) -> int:
+    """Return how many programs share a backward pass that sums weight gradients: device and launch table decide it.
+
+    Takes PROGRAMS_PER_SM out of the launch options.
+    """
+    return options.pop("PROGRAMS_PER_SM") * _multiprocessors(device)
 
 
 def _tile(kernel: str, device: torch.device, width: int) -> tuple[int, int, dict[str, Any]]:
@@ -279,11 +286,12 @@ def launch_backward(
     x_view, dy_view = _view(_rows(x, inner)), _view(_rows(dy, inner))
     dtotal_view = _view(None if dtotal is None else _rows(dtotal, inner))
     block, height, options = _tile("norm_backward", x.device, width)
+    most = programs(options, x.device)
     means = None
     if block < width:
         means = torch.empty(count, 2, dtype=torch.float32, device=x.device)
         launch(_norm_means, (count,), dy_view, x_view, affine, stats, means, inner, width, BLOCK=block, **options)
-    shares = min(cdiv(count, height), programs(x.device)) if any(wanted) else cdiv(count, height)
+    shares = min(cdiv(count, height), most) if any(wanted) else cdiv(count, height)
     parts = [torch.empty(shares, width, dtype=torch.float32, device=x.device) if want else None for want in wanted]
     launch(
         _norm_backward, (shares, cdiv(width, block)), dy_view, dtotal_view, x_view, affine, stats, means, dx, *parts,

@@ -291,11 +291,12 @@ class TritonRope(torch.autograd.Function):
             q_grad, k_grad = (torch.empty(s, dtype=x.dtype, device=x.device) for s, x in zip(shapes, (q, k)))
             tokens, sums = q.shape[0] * q.shape[1], None
             shares = tokens
-            if needed[4] or needed[5]:
-                shares = min(shares, programs(q.device))
-                sums = torch.empty(shares, 2, q.shape[-1], dtype=torch.float32, device=q.device)
             sizes = Sizes(q.shape[2], k.shape[2], cos.shape[-1], q.shape[-1])
             tile, options = _tile("rope_norm_backward", sizes, q.device)
+            most = programs(options, q.device)
+            if needed[4] or needed[5]:
+                shares = min(shares, most)
+                sums = torch.empty(shares, 2, q.shape[-1], dtype=torch.float32, device=q.device)
             launch(
                 _rope_norm_backward, (shares,), _view(dq), _view(dk), _view(q), _view(k), q_grad, k_grad, sums,
                 Angles(cos, sin, cos.stride(0)), Norm(q_weight, k_weight, ctx.eps, ctx.offset), tokens, q.shape[1],

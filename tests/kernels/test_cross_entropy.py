@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -571,8 +572,8 @@ def test_wide_rows_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_a_chunk_on_a_gpu() -> None:
-    def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16, learns: bool = True) -> int:
-        return chunked._chunk_rows(vocab, count, dtype, "triton", learns)
+    def rows(count: int, vocab: int, dtype: torch.dtype = torch.bfloat16, learns: bool = True, **more: int) -> int:
+        return chunked._chunk_rows((vocab, more.pop("width", 0)), count, dtype, "triton", learns, **more)
 
     assert rows(100_000, 128_256) == 4096
     assert rows(100_000, 128_256, learns=False) == 2048  # nothing is added up, so half the room will do
@@ -581,6 +582,24 @@ def test_rows_of_a_chunk_on_a_gpu() -> None:
     assert rows(8192, 1000) == 4096
     assert rows(5, 1000) == 128
     assert rows(0, 1000) > 0
+    # Qwen's head just misses the room of a small GPU, and fits that of one of 80 GB.
+    assert rows(100_000, 151_936) == 2048
+    assert rows(100_000, 151_936, room=85_000_000_000 // chunked.GPU_CHUNK_SHARE) == 4096
+    # One chunk, as long as its logits take no more room than the sum in fp32 that several chunks need.
+    assert rows(4096 + 2 * 896, 128_256, width=896) == 4096 + 2 * 896
+    assert rows(4097 + 2 * 896, 128_256, width=896) == 3072  # two
+    for dtype, learns in ((torch.float32, True), (torch.bfloat16, False)):  # neither needs such a sum
+        assert rows(4096, 128_256, dtype, learns, width=4096) == 2048
+
+
+def test_room_for_a_chunk_by_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for total, room in ((24 << 30, 1_100_000_000), (141 << 30, 2_365_587_456)):
+        found = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
+        assert chunked._room(torch.device("cuda", 0)) == chunked._room(torch.device("meta")) == room
+        assert chunked._room(torch.device("cpu")) == 1_100_000_000
 
 
 def test_sums_of_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from afina.kernels import decode
 from afina.kernels.attention import attention
-from afina.kernels.decode import decode_attention, decode_attention_reference
+from afina.kernels.decode import _splits, decode_attention, decode_attention_reference
 
 
 def cache(lengths: list[int], room: int, heads: int, dim: int, seed: int, window: int | None = None) -> Tensor:
@@ -232,3 +233,14 @@ def test_triton_leaves_long_heads_to_torch(monkeypatch: pytest.MonkeyPatch) -> N
         decode_attention(q, k, k, lengths, backend="triton")
     monkeypatch.setenv("AFINA_BACKEND", "triton")
     assert_near([decode_attention(q, k, k, lengths)], [q], 1e-6)
+
+
+def test_splits_fill_whole_rounds_of_programs() -> None:
+    """132 multiprocessors with two programs each; 8 key heads, and 64 tiles of keys."""
+    assert [_splits(8 * batch, 264, 64) for batch in (1, 4, 16, 20, 33, 64)] == [33, 8, 2, 3, 1, 1]
+    assert _splits(8, 264, 5) == 5  # no part without a key
+    assert _splits(8, 264, 0) == 1
+    for work in range(1, 600):
+        best = _splits(work, 264, 64)
+        rounds = [-(-work * n // 264) / n for n in range(1, best + 1)]
+        assert min(rounds) == rounds[-1] < min(rounds[:-1], default=math.inf)

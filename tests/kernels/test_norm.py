@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from kernel_checks import (
 )
 from torch import Tensor
 
-from afina.kernels import norm_triton
+from afina.kernels import launch, norm_triton
 from afina.kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 
 KINDS = st.sampled_from(["dense", "strided", "broadcast"])
@@ -298,13 +299,32 @@ def test_triton_extreme_values(width: int) -> None:
         assert y[[0, 2]].isfinite().all()
 
 
+def _with_programs(count: int, *args: Any, **options: Any) -> dict[str, Any]:
+    row = launch.config(*args, **options)
+    return row | {"PROGRAMS_PER_SM": count} if "PROGRAMS_PER_SM" in row else row
+
+
 @pytest.mark.parametrize("width", [40, 100])
 def test_triton_any_number_of_programs_sums_all_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program takes all rows; or there are fewer programs than tiles of rows, or more."""
     inputs = [draw(11, width), draw(width, seed=1), draw(width, seed=2)]
     for count in (1, 2, 100):
-        monkeypatch.setattr(norm_triton, "programs", lambda device, count=count: count)
+        monkeypatch.setattr(norm_triton, "config", partial(_with_programs, count))
         assert_low_precision(
             partial(layer_norm, backend="triton"), torch_layer_norm, layer_norm_reference,
             [x.to(DEVICE) for x in inputs], torch.float32,
         )  # fmt: skip
+
+
+def test_programs_of_a_backward_pass_are_the_launch_tables_for_each_multiprocessor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    norm_triton._multiprocessors.cache_clear()
+    options = {"PROGRAMS_PER_SM": 5, "num_warps": 4}
+    assert norm_triton.programs(options, torch.device("cuda", 0)) == 5 * 132
+    assert options == {"num_warps": 4}  # the rest is the launch's
+    norm_triton._multiprocessors.cache_clear()
+    for kernel in ("norm_backward", "rope_norm_backward"):
+        assert all(row["PROGRAMS_PER_SM"] > 0 for row in launch.table()[kernel])
