@@ -54,7 +54,9 @@ def test_fails(tmp_path: Path, change: str, complaint: str) -> None:
 
 
 def test_a_kernel_that_no_op_covers_fails(tmp_path: Path) -> None:
-    code = RUN.format(change="table.clear(); table['other'] = []; compile_gate.OPS.clear()").replace('"glu", ', "")
+    code = RUN.format(
+        change="table.clear(); table['other'] = []; compile_gate.OPS.clear(); compile_gate.SOURCES.clear()"
+    ).replace('"glu", ', "")
     command = [sys.executable, "-c", code, str(tmp_path / "cache.json")]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stdout + done.stderr
