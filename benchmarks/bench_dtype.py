@@ -44,20 +44,13 @@ def train(job: str, dtype: str, folder: Path, args: argparse.Namespace) -> tuple
 
 
 def table(path: Path) -> str:
-    lines = [
-        "| Job | Steps | Dev loss at the start | fp32, at a fifth, half, the end | bf16, the same | gap at the end |"
-    ]
-    lines.append("| -- " * 6 + "|")
+    lines = ["| Job | Steps | Dev loss before | float32 | bfloat16 | bfloat16 less float32 |", "| -- " * 6 + "|"]
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        curves = [row[dtype]["curve"] for dtype in DTYPES]
-        last = curves[0][-1][0]
-        three = [
-            ", ".join(f"{min(curve, key=lambda point: abs(point[0] - share * last))[1]:.3f}" for share in (0.2, 0.5, 1))
-            for curve in curves
-        ]
+        steps, before = row["float32"]["curve"][-1][0], row["float32"]["curve"][0][1]
         gap = "{:+.4f} ({:+.4f} to {:+.4f})".format(*row["gap"])
-        lines.append(f"| {row['job']} | {last} | {curves[0][0][1]:.3f} | {three[0]} | {three[1]} | {gap} |")
+        best = [f"{row[dtype]['best']:.4f}" for dtype in DTYPES]
+        lines.append(f"| {row['job']} | {steps} | {before:.3f} | {best[0]} | {best[1]} | {gap} |")
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ def shown(figure: str, values: list[float]) -> str:
 
 def seconds(line: dict[str, Any]) -> str:
     took = line["seconds"]["training"]
-    return f"{took['cpu']:.0f} s of a core, {took['wall']:.0f} s by the clock"
+    return f"{took['cpu']:.0f} s of a core"
 
 
 def table(case: str, lines: list[dict[str, Any]]) -> str:
