@@ -301,7 +301,7 @@ def _published(place: Path) -> Iterator[Path]:
     try:
         with publish(place, replace=False) as working:
             yield working
-            if working.is_dir():
+            if working.is_dir() and not any(working.glob("*.gguf")):  # one file alone is checked by whoever takes it
                 write_manifest(working, {})
             _refuse_existing(place)  # again: it may have come meanwhile
         missing.clear()

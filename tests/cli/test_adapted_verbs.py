@@ -23,6 +23,7 @@ from afina.engine.weights import load_model
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.weights.peft import CONFIG, WEIGHTS
 from afina.loaders.weights.safetensors import read_safetensors, write_safetensors
+from afina.manifest import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -122,11 +123,12 @@ def test_freezing_changes_the_named_tensors_only(place: Path, tmp_path: Path) ->
 def test_a_run_says_what_it_will_take(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--model", str(place / "model"), "--data", str(place / "rows.jsonl"), "--max_steps", "1"]
     result = json_of(capsys, *argv, "--output_dir", str(tmp_path / "full"))["predicted_memory"]
-    assert (result["adapters"], result["gradients"]) == (0, result["weights"])
+    assert result["adapters"] == 0 < result["gradients"] <= result["weights"]
     assert run([*argv, "--output_dir", str(tmp_path / "lora"), "--method", "lora", "--lora_r", "4", "--json"]) == 0
     out, err = capsys.readouterr()
     adapted = json.loads(out.splitlines()[-1])["predicted_memory"]
-    assert 0 < adapted["adapters"] == adapted["gradients"] < result["gradients"]
+    assert 0 < adapted["adapters"] < result["weights"]
+    assert adapted["gradients"] <= adapted["adapters"]  # those that are there when the step takes most
     assert "memory: weights " in err
 
 
@@ -201,6 +203,8 @@ def test_wrong_adapters_are_refused(place: Path, tmp_path: Path, capsys: pytest.
     shutil.copytree(place / "first" / "best", moved)
     config = json.loads((moved / CONFIG).read_text())
     (moved / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    assert "remove" in refused(capsys, "generate", str(moved), *ask)
+    (moved / MANIFEST).unlink()  # as the message says: the change was meant
     assert "its base cannot be found" in refused(capsys, "generate", str(moved), *ask)
     assert json_of(capsys, "generate", model, "--adapter", str(moved), *ask)["text"] is not None
     (moved / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": None}))

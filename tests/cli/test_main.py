@@ -213,7 +213,7 @@ def test_flags_in_every_spelling(model: str, rows: str, capsys: pytest.CaptureFi
     for flag in ("--lr", "--learning_rate", "--learning-rate"):
         assert dry(capsys, *base, flag, "2e-5")["learning_rate"] == 2e-5
     assert dry(capsys, *base, "--lr", "1e-4", "--learning_rate", "0.0001")["learning_rate"] == 1e-4
-    assert dry(capsys, *base, "--columns", "prompt=question")["columns"] == {"prompt": "question"}
+    assert dry(capsys, *base, "--columns", "prompt=prompt")["columns"] == {"prompt": "prompt"}
     assert dry(capsys, *base, "--completion-only-loss", "false")["train_on_prompt"] is True
     assert dry(capsys, *base, "--no-completion-only-loss")["train_on_prompt"] is True
 

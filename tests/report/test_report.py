@@ -19,6 +19,7 @@ import afina
 from afina.engine.dev_rows import read_dev_rows
 from afina.engine.train import RunResult
 from afina.errors import DataError, RunError
+from afina.manifest import write_manifest
 from afina.report import finetune as roof
 from afina.report import measure as measuring
 from afina.report.budget import Budget, OutOfTime
@@ -164,6 +165,8 @@ def moved(run: Path, place: Path, name: str) -> Path:
     for file in (copy / "run.json", copy / "best" / "adapter_config.json"):
         if file.exists():
             file.write_text(file.read_text().replace(str(place / "model"), str(place / "gone")))
+    if (copy / "best" / "adapter_config.json").exists():
+        write_manifest(copy / "best", {})  # as if it had been trained there
     return copy
 
 
