@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from afina.errors import AfinaError
+from afina.errors import AfinaError, RunError
 
+MAX_JSON_BYTES = 64 << 20
 WORKING_NAME = re.compile(r"(.+)\.(tmp|old)-[0-9]+")
 
 
@@ -31,6 +33,24 @@ def cache_folder() -> Path:
     """Where caches lie, which can be deleted at any time: AFINA_CACHE, else ~/.cache/afina. Raises RuntimeError where
     there is no home folder."""
     return Path(os.environ.get("AFINA_CACHE") or "~/.cache/afina").expanduser()
+
+
+def read_json(path: Path, *, error: type[AfinaError] = RunError) -> dict[str, Any]:
+    """Read a JSON object of bounded size. Raises ``error``.
+
+    Not as strict as `loaders/jsonfile.py`: a run's own files may hold the infinity that a dev loss starts from.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise error(f"{path} is damaged: {size} bytes, expected at most {MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is damaged: not JSON ({problem})") from problem
+    if not isinstance(value, dict):
+        raise error(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 _lock = threading.Lock()

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from afina.durable import read_json
 from afina.errors import WeightsError
 
 MANIFEST = "manifest.json"
 FORMAT = "afina-manifest-1"
-MAX_BYTES = 64 << 20
 
-_lock = threading.Lock()
-_sound: dict[Path, list[tuple[str, int, int, int]]] = {}  # the files of folders that were found as recorded
+# Of each folder the files that were found as recorded: what they were then, and what was recorded of them.
+_whole: dict[Path, dict[str, tuple[tuple[int, int, int], Mapping[str, Any]]]] = {}
 
 
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
@@ -39,40 +38,36 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What ``write_manifest`` wrote; None where nothing of its kind is there. Raises WeightsError."""
     path = folder / MANIFEST
     mend = "take the folder from where it came, or remove the file if the model is known to be whole"
+    if not path.is_file():
+        return None
     try:
-        if not path.is_file():
-            return None
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise WeightsError(f"{path}: is damaged: {size} bytes, expected at most {MAX_BYTES}: {mend}")
-        content = json.loads(path.read_bytes())
-    except OSError as problem:
-        raise WeightsError(f"{path}: cannot be read ({problem.strerror})") from problem
-    except (ValueError, RecursionError) as problem:
-        raise WeightsError(f"{path}: is damaged: not JSON: {mend}") from problem
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = read_json(path, error=WeightsError)
+    except WeightsError as problem:
+        raise WeightsError(f"{problem}: {mend}") from problem
+    if content.get("format") != FORMAT:
         return None  # somebody else's
     files = content.get("files")
     if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
-        raise WeightsError(f"{path}: is damaged: it lists no files: {mend}")
+        raise WeightsError(f"{path} is damaged: it lists no files: {mend}")
     return content
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, *, weights: bool = True) -> None:
     """Raise WeightsError where a file of ``folder`` is not what its manifest says. Without one nothing is known, and
-    nothing is checked; files that have not been touched since the last check in this process are not read again."""
+    nothing is checked. ``weights``: also the weights, which takes as long as to read them. Files that have not been
+    touched since they were found whole are not read again by this process."""
     content = read_manifest(folder)
     if content is None:
         return
-    now = [_identity(folder / name) for name in [MANIFEST, *content["files"]]]
-    with _lock:
-        if _sound.get(folder) == now:
-            return
-    if (problem := damage(folder, content["files"])) is not None:
+    files = {name: facts for name, facts in content["files"].items() if weights or not name.endswith(".safetensors")}
+    now = {name: _identity(folder / name) for name in files}
+    known = _whole.setdefault(folder, {})
+    changed = {name: facts for name, facts in files.items() if known.get(name) != (now[name], facts)}
+    if (problem := damage(folder, changed)) is not None:
         raise WeightsError(
             f"{problem}: take it from a backup or train again, or remove {folder / MANIFEST} if the change was meant"
         )
-    with _lock:
-        _sound[folder] = now
+    known.update({name: (now[name], facts) for name, facts in changed.items()})
 
 
 def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -95,9 +90,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity(path: Path) -> tuple[str, int, int, int]:
+def _identity(path: Path) -> tuple[int, int, int]:
     try:
         facts = path.stat()
     except (OSError, ValueError):
-        return (path.name, -1, -1, -1)
-    return (path.name, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        return (-1, -1, -1)
+    return (facts.st_size, facts.st_mtime_ns, facts.st_ino)

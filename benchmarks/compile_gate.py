@@ -202,7 +202,7 @@ class Result(NamedTuple):
 
 def recorded(op: str, kernels: tuple[str, ...], call: Callable[..., None], target: int) -> Iterator[Job | str]:
     """What `op` launches on a GPU of capability `target`, for each row of the launch table; complaints as str."""
-    launch.capability = lambda device: target  # type: ignore[assignment]
+    launch.capability = lambda device: target
     launch._config.cache_clear()
     rows = [row for name in kernels for row in launch.table()[name] if 0 < row["capability"] <= target]
     sizes = sorted({(row.get("size", 0), row.get("bits", 16)) for row in rows})
@@ -214,7 +214,7 @@ def recorded(op: str, kernels: tuple[str, ...], call: Callable[..., None], targe
         used.append((kernel, found))
         return found
 
-    launch._config = config  # type: ignore[assignment]
+    launch._config = config
     launch.recorder = lambda kernel, arguments: jobs.append(_job(kernel, target, arguments))
     try:
         for size, bits in sizes:
@@ -234,7 +234,7 @@ def recorded(op: str, kernels: tuple[str, ...], call: Callable[..., None], targe
 
 def launched(source: str, target: int) -> Iterator[Job | str]:
     """What a source of `launches.py` launches on a GPU of capability `target`; complaints as str."""
-    launch.capability = lambda device: target  # type: ignore[assignment]
+    launch.capability = lambda device: target
     launch._config.cache_clear()
     jobs: list[Job] = []
     silent = launches.record(source, lambda kernel, arguments: jobs.append(_job(kernel, target, arguments)))

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from afina.durable import publish, remove, sync
+from afina.durable import publish, read_json, remove, sync
 from afina.errors import AfinaError, RunError
 from afina.loaders.weights.safetensors import read_safetensors, write_safetensors
 from afina.manifest import MANIFEST, damage, write_manifest
@@ -26,7 +26,6 @@ from afina.manifest import MANIFEST, damage, write_manifest
 FORMAT = "afina-checkpoint-1"
 STATE = "state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
-MAX_JSON_BYTES = 64 << 20
 
 
 class SaveError(OSError):
@@ -162,21 +161,3 @@ def _publish(final: Path, writer: Callable[[Path], None]) -> Path:
         failure.errno = cause.errno
         raise failure from error
     return final
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of bounded size. Raises RunError.
-
-    Not as strict as `loaders/jsonfile.py`: a run's own files may hold the infinity that a dev loss starts from.
-    """
-    try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise RunError(f"{path} is damaged: {size} bytes, expected at most {MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
-    return value

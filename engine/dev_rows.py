@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from afina.durable import write_text
-from afina.engine.checkpoint import read_json
+from afina.durable import read_json, write_text
 from afina.errors import RunError
 
 DEV_ROWS = "dev_rows.json"

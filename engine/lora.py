@@ -16,6 +16,7 @@ from afina.loaders.families.common import HFTensor
 from afina.loaders.families.registry import load_family
 from afina.loaders.jsonfile import show
 from afina.loaders.weights.peft import BASE_FORMAT, BASE_HASH, BASE_SAMPLE, AdapterConfig, AdapterFile, write_adapter
+from afina.manifest import check_manifest
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
@@ -131,6 +132,7 @@ def load_adapter(model: GPT, folder: str | Path) -> Adapter:
     Raises WeightsError where its tensors do not fit the model, hold NaN or infinity, or where it says that it was
     trained on another base; ConfigError for kinds of adapters that are not supported.
     """
+    check_manifest(Path(folder))
     file = AdapterFile(Path(folder))
     base = show(file.config.base)
     recorded = file.metadata.get(BASE_SAMPLE)

@@ -32,8 +32,8 @@ from pathlib import Path
 from types import FrameType, MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
-from afina.durable import WORKING_NAME, recover, remove, write_text
-from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest, read_json
+from afina.durable import WORKING_NAME, read_json, recover, remove, write_text
+from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest
 from afina.engine.dev_rows import DEV_ROWS
 from afina.engine.settings import to_yaml
 from afina.errors import RunError

@@ -186,10 +186,8 @@ def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
             weights=weights,
         )
     check_vocab(tokenizer, model.config.vocab_size)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing = True
-    if config.activation_policy != "auto":
-        model.set_activation_policy(config.activation_policy)
+    policy = config.activation_policy
+    model.set_activation_policy("full" if config.gradient_checkpointing and policy == "auto" else policy)
     return model.train()
 
 

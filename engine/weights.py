@@ -31,6 +31,7 @@ from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import base_format, find_base, is_adapter
 from afina.loaders.weights.safetensors import Later, save_tensors
 from afina.loaders.weights.source import Weights, open_weights, read_hf_config
+from afina.manifest import check_manifest
 
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
@@ -94,6 +95,7 @@ def load_model(
         _layer(model, ours).hold(None)  # it is never dense, not even for a moment
     values = kind if published else QUANTIZE.get(quantize or "") or kind
     if weights:
+        check_manifest(folder)
         if where.type == "cuda":
             verify(where)
         model.to_empty(device=where)

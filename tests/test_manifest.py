@@ -48,7 +48,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit": (lambda f: flip_bit(f / "model.safetensors", 501), "model.safetensors is damaged: its SHA-256"),
     "the end": (lambda f: os.truncate(f / "model.safetensors", 1000), "damaged: 1000 bytes, its manifest says 1024"),
     "gone": (lambda f: (f / "config.json").unlink(), "config.json cannot be read: No such file"),
-    "no JSON": (lambda f: (f / MANIFEST).write_text("{"), "manifest.json: is damaged: not JSON"),
+    "no JSON": (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is damaged: not JSON"),
     "no files": (
         lambda f: (f / MANIFEST).write_text('{"format": "afina-manifest-1", "files": []}'),
         "it lists no files",
@@ -82,6 +82,16 @@ def test_any_flipped_bit_of_a_file_is_found(folder: Path) -> None:
         flip_bit(file, place)
 
 
+def test_weights_are_hashed_only_where_they_are_read(folder: Path) -> None:
+    flip_bit(folder / "model.safetensors", 501)
+    check_manifest(folder, weights=False)
+    with pytest.raises(WeightsError, match="SHA-256"):
+        check_manifest(folder)
+    flip_bit(folder / "config.json", 1)
+    with pytest.raises(WeightsError, match=r"config\.json is damaged"):
+        check_manifest(folder, weights=False)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three steps with its best model, and a checkpoint of each step."""
@@ -100,7 +110,7 @@ def train(folder: Path, **settings: object) -> dict[str, object]:
         "quiet": True,
     }
     given |= {"eval_steps": 1, "save_steps": 1, "save_total_limit": 3, "batch_size": 4, "warmup_steps": 0}
-    return finetune(**given, **settings).metrics  # type: ignore[arg-type]
+    return finetune(**given, **settings).metrics
 
 
 def test_a_damaged_model_is_not_loaded_nor_exported(run: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import afina
-from afina.engine.checkpoint import read_json
+from afina.durable import read_json
 from afina.engine.generate import generate_batch
 from afina.engine.methods import choose_trained
 from afina.engine.model import GPT

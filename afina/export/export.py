@@ -41,7 +41,7 @@ from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile, is_adapter
 from afina.loaders.weights.safetensors import SafetensorsFolder, write_safetensors
 from afina.loaders.weights.source import open_weights
-from afina.manifest import write_manifest
+from afina.manifest import check_manifest, write_manifest
 
 FORMATS: dict[str, tuple[str, ...]] = {  # and the dtypes of each
     "hf": ("auto", *DTYPES),
@@ -157,6 +157,7 @@ def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str 
         check_base(folder, into)
         holder = into.folder
     tokenizer = load_tokenizer(folder if _has_tokenizer(folder) else holder)
+    check_manifest(folder)
     adapter = AdapterFile(folder)
     names = [*adapter.saved.values(), *(name for parts in adapter.lora.values() for name in parts.values())]
     tensors = {name: adapter.read(name) for name in names}

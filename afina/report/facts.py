@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from afina.engine.checkpoint import read_json
+from afina.durable import read_json
 from afina.engine.dev_rows import DevRows, read_dev_rows
 from afina.engine.run_folder import FORMAT, METRICS, RUN
 from afina.engine.train_config import TrainConfig

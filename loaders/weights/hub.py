@@ -60,12 +60,12 @@ def resolve(source: str | Path) -> Path:
 
 def _local(folder: Path) -> Path:
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        check_manifest(folder)
+        check_manifest(folder, weights=False)
         return folder
     best = folder / "best"
     if (folder / "run.json").is_file():
         if (best / "config.json").is_file() or (best / "adapter_config.json").is_file():
-            check_manifest(best)
+            check_manifest(best, weights=False)
             return best
         raise WeightsError(f"{folder}: is a run without a best model yet: train it to its first evaluation")
     files = sorted(folder.glob("*.gguf"))

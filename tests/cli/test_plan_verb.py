@@ -85,10 +85,9 @@ def test_wrong_requests(arguments: list[str], words: str, capsys: pytest.Capture
     assert len(err.splitlines()) == 1
 
 
-def test_without_a_gpu_the_memory_must_be_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU to ask")
+def test_without_a_gpu_the_memory_must_be_said(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run(["plan", "--model", model]) == 2
     assert "give it, as in --memory 24GB" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afina.durable import WORKING_NAME, recover
+from afina.durable import MAX_JSON_BYTES, WORKING_NAME, recover
 from afina.engine import checkpoint as saving
 from afina.engine.checkpoint import (
     STATE,
@@ -442,7 +442,7 @@ def test_json_that_breaks_parsers(tmp_path: Path, content: bytes) -> None:
 
 def test_json_too_large(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    os.truncate(tmp_path / "checkpoint-1" / MANIFEST, saving.MAX_JSON_BYTES + 1)  # sparse: no bytes are written
+    os.truncate(tmp_path / "checkpoint-1" / MANIFEST, MAX_JSON_BYTES + 1)  # sparse: no bytes are written
     with pytest.raises(RunError, match="expected at most"):
         load_checkpoint(tmp_path / "checkpoint-1")
 

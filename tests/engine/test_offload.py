@@ -32,10 +32,10 @@ def test_all_but_the_last_wait_outside_and_come_back_one_ahead() -> None:
     fetch = host._fetch
 
     def noted(copy: object) -> None:
-        order.append(copy.index)  # type: ignore[attr-defined]
-        fetch(copy)  # type: ignore[arg-type]
+        order.append(copy.index)
+        fetch(copy)
 
-    host._fetch = noted  # type: ignore[method-assign, assignment]
+    host._fetch = noted
     y.sum().backward()
     assert order == [3, 2, 2, 1, 1, 0, 0]  # while one is used, the one below it comes
     assert all(copy() is None for copy in host.copies)  # nothing is held afterwards
@@ -45,4 +45,4 @@ def test_all_but_the_last_wait_outside_and_come_back_one_ahead() -> None:
     for _ in range(4):
         z = (0.1 * z).exp()
     z.sum().backward()
-    assert torch.equal(x.grad, plain.grad)  # type: ignore[arg-type]
+    assert torch.equal(x.grad, plain.grad)

@@ -85,7 +85,7 @@ def test_one_gradient_at_a_time() -> None:
         held.append(sum(p.grad is not None for p in model.parameters()))
         update(self, *args, **kwargs)
 
-    optimizer.update = noted.__get__(optimizer)  # type: ignore[method-assign]
+    optimizer.update = noted.__get__(optimizer)
     step(model, optimizer, inside=True)
     assert held == [1] * len(optimizer.params)
 
