@@ -183,10 +183,10 @@ def linear_cross_entropy(
 
     Besides the gradients the function holds a chunk of logits, on a GPU up to 1.1 GB or a 64th of its memory, and that
     gradient in fp32 where several chunks add to a 16-bit weight's gradient; or a single chunk that takes no more room
-    than both. `lean` holds at most 100 MB instead (for C up to 24,576; and 40
-    bytes a row): a tile of logits of at most 32 MiB, the rows of a gradient that are being summed, and copies of rows.
-    It takes a third more FLOPs, or two thirds if both gradients are wanted of more rows than 6 million / C (at most
-    4,096). Raises ValueError for wrong shapes, dtypes, devices, reduction, softcap, smoothing or backend.
+    than both. `lean` holds at most 100 MB instead (for C up to 24,576; and 40 bytes a row): a tile of logits of at most
+    32 MiB, the rows of a gradient that are being summed, and copies of rows. It takes a third more FLOPs, or two thirds
+    if both gradients are wanted of more rows than 6 million / C (at most 4,096). Raises ValueError for wrong shapes,
+    dtypes, devices, reduction, softcap, smoothing or backend.
     """
     backend = choose("linear_cross_entropy", backend, hidden)
     check_floating("hidden", hidden)

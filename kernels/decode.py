@@ -16,6 +16,7 @@ of a row begin follows from its length, which the kernel reads.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -224,6 +225,7 @@ def _triton(
     return out
 
 
+@lru_cache(maxsize=256)
 def _splits(work: int, slots: int, tiles: int) -> int:
     """Into how many parts the keys of each of `work` rows of heads are split, where `slots` programs run at a time.
 
