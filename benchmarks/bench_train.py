@@ -6,14 +6,21 @@
     python benchmarks/bench_train.py dense --method lora                       # beside PEFT
     python benchmarks/bench_train.py dense --method qlora --steps 10           # beside PEFT on bitsandbytes' NF4
     python benchmarks/bench_train.py dense --method lora --model random-100m --steps 6 --warmup 1 --repeats 2
+    python benchmarks/bench_train.py dense --dtype bfloat16 --peers all --warmup 8   # beside the best of four
 
-Ours is `afina.finetune` itself; theirs is Trainer on the rows that ours takes, padded to the longest row of each batch.
-With ``--method lora`` or ``qlora`` both have adapters of rank 16, alpha 32, on all linear layers of the body, without
-dropout, and PEFT begins with the adapter that ours begins with: losses must agree. Each engine runs in a process of its
-own, in turn (A B A B ...). Timed are the training steps after the first ``--warmup``, from a batch's tokens to the
-moved weights, not evaluation or saving. ``memory_mb`` is the peak of the resident set while training above its size
-with the model loaded, ``process_mb`` the peak of the whole process from its start on, with weights and libraries. One
-JSON line a run goes to standard output, and a last line with the ratios (ours / theirs).
+Ours is `afina.finetune` itself; theirs is Trainer on the rows that ours takes, padded to the longest row of each
+batch. With ``--method lora`` or ``qlora`` both have adapters of rank 16, alpha 32, on all linear layers of the body,
+without dropout, and PEFT begins with the adapter that ours begins with: losses must agree. Each engine runs in a
+process of its own, in turn (A B A B ...).
+
+``--peers`` chooses what Trainer runs: ``float32``, ``bfloat16`` (the weights too, without fp32 masters: the fastest
+that it has), each also ``compiled-`` by torch.compile, or ``all`` of these; the last line then has the ratio to the
+best of all and to the best in our dtype, whatever the losses.
+
+Timed are the training steps after the first ``--warmup``, from a batch's tokens to the moved weights, not evaluation
+or saving. ``memory_mb`` is the peak of the resident set while training above its size with the model loaded,
+``process_mb`` the peak of the whole process from its start on, with weights and libraries. One JSON line a run goes
+to standard output, and a last line with the ratios (ours / theirs).
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,11 +75,20 @@ RANDOM: dict[str, dict[str, Any]] = {
 CASES = {"dense": {"batch_size": 8, "max_length": 256}, "short": {"batch_size": 32, "max_length": 256}}
 ADAPTER = {"lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0}  # on all-linear, the default
 METHODS: dict[str, dict[str, Any]] = {"full": {}, "lora": ADAPTER, "qlora": ADAPTER}
-PEERS = {"full": [], "lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}  # packages beside transformers
+PACKAGES = {"full": [], "lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}  # of the peer, beside transformers
+PEERS = ("float32", "bfloat16", "compiled-float32", "compiled-bfloat16")
 
 
 def settings(
-    case: str, method: str, model: str, folder: Path, *, steps: int, threads: int, checkpointing: bool = False
+    case: str,
+    method: str,
+    model: str,
+    folder: Path,
+    *,
+    steps: int,
+    threads: int,
+    checkpointing: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """The settings of the run, with its data written to ``folder``."""
     size = CASES[case] | METHODS[method]
@@ -97,7 +114,7 @@ def settings(
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "dtype": "float32",
+        "dtype": dtype,
         "device": "cpu",
         "threads": threads,
     }
@@ -124,7 +141,7 @@ def first_adapter(config: dict[str, Any], folder: Path) -> str:
     from afina.engine.train_config import TrainConfig
     from afina.engine.weights import load_model
 
-    model = load_model(config["model"], dtype=config["dtype"], device=config["device"])
+    model = load_model(config["model"], dtype="float32", device=config["device"])
     choose_trained(TrainConfig.resolve(overrides=config), model)
     save_adapter(model, None, folder)
     return str(folder)
@@ -149,7 +166,7 @@ class Memory:
         return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
 
 
-def train_afina(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
+def train_afina(config: dict[str, Any], adapter: str | None, peer: str = "") -> dict[str, Any]:
     """``afina.finetune``, which makes the same ``adapter`` itself."""
     import afina
     from afina.engine.train import Run
@@ -173,14 +190,15 @@ def train_afina(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     }
 
 
-def peer_model(config: dict[str, Any], adapter: str | None) -> Any:
-    """transformers' model; with PEFT's adapter, on matrices that bitsandbytes quantised as it loaded them for qlora."""
+def peer_model(config: dict[str, Any], adapter: str | None, dtype: str) -> Any:
+    """transformers' model in ``dtype``; with PEFT's adapter, and for qlora on matrices that bitsandbytes quantised."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from afina.loaders.weights.hub import resolve
 
     options: dict[str, Any] = {}
+    kind = getattr(torch, dtype)
     if config["method"] == "qlora":
         from transformers import BitsAndBytesConfig
 
@@ -188,9 +206,9 @@ def peer_model(config: dict[str, Any], adapter: str | None) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=kind,
         )
-    model = AutoModelForCausalLM.from_pretrained(resolve(config["model"]), dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_pretrained(resolve(config["model"]), dtype=kind, **options)
     model.config.use_cache = False
     if adapter is None:
         return model
@@ -198,11 +216,12 @@ def peer_model(config: dict[str, Any], adapter: str | None) -> Any:
 
     if config["method"] == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns that on
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=dtype == "float32")
 
 
-def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
+def train_peer(config: dict[str, Any], adapter: str | None, peer: str = "float32") -> dict[str, Any]:
     """transformers' Trainer with its default optimizer (fused AdamW) on the micro-batches that ours would take."""
+    dtype = peer.removeprefix("compiled-")
     import torch
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -224,7 +243,7 @@ def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
         for ids, labels, row in zip(mb.input_ids.tolist(), mb.labels.tolist(), mb.rows):
             length = int(train.lengths[row])
             rows.append({"input_ids": ids[:length], "labels": labels[:length]})
-    model = peer_model(config, adapter)
+    model = peer_model(config, adapter, dtype)
     losses: list[float] = []
     seconds: list[float] = []
     memory = Memory()
@@ -268,6 +287,7 @@ def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
             weight_decay=config["weight_decay"],
             max_grad_norm=config["max_grad_norm"],
             **checkpointing,
+            torch_compile=peer != dtype,
             use_cpu=True,
             save_strategy="no",
             logging_strategy="no",
@@ -281,11 +301,12 @@ def train_peer(config: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     return {"losses": losses, "seconds": seconds, **memory.peaks()}
 
 
-WORKERS = {"afina": train_afina, "peer": train_peer}
+def worker(engine: str) -> Callable[..., dict[str, Any]]:
+    return train_afina if engine == "afina" else train_peer
 
 
 def missing(method: str) -> list[str]:
-    return [name for name in ("transformers", "accelerate", *PEERS[method]) if find_spec(name) is None]
+    return [name for name in ("transformers", "accelerate", *PACKAGES[method]) if find_spec(name) is None]
 
 
 def ratios(ours: list[float], theirs: list[float], name: str) -> dict[str, Any]:
@@ -295,6 +316,27 @@ def ratios(ours: list[float], theirs: list[float], name: str) -> dict[str, Any]:
         f"{name}_ratio_median": round(statistics.median(pairs), 3),
         f"{name}_ratio_pairs": [round(p, 3) for p in pairs],
     }
+
+
+def compared(runs: dict[str, list[dict[str, Any]]], dtype: str) -> dict[str, Any]:
+    """Ours beside the fastest of the peers; with several, also beside the fastest in our ``dtype``."""
+    speeds = {
+        name: statistics.median(run["tokens_per_second"] for run in results)
+        for name, results in runs.items()
+        if name != "afina"
+    }
+    best = max(speeds, key=lambda name: speeds[name])
+    facts: dict[str, Any] = {"peer": best}
+    for key, name in (("tokens_per_second", "speed"), ("memory_mb", "memory"), ("process_mb", "process_memory")):
+        facts |= ratios(*([one[key] for one in runs[engine]] for engine in ("afina", best)), name)
+    first = [runs[engine][0]["losses"][:20] for engine in ("afina", best)]
+    facts["largest_loss_difference_first_20"] = max(abs(a - b) for a, b in zip(*first))
+    if len(speeds) > 1:
+        ours = statistics.median(run["tokens_per_second"] for run in runs["afina"])
+        facts["speed_ratios"] = {name: round(ours / speed, 3) for name, speed in speeds.items()}
+        alike = [ratio for name, ratio in facts["speed_ratios"].items() if name.removeprefix("compiled-") == dtype]
+        facts |= {"speed_ratio_same_dtype": min(alike)} if alike else {}
+    return facts
 
 
 def main() -> None:
@@ -307,15 +349,17 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of ours")
+    parser.add_argument("--peers", nargs="+", choices=(*PEERS, "all"), default=["float32"], help="what Trainer runs")
+    parser.add_argument("--worker", choices=("afina", *PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(WORKERS[args.worker](*args.settings)))
+        print(json.dumps(worker(args.worker)(*args.settings, args.worker)))
         return
     if not DATA.is_dir():
         sys.exit(f"no real data at {DATA}")
-    engines = list(WORKERS)
+    engines = ["afina", *(PEERS if "all" in args.peers else dict.fromkeys(args.peers))]
     if lacking := missing(args.method):
         engines = ["afina"]
         print(json.dumps({"engine": "peer", "skipped": f"not installed: {', '.join(lacking)}"}), flush=True)
@@ -330,13 +374,11 @@ def main() -> None:
         "case": args.case,
         "method": args.method,
         "model": args.model,
+        "dtype": args.dtype,
     }
-    if "peer" in runs:
-        for key, name in (("tokens_per_second", "speed"), ("memory_mb", "memory"), ("process_mb", "process_memory")):
-            facts |= ratios(*([one[key] for one in runs[engine]] for engine in engines), name)
-        first = [runs[engine][0]["losses"][:20] for engine in engines]
-        facts["largest_loss_difference_first_20"] = max(abs(a - b) for a, b in zip(*first))
-    packages = [name for name in ("transformers", "accelerate", *PEERS[args.method]) if find_spec(name)]
+    if len(runs) > 1:
+        facts |= compared(runs, args.dtype)
+    packages = [name for name in ("transformers", "accelerate", *PACKAGES[args.method]) if find_spec(name)]
     facts |= {
         "threads": args.threads,
         "machine": platform.processor() or platform.machine(),
@@ -357,8 +399,9 @@ def run(args: argparse.Namespace, engine: str, model: str, first: dict[str, Any]
             steps=args.steps,
             threads=args.threads,
             checkpointing=args.gradient_checkpointing,
+            dtype=args.dtype,
         )
-        adapter = first_adapter(config, folder / "adapter") if engine == "peer" and METHODS[args.method] else None
+        adapter = first_adapter(config, folder / "adapter") if engine != "afina" and METHODS[args.method] else None
         command = [sys.executable, __file__, args.case, "--worker", engine, "--settings", json.dumps([config, adapter])]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -337,7 +337,7 @@ def test_adapters_are_measured_on_what_was_asked(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_both_engines_train_the_same_adapter(method: str, tmp_path: Path, monkeypatch: Any) -> None:
     """From the same adapter, on the same rows: the same losses."""
-    for package in ("accelerate", *bench_train.PEERS[method]):
+    for package in ("accelerate", *bench_train.PACKAGES[method]):
         pytest.importorskip(package)
     small = bench_train.RANDOM["random-100m"] | {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -363,6 +363,17 @@ def test_ratios_and_what_is_not_installed(monkeypatch: Any) -> None:
     }
     monkeypatch.setattr(bench_train, "find_spec", lambda name: None if name == "peft" else "here")
     assert [bench_train.missing(method) for method in ("full", "lora", "qlora")] == [[], ["peft"], ["peft"]]
+
+
+def test_the_best_of_several_peers_counts() -> None:
+    def run(speed: float) -> dict[str, Any]:
+        return {"tokens_per_second": speed, "memory_mb": 1.0, "process_mb": 2.0, "losses": [speed]}
+
+    runs = {"afina": [run(12.0)], "float32": [run(6.0)], "bfloat16": [run(16.0)], "compiled-float32": [run(8.0)]}
+    facts = bench_train.compared(runs, "float32")
+    assert (facts["peer"], facts["speed_ratio_median"], facts["speed_ratio_same_dtype"]) == ("bfloat16", 0.75, 1.5)
+    assert facts["speed_ratios"] == {"float32": 2.0, "bfloat16": 0.75, "compiled-float32": 1.5}
+    assert "speed_ratios" not in bench_train.compared({k: runs[k] for k in ("afina", "float32")}, "float32")
 
 
 class FakeEvent:

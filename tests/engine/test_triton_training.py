@@ -14,7 +14,7 @@ import torch
 from conftest import REPO
 from tiny_model import saved
 
-STEPS = 4
+STEPS = 2
 # Variants that between them use every kernel and option of the model: GQA and QK-norm; window, softcap, sandwich norms
 # with offset and GeGLU; LayerNorm with learned positions.
 MODELS: dict[str, dict[str, Any]] = {
