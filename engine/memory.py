@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 
 from afina.engine import linear
@@ -83,17 +84,18 @@ def plan(
     in_backward: bool = False,
     accumulates: bool = True,
     backend: str | None = None,
+    longest: int | None = None,
 ) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
-    ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room. ``in_backward``: the weights move in the
-    backward pass; ``accumulates``: a step has several micro-batches; ``backend``: of all operations, None for those of
-    the model's device."""
+    ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room, in rows of at most ``longest`` tokens.
+    ``in_backward``: the weights move in the backward pass; ``accumulates``: a step has several micro-batches;
+    ``backend``: of all operations, None for those of the model's device."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     lora = {p for layer in layers if layer.lora is not None for p in layer.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
     quantized = sum(layer.nbytes for layer in layers if layer.frozen_format is not None)
-    walk = _Walk(model, tokens, loss_tokens, lean_loss, backend)
+    walk = _Walk(model, tokens, loss_tokens, lean_loss, backend, longest)
     activations, gradients = walk.peak(
         set(optimizer.params.values()), in_backward=in_backward, accumulates=accumulates and not in_backward
     )
@@ -107,9 +109,9 @@ def plan(
     )
 
 
-def kept(model: GPT, *, tokens: int, loss_tokens: int) -> int:
+def kept(model: GPT, *, tokens: int, loss_tokens: int, longest: int | None = None) -> int:
     """Bytes that ``model.loss`` leaves behind for the backward pass, without the gradient of the head's weight."""
-    return _Walk(model, tokens, loss_tokens).kept()
+    return _Walk(model, tokens, loss_tokens, longest=longest).kept()
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
@@ -130,10 +132,17 @@ class _Walk:
     """The forward pass of ``GPT.loss``, of sizes alone: the functions from ``_layer`` on stand for the model's own."""
 
     def __init__(
-        self, model: GPT, tokens: int, loss_tokens: int, lean_loss: bool = False, backend: str | None = None
+        self,
+        model: GPT,
+        tokens: int,
+        loss_tokens: int,
+        lean_loss: bool = False,
+        backend: str | None = None,
+        longest: int | None = None,
     ) -> None:
         weight, config = model.embed.weight, model.config
         self.model, self.dtype, self.lean_loss, self.tokens = model, weight.dtype, lean_loss, tokens
+        self.longest = tokens if longest is None else longest
         ops = ("attention", "rope", "rms_norm", "layer_norm", "linear_cross_entropy", "glu")
         self.backends = {op: backend or choose(op, None, weight) for op in ops}
         if model.attention_backend is not None:
@@ -300,7 +309,15 @@ class _Walk:
         out = self._new(x.rows, attn.heads * dim, grad)
         if grad:
             v = qkv if moved is qkv else self._new(x.rows, attn.kv_heads * dim)
-            saved = attention.saved(self.dtype, attn.heads, self.backends["attention"])
+            window, device = attn.options["window"], self.model.embed.weight.device
+            saved = attention.saved(
+                self.dtype,
+                attn.heads,
+                self.backends["attention"],
+                device=torch.device("cpu") if device.type == "meta" else device,
+                window=None if window is not None and window >= self.longest else window,
+                softcap=attn.options["softcap"],
+            )
             self._keep(saved, x.rows, q=moved, k=moved, v=v, out=out)
             if self.backends["attention"] == "sdpa":
                 # torch may copy k and v to as many heads as q has.

@@ -349,6 +349,7 @@ class Run:
             lean_loss=self.config.lean_loss,
             in_backward=self.config.optim_in_backward,
             accumulates=self.config.gradient_accumulation_steps > 1,
+            longest=longest[0],
         )
 
     def loop(self, stop: Stop, *, show_bar: bool) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from afina.durable import cache_folder, write_text
 from afina.errors import ConfigError, nearest
+from afina.kernels.backend import bfloat16_instructions
 
 WORTH = 1.5  # times as fast as float32 that bfloat16 products have to be: the rest of a step gains nothing from them
 TOKENS, WIDTH = 512, 768  # of the layer that is timed
@@ -46,16 +46,6 @@ def training_dtype(device: torch.device) -> tuple[str, str]:
     speed = _remembered() or _measure()
     told = f"with {instructions} this CPU multiplies bfloat16 {speed:.1f} times as fast as float32"
     return ("bfloat16", f"{told}; the weights' masters are float32") if speed >= WORTH else ("float32", told)
-
-
-def bfloat16_instructions() -> str | None:
-    """What this CPU has for bfloat16 products, as torch sees it; None for nothing."""
-    known = {"AMX": "_is_amx_tile_supported", "AVX512_BF16": "_is_avx512_bf16_supported"}
-    for name, question in known.items():
-        answer: Callable[[], bool] = getattr(torch.cpu, question, bool)  # bool() is False: an older torch cannot tell
-        if answer():
-            return name
-    return None
 
 
 @torch.no_grad()

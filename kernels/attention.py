@@ -9,7 +9,7 @@ Saved are q, k, v, o and the log-sum-exp of each row of scores, from which the b
 backward. Of those 14, 4 compute the scores and do v^T a second time, because dq has a kernel of its own: so nothing is
 added up in an order left to chance.
 
-On GPUs the kernels of `attention_triton.py` run; on CPUs and in float64 the blocked products of `attention_torch.py`.
+On GPUs the kernels of `attention_triton.py` run; on CPUs and in float64 those of `attention_torch.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from afina.kernels import attention_triton
-from afina.kernels.attention_torch import Bucket, Options, blocked_attention, plan_buckets, visible
+from afina.kernels.attention_torch import Bucket, Options, has_flash, plan_buckets, torch_attention, visible
 from afina.kernels.backend import check_floating, check_like, choose, document_offsets, wide_dtype
 from afina.kernels.launch import config
 from afina.kernels.saved import Saved
@@ -199,21 +199,29 @@ def attention(
         return _sdpa(q, k, v, options, documents)
     if chosen == "torch":
         plan = None if documents is None else documents.plan(not causal, q.device)
-        return blocked_attention(q, k, v, options, plan)
+        return torch_attention(q, k, v, options, plan)
     if options.scale < 0:  # the kernels look for the largest score before they scale it
         q, options = -q, options._replace(scale=-options.scale)
     spans = None if documents is None or cu_seqlens is None else documents.spans(cu_seqlens, q.device)
     return _TritonAttention.apply(q, k, v, options, spans)
 
 
-def saved(dtype: torch.dtype, heads: int, backend: str) -> Saved:
-    """What `attention` keeps of each token: q, k and v; on Triton, and in torch's own attention ("sdpa"), also the
-    output and each query head's log-sum-exp.
+def saved(
+    dtype: torch.dtype,
+    heads: int,
+    backend: str,
+    *,
+    device: torch.device,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Saved:
+    """What `attention` keeps of each token: q, k and v; except for the blocked products of the torch path also the
+    output and each query head's log-sum-exp. `window` is None where it hides nothing.
 
     v is kept as a copy where it is in other memory than q: as a view of a fused buffer it would keep q and k of before
     their rotation alive.
     """
-    if backend == "torch":
+    if backend == "torch" and not has_flash(dtype, device, window, softcap):
         return Saved(("q", "k", "v"))
     return Saved(("q", "k", "v", "out"), heads * wide_dtype(dtype).itemsize)
 

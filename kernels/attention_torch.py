@@ -1,6 +1,8 @@
-"""The torch path of attention: blocked matrix products, on CPUs, in float64 and wherever no kernel can run.
+"""The torch path of attention, on CPUs, in float64 and wherever no kernel can run.
 
-Scores exist for one block of queries at a time, of all heads that share keys at once, so memory is linear in length.
+Without window and softcap a CPU runs torch's own flash attention, whose gradient takes the output and the log-sum-exp.
+Everything else is blocked matrix products: scores exist for one block of queries at a time, of all heads that share
+keys at once, so memory is linear in length here too.
 
 Packed documents of like length are padded on the right to a rectangle and go through as one batch. A causal query never
 sees the padding, and it is taken from the document itself, so no document can touch another.
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from afina.kernels.backend import wide_dtype
+from afina.kernels.backend import multiplies, wide_dtype
 
 BLOCK_ROWS = 64  # Queries of one block.
 BLOCK_SCORES = 1 << 20  # Scores of all heads and several documents that exist at a time, few enough to stay in cache.
@@ -268,9 +270,75 @@ class BlockedAttention(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
+class FlashAttention(torch.autograd.Function):
+    """As ``BlockedAttention``, where ``has_flash``: the output and each query head's log-sum-exp are kept, and of
+    packed documents both lie packed too. No gradient depends on another rectangle or on the number of threads."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
+        ctx.options, ctx.plan = options, plan
+        if v.untyped_storage().data_ptr() != q.untyped_storage().data_ptr():
+            v = v.contiguous()  # as in BlockedAttention
+        if plan is None:
+            out, lse = _flash(q, k, v, options)
+        else:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            lse = torch.empty(*q.shape[:2], 1, dtype=wide_dtype(q.dtype), device=q.device)
+            for bucket in plan:
+                for rectangle, x in zip(_flash(*(bucket.take(x) for x in (q, k, v)), options), (out, lse)):
+                    bucket.put(rectangle, x)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if ctx.plan is None:
+            return (*_flash_backward(do, q, k, v, out, lse, ctx.options), None, None)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        for bucket in ctx.plan:
+            rows = [bucket.take(x, zero=x is do) for x in (do, q, k, v, out, lse)]
+            for rectangle, grad in zip(_flash_backward(*rows, ctx.options), grads):
+                bucket.put(rectangle, grad)
+        return (*grads, None, None)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """q (n, T, Hq, D), k and v (n, T, Hkv, D) -> out like q, and the log-sum-exp of its scores (n, T, Hq, 1)."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_by_head(q, k, v), 0.0, options.causal, scale=options.scale
+    )
+    return out.transpose(1, 2), lse.transpose(1, 2).unsqueeze(3)
+
+
+def _flash_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
+) -> list[Tensor]:
+    """do and the log-sum-exp as from ``_flash``, and its inputs and output -> dq, dk, dv."""
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_by_head(do, q, k, v, out), lse.squeeze(3).transpose(1, 2), 0.0, options.causal, scale=options.scale
+    )
+    return [x.transpose(1, 2) for x in grads]
+
+
+def _by_head(*tensors: Tensor) -> list[Tensor]:
+    """Each (n, T, H, D) as (n, H, T, D), whose last dimension is contiguous, as torch's kernel takes for granted."""
+    return [(x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
+
+
+def has_flash(dtype: torch.dtype, device: torch.device, window: int | None, softcap: float | None) -> bool:
+    """Whether torch's flash attention computes such attention of a square of queries and keys on ``device``.
+
+    In 16 bits it is several times slower than ours on a CPU without instructions for them.
+    """
+    return device.type == "cpu" and window is None and softcap is None and multiplies(dtype)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
     """q (B, T, Hq, D), k and v (B, S, Hkv, D) -> (B, T, Hq, D). With a plan all are packed, without their B."""
     if plan is not None and len(plan) == 1 and plan[0].gather is None:
-        out = BlockedAttention.apply(*(plan[0].take(x) for x in (q, k, v)), options, None)
-        return out.flatten(0, 1)
+        return torch_attention(*(plan[0].take(x) for x in (q, k, v)), options, None).flatten(0, 1)
+    flash = has_flash(q.dtype, q.device, options.window, options.softcap)
+    if flash and q.numel() and (plan is not None or q.shape[1] == k.shape[1]):
+        return FlashAttention.apply(q, k, v, options, plan)
     return BlockedAttention.apply(q, k, v, options, plan)

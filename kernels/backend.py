@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -60,6 +61,24 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and statistics of `dtype` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bfloat16_instructions() -> str | None:
+    """What this CPU has for bfloat16 products, as torch sees it; None for nothing."""
+    known = {"AMX": "_is_amx_tile_supported", "AVX512_BF16": "_is_avx512_bf16_supported"}
+    for name, question in known.items():
+        answer: Callable[[], bool] = getattr(torch.cpu, question, bool)  # bool() is False: an older torch cannot tell
+        if answer():
+            return name
+    return None
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of `dtype`: without them those of 16 bits are better made in
+    fp32, in which they are sooner done."""
+    if dtype == torch.bfloat16:
+        return bfloat16_instructions() is not None
+    return dtype in (torch.float32, torch.float64)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from afina.kernels.backend import wide_dtype
+from afina.kernels.backend import multiplies, wide_dtype
 from afina.kernels.cross_entropy_torch import Options, loss_rows, loss_tile
 from afina.kernels.cross_entropy_triton import launch_loss
 from afina.kernels.launch import cdiv
@@ -185,9 +185,10 @@ def workspace_bytes(weight: Tensor, rows: int, *, learns: bool, softcap: float |
 def _compute_dtype(hidden: Tensor, backend: str) -> torch.dtype:
     """The dtype of the matrix products.
 
-    On a CPU torch's products of 16-bit types are slow and round their sums, so the torch path runs in fp32 there.
+    On a CPU without instructions for them torch's products of 16-bit types are slow, so the torch path runs in fp32.
     """
-    return wide_dtype(hidden.dtype) if hidden.device.type == "cpu" and backend == "torch" else hidden.dtype
+    slow = hidden.device.type == "cpu" and backend == "torch" and not multiplies(hidden.dtype)
+    return wide_dtype(hidden.dtype) if slow else hidden.dtype
 
 
 def _pitch(vocab: int, backend: str) -> int:

@@ -34,14 +34,17 @@ from afina.kernels import attention_triton
 from afina.kernels.attention import attention, attention_reference
 
 LENGTHS = [5, 0, 1, 7, 6, 1, 0]
-PATHS = ["default", "tiles"]
+PATHS = ["flash", "blocks", "tiles"]
 SOMETIMES = {"softcap": [None, 1.5], "scale": [None, 0.9], "window": [None, 1, 3, 50]}
 
 
 @contextmanager
 def path(name: str) -> Iterator[None]:
-    """default: at these sizes all queries at once; tiles: blocks of 2 queries, a document at a time."""
+    """flash: torch's, in 16 bits too; blocks: at these sizes all queries at once; tiles: 2 queries of a document."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("afina.kernels.backend.bfloat16_instructions", lambda: "AMX")
+        if name != "flash":
+            patch.setattr("afina.kernels.attention_torch.has_flash", lambda *_: False)
         if name == "tiles":
             patch.setattr("afina.kernels.attention_torch.BLOCK_ROWS", 2)
             patch.setattr("afina.kernels.attention_torch.BLOCK_SCORES", 1)

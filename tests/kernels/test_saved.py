@@ -34,7 +34,7 @@ def calls(dtype: torch.dtype, backend: str) -> Iterator[Call]:
         yield Call(op, norm.saved(dtype, backend, layer=op is norm.layer_norm), {"x": x}, {"weight": weight})
     q, k, v = (draw(ROWS, heads, 8, dtype=dtype) for heads in (4, 2, 2))
     packed = partial(attention.attention, cu_seqlens=torch.tensor([0, 3, ROWS], dtype=torch.int32))
-    yield Call(packed, attention.saved(dtype, 4, backend), {"q": q, "k": k, "v": v}, {})
+    yield Call(packed, attention.saved(dtype, 4, backend, device=DEVICE), {"q": q, "k": k, "v": v}, {})
     angles = {name: draw(ROWS, 4, dtype=torch.float32) for name in ("cos", "sin")}
     weights = {name: draw(8, dtype=dtype) for name in ("q_weight", "k_weight")}
     for normed in (False, True):
