@@ -116,8 +116,17 @@ def error(model: GPT, ids: Tensor, labels: Tensor, cu: Tensor | None) -> float:
     return (kept(model, tokens=tokens, loss_tokens=loss_tokens, longest=longest) + host) / found - 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-@hf_models.parametrize()
+# Every family trained whole and with adapters; the other methods on one of each kind of norm, position and residual.
+TRAINED = [(name, method) for name in hf_models.BY_NAME for method in ("full", "lora")]
+TRAINED += [
+    (name, method)
+    for name in ("gpt2", "llama", "gemma2", "gpt_neox")
+    for method in METHODS
+    if method not in ("full", "lora")
+]
+
+
+@pytest.mark.parametrize(("name", "method"), TRAINED)
 def test_activations_are_predicted_to_the_byte(name: str, method: str) -> None:
     model = prepared(name, method)
     assert error(model, *batch(1.0)) == 0  # all tokens but each row's first
@@ -127,7 +136,7 @@ def test_activations_are_predicted_to_the_byte(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "freeze", "embedding"])
-@hf_models.parametrize()
+@hf_models.parametrize("gpt2", "llama", "gemma2", "gpt_neox", "olmo2")
 def test_activations_under_each_policy(name: str, method: str) -> None:
     model = prepared(name, method)
     for policy in {"full": ("selective", "full", "offload"), "freeze": ("full", "offload")}.get(method, ("full",)):

@@ -345,7 +345,11 @@ def test_wide_rows_and_repeats() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_low_precision(dtype: torch.dtype, reduction: str) -> None:
+@pytest.mark.parametrize("instructions", [None, "AMX"])  # with them the products are bfloat16's own
+def test_low_precision(
+    dtype: torch.dtype, reduction: str, instructions: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afina.kernels.backend.bfloat16_instructions", lambda: instructions)
     inputs, targets = [draw(12, 32), draw(90, 32, seed=1) / 4, draw(90, seed=2)], labels(12, 90, "some")
 
     def run(f: Any, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
