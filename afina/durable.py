@@ -5,28 +5,34 @@ and only then is it renamed into place and the rename forced to the disk too. A 
 a file or a folder is the old one or the new one, whole (Pillai et al., "All File Systems Are Not Created Equal", OSDI
 2014).
 
-Working names: ``X.tmp-N`` is unfinished, or being removed; ``X.old-N`` is a folder that a replacement has moved aside,
-since a rename does not replace a folder. N is the writer's process number, or the next number that is free. A kill
-leaves them behind; ``recover`` clears them up in a folder that nobody else writes to.
+A folder is replaced by exchanging the two in one step (Linux's renameat2), and removed under the new one's working name.
+Where the file system cannot do that, the old one is moved aside first, and readers look for it there (``standing``).
+
+Working names: ``X.tmp-N`` is unfinished, or being removed; ``X.old-N`` is a folder that was moved aside. N is 64 random
+bits, so that nobody can put a file or a link there before. A kill leaves them behind; ``recover`` clears them up in a
+folder that nobody else writes to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from afina.errors import AfinaError, RunError
 
 MAX_JSON_BYTES = 64 << 20
-WORKING_NAME = re.compile(r"(.+)\.(tmp|old)-[0-9]+")
+WORKING_NAME = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]+")
+REPLACING = ".replacing"  # in a run folder: all that a run wrote which is about to replace the one there
+NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2, linux/fs.h
 
 
 def cache_folder() -> Path:
@@ -53,31 +59,28 @@ def read_json(path: Path, *, error: type[AfinaError] = RunError) -> dict[str, An
     return value
 
 
-_lock = threading.Lock()
-_claimed: set[Path] = set()  # working names that threads of this process have taken, and may not have made yet
+def working_name(path: Path, kind: str = "tmp") -> Path:
+    """A name beside ``path`` that nothing has and nobody can foresee."""
+    return path.with_name(f"{path.name}.{kind}-{os.urandom(8).hex()}")
 
 
-@contextlib.contextmanager
-def _claim(path: Path, kind: str = "tmp") -> Iterator[Path]:
-    """Hold a working name beside ``path`` that nothing has, and no other thread will have meanwhile."""
-    with _lock:
-        number = os.getpid()
-        while (found := path.with_name(f"{path.name}.{kind}-{number}")) in _claimed or os.path.lexists(found):
-            number += 1
-        _claimed.add(found)
-    try:
-        yield found
-    finally:
-        with _lock:
-            _claimed.discard(found)
-
-
-def working_folder(path: Path) -> Path:
+def working_folder(path: Path, *, mode: int = 0o777) -> Path:
     """Make a folder of a working name beside ``path``, and return it."""
-    while True:
-        with contextlib.suppress(FileExistsError), _claim(path) as working:  # another process may take the name
-            working.mkdir()
-            return working
+    working = working_name(path)
+    working.mkdir(mode)
+    return working
+
+
+def standing(path: Path) -> Path:
+    """Where that lies now which has the name ``path`` when all is well: a crash may have left it on its way there."""
+    on_its_way = path.parent / REPLACING / path.name
+    if os.path.lexists(on_its_way):
+        return on_its_way
+    if not os.path.lexists(path) and path.parent.is_dir():
+        for entry in path.parent.iterdir():
+            if (match := WORKING_NAME.fullmatch(entry.name)) and match.groups() == (path.name, "old"):
+                return entry
+    return path
 
 
 @contextlib.contextmanager
@@ -87,13 +90,13 @@ def publish(path: Path, *, replace: bool = True) -> Iterator[Path]:
     When it does not, or cannot be put in place, everything is as it was before. Raises what the block raises, OSError
     where something cannot be written, and FileExistsError where ``path`` exists and must not be replaced.
     """
-    with _claim(path) as working:
-        try:
-            yield working
-            put(working, path, replace=replace)
-        finally:
-            with contextlib.suppress(OSError):
-                remove(working)
+    working = working_name(path)
+    try:
+        yield working
+        put(working, path, replace=replace)
+    finally:
+        with contextlib.suppress(OSError):
+            remove(working)
 
 
 @contextlib.contextmanager
@@ -125,28 +128,78 @@ def put(working: Path, path: Path, *, replace: bool = True) -> None:
     for a file where a folder is.
     """
     sync(working)
-    if os.path.lexists(path) and not replace:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    if not (path.is_dir() and working.is_dir()):
+    if not replace:
+        if not _renameat2(working, path, NOREPLACE):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            working.rename(path)
+        _sync_one(path.parent)
+    elif working.is_dir() and (path.is_dir() or path.is_symlink()):
+        _put_in_place_of(path, working)
+    else:
         working.rename(path)
         _sync_one(path.parent)
-        return
-    with _claim(path, "old") as aside:
+
+
+def _put_in_place_of(path: Path, working: Path) -> None:
+    """Give a finished folder the name of another one, or of a link, which is removed; where it fails, all is undone."""
+    if _renameat2(working, path, EXCHANGE):
         try:
-            path.rename(aside)
-            working.rename(path)
             _sync_one(path.parent)
         except BaseException:
-            if os.path.lexists(aside):
-                if path.exists():  # the new one, of which the disk may know nothing
-                    path.rename(working)
-                aside.rename(path)
+            _renameat2(working, path, EXCHANGE)
             raise
-        remove(aside)
+        remove(working)  # the old one, since the exchange
+        return
+    aside = working_name(path, "old")
+    try:
+        path.rename(aside)
+        working.rename(path)
+        _sync_one(path.parent)
+    except BaseException:
+        if os.path.lexists(aside):
+            if os.path.lexists(path):  # the new one, of which the disk may know nothing
+                path.rename(working)
+            aside.rename(path)
+        raise
+    remove(aside)
+
+
+def _renameat2(one: Path, other: Path, flags: int) -> bool:
+    """Rename in one step, as ``flags`` say; False where the system or the file system cannot. Raises OSError."""
+    if (call := _call()) is None:
+        return False
+    sys.audit("os.rename", str(one), str(other), -1, -1)  # as Python's own rename does, for those who watch
+    if (error := call(one, other, flags)) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    if error:
+        raise OSError(error, os.strerror(error), str(one), None, str(other))
+    return True
+
+
+@functools.cache
+def _call() -> Callable[[Path, Path, int], int] | None:
+    """Linux's renameat2 as a function that returns the error's number; None on systems without it."""
+    import ctypes
+
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    here = -100  # AT_FDCWD: paths count from the working folder
+
+    def call(one: Path, other: Path, flags: int) -> int:
+        failed = function(here, os.fsencode(one), here, os.fsencode(other), flags)
+        return ctypes.get_errno() if failed else 0
+
+    return call
 
 
 def sync(path: Path) -> None:
     """Force a file's bytes to the disk, or a folder's entries and all that lies in it."""
+    if path.is_symlink():  # of ours none is one, and what another's leads to is not ours to open
+        return
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
@@ -158,7 +211,7 @@ def recover(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if match := WORKING_NAME.fullmatch(path.name):
             target = folder / match[1]
-            if match[2] == "old" and not target.exists():
+            if match[2] == "old" and not os.path.lexists(target):
                 path.rename(target)
             else:
                 remove(path)
@@ -168,10 +221,9 @@ def recover(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there, so that a crash leaves no half of it under its own name."""
     if path.is_dir() and not path.is_symlink():
-        with contextlib.ExitStack() as stack:
-            if not WORKING_NAME.fullmatch(path.name):
-                path = path.rename(stack.enter_context(_claim(path)))
-            shutil.rmtree(path)
+        if not WORKING_NAME.fullmatch(path.name):
+            path = path.rename(working_name(path))
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

@@ -140,10 +140,15 @@ def prepare(
     chat = tokenizer.chat_template is not None
     reading = {"columns": dict(columns or {}), "skip_bad_lines": skip_bad_lines, "chat": chat, "roles": sorted(roles)}
 
+    try:
+        caches = (cache_dir or cache_folder()) / "tokens"
+    except RuntimeError as problem:
+        raise DataError(f"there is no folder for the token cache ({problem}): set AFINA_CACHE to one") from problem
+
     def tokens(source: Source) -> tuple[DataSource, TokenCache]:
         data_source = DataSource(source, reading)
         work = Tokenise(data_source, tokenizer, max_length, on_long, train_on_prompt, progress)
-        return data_source, work.cache((cache_dir or cache_folder()) / "tokens")
+        return data_source, work.cache(caches)
 
     train_source, cache = tokens(path)
     report = dict(cache.report, data=train_source.name)
@@ -162,8 +167,8 @@ def prepare(
             )
         report |= {"val_file": dev_source.name, "val": dev_cache.report}
         train_index, dev_index = np.arange(len(cache.length)), np.arange(len(dev_cache.length))
-    train = TokenSet(cache, train_index, sha256(cache.folder.name, "train", *split), train_source)
-    dev = TokenSet(dev_cache, dev_index, sha256(dev_cache.folder.name, "dev", *split), dev_source)
+    train = TokenSet(cache, train_index, sha256(cache.key, "train", *split), train_source)
+    dev = TokenSet(dev_cache, dev_index, sha256(dev_cache.key, "dev", *split), dev_source)
     for name, token_set in (("train", train), ("dev", dev)):
         report[f"{name}_rows"] = len(token_set)
         report[f"{name}_tokens"] = int(token_set.lengths.sum(dtype=np.int64))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ from afina.errors import DataError
 from afina.loaders.data.files import Source, cut_text, data_files, kind_of_file, source_name, unreadable
 from afina.loaders.data.hints import by_kind
 from afina.loaders.data.rows import Row, read_rows
-from afina.loaders.data.token_cache import TokenCache, Writer, open_cache
+from afina.loaders.data.token_cache import CacheError, TokenCache, Writer, open_cache, sweep
 from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
 
@@ -120,7 +122,11 @@ class Tokenise:
     watcher: Watcher | None = None
 
     def cache(self, parent: Path) -> TokenCache:
-        """Return the cache of these rows with these settings in a folder below ``parent``, from disk or built now."""
+        """Return the cache of these rows with these settings in a folder below ``parent``, from disk or built now.
+
+        Where that cannot be, because of who owns it or because nothing can be written, one line says so, and the cache
+        is one of this process alone.
+        """
         tokenizer = self.tokenizer
         key = sha256(
             VERSION,
@@ -129,15 +135,23 @@ class Tokenise:
             (self.max_length, self.on_long, self.train_on_prompt),
             self.source.reading,
         )
-        cache = open_cache(parent / key)
-        if cache is None:
-            return self.build(parent / key)
-        cache.report["cached"] = True
+        try:
+            sweep(parent)
+            cache = open_cache(parent / key, tokenizer.vocab_size)
+            if cache is None:
+                cache = self.build(parent / key)
+            else:
+                cache.report["cached"] = True
+        except CacheError as problem:
+            print(f"afina: warning: {problem}; this run's tokens go to a temporary one", file=sys.stderr, flush=True)
+            cache = self.build(None)
+        cache.key = key
         return cache
 
     @cached_property
     def contents(self) -> dict[Path, tuple[str, str]]:
         """Each file's kind and digest."""
+        self.stamps = {path: file_stamp(path) for path in self.source.files}
         return {path: (kind_of_file(path), file_digest(path)) for path in self.source.files}
 
     @cached_property
@@ -146,13 +160,15 @@ class Tokenise:
         first = {content: path for path, content in reversed(self.contents.items())}
         return [path for path, content in self.contents.items() if content[0] != ".txt" or first[content] == path]
 
-    def build(self, folder: Path) -> TokenCache:
-        """Read and tokenise the rows, though there may be a cache of them, and return the cache put in ``folder``."""
+    def build(self, folder: Path | None) -> TokenCache:
+        """Read and tokenise the rows, though there may be a cache of them, and return the cache put in ``folder``, or
+        one of this process alone. Raises CacheError for what the disk refuses, DataError for what is wrong with the
+        rows and for files that changed while they were read."""
         self.read: Counter[str] = Counter()  # counted by the reading thread
         self.fitted: Counter[str] = Counter()  # counted by this one
         self.units = self.position = self.windows = self.longest = 0
         self.carried = np.empty(0, np.int32)
-        size, shown = sum(path.stat().st_size for path in self.files), None if self.progress else True
+        size, shown = sum(file_stamp(path)[2] for path in self.files), None if self.progress else True
         with (
             Writer(folder, self.tokenizer.vocab_size) as self.writer,
             ThreadPoolExecutor(1) as ahead,
@@ -163,6 +179,7 @@ class Tokenise:
             while (batch := coming.result()) is not None:
                 coming = ahead.submit(next, batches, None)
                 self._encode(batch)
+            self._refuse_changes()
             counts = self.read + self.fitted
             report: dict[str, Any] = {key: counts[key] for key in ("rows", "usable", *FATES)}
             report |= {"longest": self.longest, "max_length": self.max_length, "cached": False}
@@ -175,6 +192,12 @@ class Tokenise:
                 mend = "raise max_length" if report["dropped"] else "add rows with an answer to learn"
                 raise NothingLeftError(f"{self.source.name}: no row is left to learn from ({summary(report)}): {mend}")
             return self.writer.commit(report)
+
+    def _refuse_changes(self) -> None:
+        """Raise DataError unless the files are what their digests, and so the cache's name, were taken of."""
+        for path in self.files:
+            if (file_stamp(path), file_digest(path)) != (self.stamps[path], self.contents[path][1]):
+                raise DataError(f"{path}: changed while it was being read: run it again when nothing writes to it")
 
     def _batches(self, progress: Callable[[int], object]) -> Iterator[list[tuple[Rendered, Row, bool]]]:
         """Read, drop duplicates, render; in a thread of its own. True: the text goes on in the next item."""
@@ -365,3 +388,12 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as problem:
         raise unreadable(path, problem) from problem
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What tells a file from another one of the same name, and from itself at another time."""
+    try:
+        facts = os.stat(path)
+    except OSError as problem:
+        raise unreadable(path, problem) from problem
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

@@ -483,20 +483,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, prepared: Prepar
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, prepared: Prepared) -> None:
-    (tmp_path / "file").write_text("")
-    path = write(tmp_path / "a.jsonl", *pairs(4))
-    with pytest.raises(DataError, match=r"the token cache cannot be written \(Not a directory\): .* set AFINA_CACHE"):
-        prepared(path, cache_dir=tmp_path / "file")
-
-
 def test_the_cache_lies_where_the_environment_says(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "elsewhere"))
     prepare(write(tmp_path / "a.jsonl", *pairs(4)), tokenizer, max_length=64, progress=False)
     (folder,) = (tmp_path / "elsewhere" / "tokens").iterdir()
-    cache = open_cache(folder)
+    cache = open_cache(folder, tokenizer.vocab_size)
     assert cache is not None
     assert {name: len(getattr(cache, name)) for name in COLUMNS if name not in ("ids", "loss_mask")} == dict.fromkeys(
         ("start", "length", "loss_tokens", "file", "line", "unit", "digest"), 4
