@@ -5,8 +5,8 @@ and only then is it renamed into place and the rename forced to the disk too. A 
 a file or a folder is the old one or the new one, whole (Pillai et al., "All File Systems Are Not Created Equal", OSDI
 2014).
 
-A folder is replaced by exchanging the two in one step (Linux's renameat2), and removed under the new one's working name.
-Where the file system cannot do that, the old one is moved aside first, and readers look for it there (``standing``).
+A folder is replaced by exchanging the two in one step (Linux's renameat2), and removed under the working name of the
+new one. Where the file system cannot do that, it is moved aside first, and readers look for it there (``standing``).
 
 Working names: ``X.tmp-N`` is unfinished, or being removed; ``X.old-N`` is a folder that was moved aside. N is 64 random
 bits, so that nobody can put a file or a link there before. A kill leaves them behind; ``recover`` clears them up in a
@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from afina.errors import AfinaError, RunError
+from afina.inside import open_own
 
 MAX_JSON_BYTES = 64 << 20
 WORKING_NAME = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]+")
 REPLACING = ".replacing"  # in a run folder: all that a run wrote which is about to replace the one there
+OLD = ".old"  # in REPLACING: of what lies beside REPLACING, nothing is the new run's yet
 NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2, linux/fs.h
 
 
@@ -42,14 +44,15 @@ def cache_folder() -> Path:
 
 
 def read_json(path: Path, *, error: type[AfinaError] = RunError) -> dict[str, Any]:
-    """Read a JSON object of bounded size. Raises ``error``.
+    """Read a JSON object of bounded size from a file of its folder (`afina/inside.py`). Raises ``error``.
 
     Not as strict as `loaders/jsonfile.py`: a run's own files may hold the infinity that a dev loss starts from.
     """
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise error(f"{path} is damaged: {size} bytes, expected at most {MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes())
+        with open_own(path, error=error) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
+                raise error(f"{path} is damaged: {size} bytes, expected at most {MAX_JSON_BYTES}")
+            value = json.loads(file.read())
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from problem
     except (ValueError, RecursionError) as problem:
@@ -73,9 +76,9 @@ def working_folder(path: Path, *, mode: int = 0o777) -> Path:
 
 def standing(path: Path) -> Path:
     """Where that lies now which has the name ``path`` when all is well: a crash may have left it on its way there."""
-    on_its_way = path.parent / REPLACING / path.name
-    if os.path.lexists(on_its_way):
-        return on_its_way
+    replacing = path.parent / REPLACING
+    if not replacing.is_symlink() and any(os.path.lexists(replacing / name) for name in (path.name, OLD)):
+        return replacing / path.name
     if not os.path.lexists(path) and path.parent.is_dir():
         for entry in path.parent.iterdir():
             if (match := WORKING_NAME.fullmatch(entry.name)) and match.groups() == (path.name, "old"):
@@ -133,19 +136,19 @@ def put(working: Path, path: Path, *, replace: bool = True) -> None:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             working.rename(path)
-        _sync_one(path.parent)
+        sync_entry(path.parent)
     elif working.is_dir() and (path.is_dir() or path.is_symlink()):
         _put_in_place_of(path, working)
     else:
         working.rename(path)
-        _sync_one(path.parent)
+        sync_entry(path.parent)
 
 
 def _put_in_place_of(path: Path, working: Path) -> None:
     """Give a finished folder the name of another one, or of a link, which is removed; where it fails, all is undone."""
     if _renameat2(working, path, EXCHANGE):
         try:
-            _sync_one(path.parent)
+            sync_entry(path.parent)
         except BaseException:
             _renameat2(working, path, EXCHANGE)
             raise
@@ -155,7 +158,7 @@ def _put_in_place_of(path: Path, working: Path) -> None:
     try:
         path.rename(aside)
         working.rename(path)
-        _sync_one(path.parent)
+        sync_entry(path.parent)
     except BaseException:
         if os.path.lexists(aside):
             if os.path.lexists(path):  # the new one, of which the disk may know nothing
@@ -203,7 +206,7 @@ def sync(path: Path) -> None:
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
-    _sync_one(path)
+    sync_entry(path)
 
 
 def recover(folder: Path) -> None:
@@ -215,7 +218,7 @@ def recover(folder: Path) -> None:
                 path.rename(target)
             else:
                 remove(path)
-    _sync_one(folder)
+    sync_entry(folder)
 
 
 def remove(path: Path) -> None:
@@ -228,7 +231,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_one(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Force a file's bytes to the disk, or a folder's entries, without what lies in it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

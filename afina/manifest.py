@@ -14,6 +14,7 @@ from typing import Any
 
 from afina.durable import read_json
 from afina.errors import WeightsError
+from afina.inside import open_own
 
 MANIFEST = "manifest.json"
 FORMAT = "afina-manifest-1"
@@ -74,19 +75,24 @@ def damage(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> str | Non
     """The first file that is not as ``recorded``, and how, in one line; None where all are."""
     for name, facts in recorded.items():
         file = folder / name
+        if name != file.name:
+            return f"{folder / MANIFEST} is damaged: it lists {name!r:.80}, which is no name of a file beside it"
         try:
             size = file.stat().st_size
             if size != facts.get("size"):
                 return f"{file} is damaged: {size} bytes, its manifest says {facts.get('size')!r:.80}"
             if sha256(file) != facts.get("sha256"):
                 return f"{file} is damaged: its SHA-256 is not the one in its manifest"
+        except WeightsError as problem:  # a link out of the folder
+            return str(problem)
         except (OSError, ValueError) as problem:  # ValueError: a name with a null byte
             return f"{file} cannot be read: {getattr(problem, 'strerror', None) or problem}"
     return None
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """The SHA-256 of a file of its folder. Raises WeightsError for a link out of it, OSError."""
+    with open_own(path, error=WeightsError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from afina.durable import read_json, write_text
+from afina.durable import read_json, standing, write_text
 from afina.errors import RunError
 
 DEV_ROWS = "dev_rows.json"
@@ -70,7 +70,7 @@ class DevRows:
 
 def read_dev_rows(folder: Path) -> DevRows | None:
     """The dev rows of a run folder; None where it has none, being of a version that wrote none. Raises RunError."""
-    path = folder / DEV_ROWS
+    path = standing(folder / DEV_ROWS)
     if not path.is_file():
         return None
     content = read_json(path)

@@ -107,14 +107,17 @@ class MetricsWriter:
         self.folder = folder
         self._summary_writer = _summary_writer() if report_to == "tensorboard" else None
         self.tensorboard: Any = None  # its files are begun with the first row: a run that is only checked leaves none
+        self._place = folder.path
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row, whose "step" is an integer; event files take its finite floats."""
         self.folder.log(row)
         if self._summary_writer is None:
             return
-        if self.tensorboard is None:
-            self.tensorboard = self._summary_writer(self.folder.path / "tensorboard")
+        place = self.folder.path / "tensorboard"
+        if self.tensorboard is None or self._place != place:
+            self.close()  # the run has taken the place of the one that it overwrites, and its event files with it
+            self.tensorboard, self._place = self._summary_writer(place), place
         for name, value in row.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.tensorboard.add_scalar(name, value, row["step"])

@@ -7,14 +7,14 @@
         folder.log({"step": 1, "loss": 2.0})
 
 Everything is refused before anything is changed: opening takes the lock and writes nothing else, ``begin`` checks
-before it writes, and a folder that was opened but not begun is left as it was found.
+before it writes, and a folder that was opened but not begun is left as it was found. A run that overwrites another one
+grows beside it until ``commit`` (`engine/replacement.py`). Nothing in the folder may be a link.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -32,15 +32,18 @@ from pathlib import Path
 from types import FrameType, MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
-from afina.durable import WORKING_NAME, read_json, recover, remove, write_text
+from afina.durable import REPLACING, WORKING_NAME, read_json, recover, remove, standing, write_text
 from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest
 from afina.engine.dev_rows import DEV_ROWS
+from afina.engine.replacement import finish, grow_beside, replace_run
+from afina.engine.run_lock import LOCK, FolderLock
 from afina.engine.settings import to_yaml
 from afina.errors import RunError
+from afina.inside import open_own
 
 FORMAT = "afina-run-1"
-LOCK, RUN, RECIPE, METRICS, REPORT = ".lock", "run.json", "recipe.yaml", "metrics.jsonl", "report.html"
-OWN_NAMES = {LOCK, RUN, RECIPE, METRICS, DEV_ROWS, REPORT, "best", "tensorboard"}
+RUN, RECIPE, METRICS, REPORT = "run.json", "recipe.yaml", "metrics.jsonl", "report.html"
+OWN_NAMES = {RUN, RECIPE, METRICS, DEV_ROWS, REPORT, "best", "tensorboard"}
 
 # Settings that may differ when a run is resumed: how long it goes on, how often it reports, evaluates and saves, and
 # how (not what) it computes. Another number of threads or another attention backend rounds otherwise, but may be all
@@ -65,14 +68,15 @@ FREE_ON_RESUME = frozenset(
         "report_to",
     }
 )
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # flock on some network file systems
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class RunFolder:
     """A run folder that this process holds until ``close``.
 
-    ``checkpoint`` is where a resumed run goes on (None: from the first step); ``skipped`` says in one line each which
-    newer checkpoints were damaged.
+    ``root`` is the folder itself, ``path`` where the run is now: there, or in a folder inside while it has not yet
+    replaced the one that it overwrites. ``checkpoint`` is where a resumed run goes on (None: from the first step);
+    ``skipped`` says in one line each which newer checkpoints were damaged.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -83,19 +87,19 @@ class RunFolder:
         """
         if resume and overwrite:
             raise RunError("--resume and --overwrite contradict each other: continue the run, or replace it")
-        self.path = Path(os.path.abspath(path))
+        self.root = self.path = Path(os.path.abspath(path))
         self.checkpoint: Checkpoint | None = None
         self.skipped: list[str] = []
         self._resume = resume
         self._overwrite = overwrite
         self._begun = False
         self._created: list[Path] = []
-        self._lock = -1
+        self._lock: FolderLock | None = None
         self._metrics = -1
         try:
             self._check()
             self._make_folders()
-            self._take_lock()
+            self._lock = FolderLock(self.root)
             self._check()  # again: another process may have come first
         except BaseException as error:
             self.close()
@@ -111,20 +115,21 @@ class RunFolder:
         *,
         notes: Mapping[str, str] = MappingProxyType({}),
         bytes_needed: int = 0,
+        first_bytes: int = 0,
     ) -> None:
         """Write ``recipe.yaml`` and ``run.json``; resuming, find the checkpoint, cut ``metrics.jsonl`` to its step.
 
         ``config``: every setting, resolved; JSON values. ``facts``: what the run depends on beyond its settings, such
         as hashes of contents. A fact ``NAME_sha256`` stands for the setting NAME when resuming, so that files may move.
         ``notes``: comments on settings, for the recipe. ``bytes_needed``: what the checkpoints and the best model will
-        take on disk.
+        take on disk; ``first_bytes``: the first of each, for which a run that is overwritten makes no room.
         Raises RunError, with nothing changed: too little space; or when resuming, settings or facts that differ, or no
         checkpoint that is whole.
         """
         config, facts = json.loads(json.dumps(config)), json.loads(json.dumps(facts))
-        record = self._refuse(config, facts, bytes_needed)
+        record = self._refuse(config, facts, bytes_needed, first_bytes)
         if record is not None:
-            recover(self.path)  # a checkpoint may lie aside
+            self._recover()  # a checkpoint may lie aside
             self._find_checkpoint()
         here = {"time": now(), "argv": sys.argv, **environment()}
         if record is None:
@@ -134,41 +139,61 @@ class RunFolder:
             record.setdefault("resumed", []).append({"step": step, **here})
             record.pop("finished", None)
         self._begun = True
-        recover(self.path)
-        if self._overwrite:
-            # run.json goes last (it is replaced below): what is left after a crash is still known as a run.
-            for path in sorted(self.path.iterdir()):
-                if _is_own(path.name) and path.name not in (LOCK, RUN):
-                    remove(path)
+        self._recover()
+        if self._overwrite and (self.root / RUN).exists():
+            self.path = grow_beside(self.root)
         write_text(self.path / RUN, json.dumps({**record, "config": config, "facts": facts}, indent=1) + "\n")
         write_text(self.path / RECIPE, to_yaml(config, notes))
         self._cut_metrics(self.checkpoint.step if self.checkpoint else -1)
-        self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._metrics = os.open(self.path / METRICS, APPEND, 0o644)
 
-    def check(self, config: Mapping[str, Any], facts: Mapping[str, Any], *, bytes_needed: int = 0) -> None:
+    def commit(self) -> None:
+        """A run that overwrites another one takes its place, now that it has a checkpoint. Raises OSError."""
+        if self.path != self.root:
+            self.check_place()
+            replace_run(self.root, self.path, _is_own)
+            self.path = self.root
+
+    def check_place(self) -> None:
+        """Raise MovedError where the folder is not where it was any more: call it before each save."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def check(
+        self, config: Mapping[str, Any], facts: Mapping[str, Any], *, bytes_needed: int = 0, first_bytes: int = 0
+    ) -> None:
         """Raise what ``begin`` would raise, and change nothing. ``facts`` are looked at only by a run that resumes."""
-        record = self._refuse(json.loads(json.dumps(config)), json.loads(json.dumps(facts)), bytes_needed)
-        aside = any(match[2] == "old" for p in self.path.iterdir() if (match := WORKING_NAME.fullmatch(p.name)))
+        config, facts = json.loads(json.dumps(config)), json.loads(json.dumps(facts))
+        record = self._refuse(config, facts, bytes_needed, first_bytes)
+        names = [path.name for path in self.root.iterdir()]
+        aside = any(match[2] == "old" for name in names if (match := WORKING_NAME.fullmatch(name)))
+        aside = aside or REPLACING in names
         if record is not None and not aside:
             self._find_checkpoint()
 
     @property
     def resuming(self) -> bool:
         """Whether there is a run here that goes on: one that was killed before it had a record begins anew."""
-        return self._resume and (self.path / RUN).exists()
+        return self._resume and standing(self.root / RUN).exists()
 
     def recorded(self, setting: str) -> Any:
         """What ``setting`` is in the run that goes on here; None where none does."""
         config = (self._record() or {}).get("config") if self.resuming else None
         return config.get(setting) if isinstance(config, dict) else None
 
-    def _refuse(self, config: Any, facts: Any, bytes_needed: int) -> dict[str, Any] | None:
+    def _refuse(self, config: Any, facts: Any, bytes_needed: int, first_bytes: int) -> dict[str, Any] | None:
         """Raise RunError for too little space, and for a run that cannot go on like this; return the run's record."""
-        held = sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())  # what is replaced as the run goes on
-        free = shutil.disk_usage(self.path).free + held
+        free = shutil.disk_usage(self.root).free
+        if self._overwrite and first_bytes > free:
+            raise RunError(
+                f"{self.root}: too little space for the first checkpoint and best model beside the run that is "
+                f"overwritten, which goes only then: {free / 1e9:.2f} GB free, {first_bytes / 1e9:.2f} GB needed; "
+                "free some, remove that run, or choose another --output_dir"
+            )
+        free += sum(p.lstat().st_size for p in self.root.rglob("*"))  # what is replaced as the run goes on
         if bytes_needed > free:
             raise RunError(
-                f"{self.path}: too little space for the checkpoints and the best model: {free / 1e9:.2f} GB "
+                f"{self.root}: too little space for the checkpoints and the best model: {free / 1e9:.2f} GB "
                 f"free, {bytes_needed / 1e9:.2f} GB needed; free some, lower --save_total_limit, or choose another "
                 "--output_dir"
             )
@@ -198,6 +223,7 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Add to ``run.json`` what is known only once the run has begun; NaN and infinity become null."""
+        self.check_place()
         known = self._record() or {}
         text = json.dumps({**known, **json.loads(json.dumps(values), parse_constant=lambda _: None)}, indent=1)
         write_text(self.path / RUN, text + "\n")
@@ -207,14 +233,19 @@ class RunFolder:
         if self._metrics >= 0:
             os.close(self._metrics)
             self._metrics = -1
-        if self._lock >= 0:
-            (self.path / LOCK).unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            if self.path != self.root:  # it never had a checkpoint: the run that it would have replaced stays
+                with contextlib.suppress(OSError):
+                    remove(self.path)
+                self.path = self.root
+            self._lock.clear()
         if not self._begun:
             while self._created:
                 with contextlib.suppress(OSError):  # someone else put something there: it stays
                     self._created.pop().rmdir()
+        if self._lock is not None:
+            self._lock.close()  # last, or another run could hold the folder that is removed
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -226,7 +257,7 @@ class RunFolder:
 
     def _check(self) -> None:
         """Refuse what cannot become, or is not, this run's folder. Changes nothing."""
-        path = self.path
+        path = self.root
         ancestor = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
         if not ancestor.is_dir():
             raise RunError(f"{ancestor} is not a folder; choose another --output_dir")
@@ -239,7 +270,13 @@ class RunFolder:
                 )
             return
         names = {p.name for p in path.iterdir()}
-        if RUN in names:
+        links = sorted(name for name in names if (path / name).is_symlink() and (_is_own(name) or name == REPLACING))
+        if links and not (self._overwrite and REPLACING not in links):
+            raise RunError(
+                f"{path / links[0]} is a link: a run writes and reads its own files alone; put what it leads to in its "
+                "place, or choose another --output_dir"
+            )
+        if names & {RUN, REPLACING}:
             self._record()
             if not (self._resume or self._overwrite):
                 raise RunError(f"{path} already holds a run: continue it with --resume, replace it with --overwrite")
@@ -251,45 +288,27 @@ class RunFolder:
 
     def _record(self) -> dict[str, Any] | None:
         """``run.json``, checked to be ours; None where a run was killed before it had one."""
-        if not (self.path / RUN).exists():
+        path = standing(self.path / RUN)
+        if not path.exists():
             return None
-        record = read_json(self.path / RUN)
+        record = read_json(path)
         if record.get("format") != FORMAT:
             raise RunError(
-                f"{self.path / RUN} was not written by this version of afina: format {record.get('format')!r:.80}, "
+                f"{path} was not written by this version of afina: format {record.get('format')!r:.80}, "
                 f"expected {FORMAT!r}; choose another --output_dir"
             )
         return record
 
     def _make_folders(self) -> None:
-        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
         for folder in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 self._created.append(folder)
 
-    def _take_lock(self) -> None:
-        """Hold ``.lock``. The kernel lets go of it when its holder dies, however it dies, so none is ever stale."""
-        path = self.path / LOCK
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown process"
-                os.close(handle)
-                if error.errno in NO_LOCKS:
-                    print(f"afina: warning: {self.path} has no file locks; start no second run in it", file=sys.stderr)
-                    return
-                raise RunError(f"{self.path} is in use by another run ({holder}); wait for it or stop it") from error
-            # The one who held it before may have removed the file between our two calls: then we hold nothing.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(path)):
-                    break
-            os.close(handle)
-        self._lock = handle
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    def _recover(self) -> None:
+        finish(self.root, _is_own)
+        recover(self.root)
 
     def _cut_metrics(self, last_step: int) -> None:
         """Keep the whole lines of steps up to ``last_step``: the run repeats the later steps and logs them again."""
@@ -297,7 +316,9 @@ class RunFolder:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with open_own(path) as file:
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in lines:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, or not ours
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + "\n")
@@ -396,4 +417,4 @@ def _show(config: Mapping[str, Any], key: str) -> str:
 
 
 def _is_own(name: str) -> bool:
-    return name in OWN_NAMES or bool(CHECKPOINT_NAME.fullmatch(name) or WORKING_NAME.fullmatch(name))
+    return name in OWN_NAMES or bool(CHECKPOINT_NAME.fullmatch(name))

@@ -295,7 +295,7 @@ class Run:
         """Write, or check, recipe and facts; restore the newest checkpoint when resuming."""
         c, model = self.config, self.model
         count = model.config.num_parameters()
-        self.folder.begin(c.to_dict(), self._facts(), notes=self.notes, bytes_needed=self._bytes_needed())
+        self.folder.begin(c.to_dict(), self._facts(), notes=self.notes, **self._bytes_needed())
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         some = "" if c.method == "full" else f", {self.trainable:,} train ({c.method})"
         self.log(
@@ -315,7 +315,7 @@ class Run:
     def check(self) -> None:
         """Raise what ``begin`` would raise, and write nothing."""
         facts = self._facts() if self.folder.resuming else {}  # the hash of a model takes time
-        self.folder.check(self.config.to_dict(), facts, bytes_needed=self._bytes_needed())
+        self.folder.check(self.config.to_dict(), facts, **self._bytes_needed())
 
     def _facts(self) -> dict[str, Any]:
         """What the run depends on beyond its settings."""
@@ -328,11 +328,11 @@ class Run:
         p50, p95 = (int(value) for value in np.quantile(lengths, [0.5, 0.95], method="higher"))
         return {**self.data.report, "train_lengths": {"p50": p50, "p95": p95, "max": int(lengths.max())}}
 
-    def _bytes_needed(self) -> int:
+    def _bytes_needed(self) -> dict[str, int]:
         """The optimizer's state for every checkpoint kept and the one being written, and the best model in fp32."""
         state = sum(tensor.nbytes for group in self.optimizer.state().values() for tensor in group.values())
-        best = self.trainable if self.model.adapter else self.model.config.num_parameters()
-        return state * (self.config.save_total_limit + 1) + 4 * best
+        best = 4 * (self.trainable if self.model.adapter else self.model.config.num_parameters())
+        return {"bytes_needed": state * (self.config.save_total_limit + 1) + best, "first_bytes": state + best}
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -370,7 +370,9 @@ class Run:
             except Interrupted:
                 if self.saved_step != progress.step:
                     self._save()
-                self.log(f"stopped at step {progress.step:,} of {self.total:,}; go on with --resume")
+                waits = self.folder.path != self.folder.root
+                then = "the run that was to be overwritten is as it was" if waits else "go on with --resume"
+                self.log(f"stopped at step {progress.step:,} of {self.total:,}; {then}")
                 raise
 
     def _poll(self) -> None:
@@ -481,6 +483,7 @@ class Run:
             figure = row[f"dev_{c.eval_metric}"] = self.dev_metric.measure(self.model, poll=self._poll)
             told += f", {c.eval_metric} {figure:.4f} on {len(self.dev_metric.examples)} dev rows"
         progress.evaluated_step = progress.step
+        self.folder.check_place()
         # Without a metric of its own it is 0 in all evaluations, and of equal ones the lower loss is better.
         better = progress.step > 0 and (figure, -loss) > (progress.best_dev_metric, -progress.best_dev_loss)
         self.writer.write({**row, "best": better})
@@ -514,6 +517,7 @@ class Run:
 
     def _save(self) -> None:
         self._settle()
+        self.folder.check_place()
         meta = {
             "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.progress).items()},
             "updates": self.optimizer.num_updates,
@@ -524,6 +528,7 @@ class Run:
         save_checkpoint(
             self.folder.path, self.progress.step, self.optimizer.state(), meta, keep=self.config.save_total_limit
         )
+        self.folder.commit()
         self.saved_step = self.progress.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -131,7 +131,7 @@ def new_model(
     Raises ``ConfigError``."""
     if isinstance(config, str | Path):
         path = Path(config)
-        config = read_json(path / "config.json" if path.is_dir() else path)
+        config = read_json(path / "config.json" if path.is_dir() else path.resolve())
     hf = {**config, **({} if vocab_size is None else {"vocab_size": vocab_size})}
     fields = ModelConfig.from_hf(hf)
     hf.pop("quantization_config", None)  # of the weights that the config came with

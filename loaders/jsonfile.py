@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import AfinaError, ConfigError
+from afina.inside import open_own
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
@@ -75,17 +76,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | Path, *, error: type[AfinaError] = ConfigError, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a UTF-8 file (a byte-order mark is accepted).
+    """Return the JSON object in a UTF-8 file of a folder (a byte-order mark is accepted).
 
     Raises ``error`` (one line with the file and, where it can be told, the line) when the file is missing, unreadable,
-    over ``max_bytes``, not UTF-8 or not an object, and for what JSON readers differ on: duplicate keys, NaN and
-    Infinity, numbers out of range, lone surrogates, nesting deeper than MAX_DEPTH.
+    over ``max_bytes``, a link out of its folder (`afina/inside.py`), not UTF-8 or not an object, and for what JSON
+    readers differ on: duplicate keys, NaN and Infinity, numbers out of range, lone surrogates, nesting deeper than
+    MAX_DEPTH.
     """
     path = Path(path)
     if not path.is_file():
         raise error(f"{path}: no such file: check the path, or download the model again")
     try:
-        with path.open("rb") as file:
+        with open_own(path, error=error) as file:
             data = file.read(max_bytes + 1)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror}): check its permissions") from problem

@@ -6,6 +6,8 @@ Crashes at every call that changes the disk are in tests/engine/test_checkpoint.
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +15,31 @@ from pathlib import Path
 import pytest
 from disk import files_limited_to, tree
 
-from afina.durable import cache_folder, open_file, publish, put, recover, remove, sync, working_folder, write_text
+from afina import durable
+from afina.durable import (
+    REPLACING,
+    cache_folder,
+    open_file,
+    publish,
+    put,
+    recover,
+    remove,
+    standing,
+    sync,
+    working_folder,
+    write_text,
+)
 from afina.errors import DataError
 
-PID = os.getpid()
+RANDOM = re.compile(r"(tmp|old)-[0-9a-f]{16}")
+
+
+@pytest.fixture(params=["one step", "two renames"])
+def replacing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the system call that exchanges two folders, and on file systems that have none."""
+    if request.param == "two renames":
+        monkeypatch.setattr(durable, "_renameat2", lambda one, other, flags: False)
+    return str(request.param)
 
 
 def folder_with(path: Path, text: str) -> Path:
@@ -27,46 +50,74 @@ def folder_with(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is forced to the disk and what is renamed, in order, by name."""
+    """What is forced to the disk and what is renamed, in order, by name; working names without their random part."""
     seen: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename, exchange = os.fsync, Path.rename, durable._renameat2
+
+    def log(text: str) -> None:
+        seen.append(RANDOM.sub(r"\1", text))
 
     def logged_fsync(handle: int) -> None:
-        seen.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        log(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
         fsync(handle)
 
     def logged_rename(path: Path, target: Path) -> Path:
-        seen.append(f"{path.name} -> {target.name}")
+        log(f"{path.name} -> {target.name}")
         return rename(path, target)
+
+    def logged_exchange(one: Path, other: Path, flags: int) -> bool:
+        if done := exchange(one, other, flags):
+            log(f"{one.name} <-> {other.name}")
+        return done
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(Path, "rename", logged_rename)
+    monkeypatch.setattr(durable, "_renameat2", logged_exchange)
     return seen
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, events: list[str]) -> None:
     write_text(tmp_path / "a", "ä")
     assert (tmp_path / "a").read_bytes() == "ä".encode()
-    assert events == [f"sync a.tmp-{PID}", f"a.tmp-{PID} -> a", f"sync {tmp_path.name}"]
+    assert events == ["sync a.tmp", "a.tmp -> a", f"sync {tmp_path.name}"]
 
 
 def test_so_is_a_folder_with_all_that_lies_in_it(tmp_path: Path, events: list[str]) -> None:
     with publish(tmp_path / "a") as working:
         folder_with(working, "text")
         folder_with(working / "inner", "text")
-    renamed = events.index(f"a.tmp-{PID} -> a")
-    assert sorted(events[:renamed]) == sorted(["sync file", "sync file", "sync inner", f"sync a.tmp-{PID}"])
-    assert events[renamed - 1] == f"sync a.tmp-{PID}"  # a folder's entries after what they name
+    renamed = events.index("a.tmp -> a")
+    assert sorted(events[:renamed]) == sorted(["sync file", "sync file", "sync inner", "sync a.tmp"])
+    assert events[renamed - 1] == "sync a.tmp"  # a folder's entries after what they name
     assert events[renamed + 1 :] == [f"sync {tmp_path.name}"]
 
 
-def test_what_is_replaced_goes_last(tmp_path: Path, events: list[str]) -> None:
+def test_what_is_replaced_goes_last(replacing: str, tmp_path: Path, events: list[str]) -> None:
     before = folder_with(tmp_path / "a", "old")
     with publish(before) as working:
         folder_with(working, "new")
         assert (before / "file").read_text() == "old"
     assert tree(tmp_path) == {"a": None, "a/file": b"new"}
-    assert events[-3:] == [f"a -> a.old-{PID}", f"a.tmp-{PID} -> a", f"sync {tmp_path.name}"]
+    renames = ["a.tmp <-> a"] if replacing == "one step" else ["a -> a.old", "a.tmp -> a"]
+    assert events[-len(renames) - 1 :] == [*renames, f"sync {tmp_path.name}"]
+
+
+def test_at_no_moment_is_the_name_free(tmp_path: Path) -> None:
+    """Every call that changes the disk finds a folder of that name."""
+    folder_with(tmp_path / "a", "old")
+    missing: list[str] = []
+    watched = [True]
+
+    def look(event: str, arguments: object) -> None:
+        if watched and event.startswith("os.") and not os.path.lexists(tmp_path / "a"):
+            missing.append(event)
+
+    sys.addaudithook(look)
+    with publish(tmp_path / "a") as working:
+        folder_with(working, "new")
+    watched.clear()
+    assert missing == []
+    assert (tmp_path / "a" / "file").read_text() == "new"
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -93,7 +144,9 @@ def test_a_writer_that_fails_changes_nothing(tmp_path: Path, kind: str, error: B
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_rename_that_fails_changes_nothing(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_changes_nothing(
+    replacing: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a").write_text("old") if kind == "file" else folder_with(tmp_path / "a", "old")
     before, rename = tree(tmp_path), Path.rename
 
@@ -102,7 +155,11 @@ def test_a_rename_that_fails_changes_nothing(tmp_path: Path, kind: str, monkeypa
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
+    def refuse(one: Path, other: Path, flags: int) -> int:
+        return 5
+
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(durable, "_call", lambda: refuse)
     with pytest.raises(OSError, match="Input/output error"), publish(tmp_path / "a") as working:
         WRITERS[kind](working)
     assert tree(tmp_path) == before
@@ -136,23 +193,41 @@ def test_what_must_not_be_replaced_is_not(tmp_path: Path, kind: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["elsewhere", "absent"])
+def test_a_link_is_replaced_and_what_it_leads_to_is_not(replacing: str, tmp_path: Path, target: str) -> None:
     folder_with(tmp_path / "elsewhere", "kept")
-    (tmp_path / "a").symlink_to("elsewhere")
+    (tmp_path / "a").symlink_to(target)
     with publish(tmp_path / "a") as working:
         folder_with(working, "new")
     assert not (tmp_path / "a").is_symlink()
     assert tree(tmp_path) == {"a": None, "a/file": b"new", "elsewhere": None, "elsewhere/file": b"kept"}
 
 
-def test_names_of_others_are_left_alone(tmp_path: Path) -> None:
-    """A working name that is taken, by a thread or by a killed process of the same number, is not used again."""
-    (tmp_path / f"a.tmp-{PID}").write_text("another's")
+def test_working_names_cannot_be_foreseen(tmp_path: Path) -> None:
+    names = {working_folder(tmp_path / "a").name for _ in range(20)}
+    assert len(names) == 20
+    assert all(re.fullmatch(r"a\.tmp-[0-9a-f]{16}", name) for name in names)
+    (tmp_path / f"a.tmp-{os.getpid()}").symlink_to(tmp_path / "precious")  # where earlier versions wrote
     write_text(tmp_path / "a", "mine")
-    assert tree(tmp_path) == {"a": b"mine", f"a.tmp-{PID}": b"another's"}
-    assert working_folder(tmp_path / "a").name == f"a.tmp-{PID + 1}"
+    assert not (tmp_path / "precious").exists()
     recover(tmp_path)
     assert tree(tmp_path) == {"a": b"mine"}
+
+
+def test_what_a_crash_moved_aside_is_found(tmp_path: Path) -> None:
+    assert standing(tmp_path / "best") == tmp_path / "best"
+    aside = folder_with(tmp_path / "best.old-0123456789abcdef", "moved aside")
+    folder_with(tmp_path / "best.tmp-0123456789abcdef", "unfinished")
+    assert standing(tmp_path / "best") == aside
+    folder_with(tmp_path / "best", "there")
+    assert standing(tmp_path / "best") == tmp_path / "best"
+    (tmp_path / REPLACING).symlink_to(tmp_path / "elsewhere")
+    folder_with(tmp_path / "elsewhere", "")
+    folder_with(tmp_path / "elsewhere" / "best", "another's")
+    assert standing(tmp_path / "best") == tmp_path / "best"
+    (tmp_path / REPLACING).unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / REPLACING)
+    assert standing(tmp_path / "best") == tmp_path / REPLACING / "best"
 
 
 def test_recover_puts_back_and_clears_up(tmp_path: Path) -> None:
@@ -170,7 +245,7 @@ def test_recover_puts_back_and_clears_up(tmp_path: Path) -> None:
 def test_removing_is_in_one_piece(tmp_path: Path, events: list[str]) -> None:
     remove(folder_with(tmp_path / "a", "text"))
     remove(tmp_path / "absent")
-    assert events == [f"a -> a.tmp-{PID}"]
+    assert events == ["a -> a.tmp"]
     assert tree(tmp_path) == {}
 
 
@@ -201,7 +276,9 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"a": None, "a/file": b"kept"}
 
 
-def test_a_rename_that_may_not_last_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_may_not_last_is_taken_back(
+    replacing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder's entries cannot be forced to the disk: the old folder is there again, and nothing is left over."""
     folder_with(tmp_path / "a", "old")
     before, fsync = tree(tmp_path), os.fsync

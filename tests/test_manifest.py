@@ -48,6 +48,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit": (lambda f: flip_bit(f / "model.safetensors", 501), "model.safetensors is damaged: its SHA-256"),
     "the end": (lambda f: os.truncate(f / "model.safetensors", 1000), "damaged: 1000 bytes, its manifest says 1024"),
     "gone": (lambda f: (f / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "a link": (
+        lambda f: (
+            (f.parent / "c").write_text("{}"),
+            (f / "config.json").unlink(),
+            (f / "config.json").symlink_to("../c"),
+        ),
+        "config.json: is a link out of its folder",
+    ),
+    "another folder's": (
+        lambda f: (f / MANIFEST).write_text('{"format": "afina-manifest-1", "files": {"../secret": {}}}'),
+        "it lists '../secret', which is no name of a file beside it",
+    ),
     "no JSON": (lambda f: (f / MANIFEST).write_text("{"), "manifest.json is damaged: not JSON"),
     "no files": (
         lambda f: (f / MANIFEST).write_text('{"format": "afina-manifest-1", "files": []}'),

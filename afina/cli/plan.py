@@ -76,7 +76,7 @@ def _config_json(source: str) -> dict[str, Any]:
 
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return read_json(path)
+        return read_json(path.resolve())
     if path.exists() or source == BUILT_IN or source in MODELS:
         return read_hf_config(resolve(source))
     if (known := known_config(source)) is None:

@@ -20,6 +20,7 @@ from afina.engine.run_folder import RECIPE, RUN
 from afina.engine.train import read_data
 from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError
+from afina.inside import own_path
 from afina.loaders.data.dataset import TokenSet, prepare
 from afina.loaders.text.render import render_example, render_prompt
 from afina.loaders.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def held_out(folder: Path, tokenizer: Tokenizer, data: str | None, longest: int)
     missing = "no run folder, so no dev rows"
     if folder.name == "best" and (run / RUN).is_file():
         try:
-            dev = read_data(TrainConfig.resolve(run / RECIPE), tokenizer, progress=False).dev
+            dev = read_data(TrainConfig.resolve(own_path(run / RECIPE)), tokenizer, progress=False).dev
         except AfinaError as problem:
             missing = f"the run's dev rows cannot be read ({problem}); --data FILE names others"
         else:

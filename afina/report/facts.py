@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from afina.durable import read_json
+from afina.durable import read_json, standing
 from afina.engine.dev_rows import DevRows, read_dev_rows
 from afina.engine.run_folder import FORMAT, METRICS, RUN
 from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError, RunError
+from afina.inside import open_own
 
 Line = dict[str, Any]
 
@@ -31,7 +32,7 @@ class RunFacts:
 
     @property
     def best(self) -> Path:
-        return self.folder / "best"
+        return standing(self.folder / "best")
 
     @property
     def finished(self) -> dict[str, Any]:
@@ -88,17 +89,17 @@ def read_run(folder: str | Path) -> RunFacts:
     path = Path(folder)
     if path.name == "best" and not (path / RUN).exists() and (path.parent / RUN).is_file():
         path = path.parent
-    if not path.is_dir() or not (path / RUN).is_file():
+    if not path.is_dir() or not standing(path / RUN).is_file():
         found = "is no run folder" if path.exists() else "does not exist"
         raise RunError(f"{path} {found} (no {RUN} there): give the --output_dir of afina train")
-    record = read_json(path / RUN)
+    record = read_json(standing(path / RUN))
     if record.get("format") != FORMAT or not isinstance(record.get("config"), dict):
         raise RunError(f"{path / RUN}: expected a run of format {FORMAT} with its config: is it of another version?")
     try:
         config = TrainConfig(**record["config"])
     except (AfinaError, TypeError) as problem:
         raise RunError(f"{path / RUN}: its config is not one of this version ({problem})") from problem
-    lines = _metrics(path / METRICS)
+    lines = _metrics(standing(path / METRICS))
     steps = [line for line in lines if "lr" in line]
     evaluations = [line for line in lines if "lr" not in line]
     return RunFacts(path, record, config, steps, evaluations, read_dev_rows(path))
@@ -109,7 +110,9 @@ def _metrics(path: Path) -> list[Line]:
     if not path.is_file():
         return []
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open_own(path) as file:
+        lines = file.read().decode(errors="replace").splitlines()
+    for text in lines:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

@@ -20,6 +20,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -171,15 +172,15 @@ class Writer:
 
     def commit(self, report: Mapping[str, Any]) -> TokenCache:
         """Publish the folder. Where another process was faster, its folder is the one returned."""
-        report = json.loads(json.dumps(report))
+        kept: dict[str, Any] = json.loads(json.dumps(report))
         with self._disk():
             for file in self.files.values():
                 file.flush()
-            cache = TokenCache(self.files, self.vocab_size, report)
+            cache = TokenCache(self.files, self.vocab_size, kept)
             if self.folder is None or self.temporary is None:
                 return cache
             sums = {name: digest.hexdigest() for name, digest in self.sums.items()}
-            content = {"format": FORMAT, "key": self.folder.name, "sha256": sums, "report": report}
+            content = {"format": FORMAT, "key": self.folder.name, "sha256": sums, "report": kept}
             text = json.dumps(content).encode()
             with self._new_file(MANIFEST) as manifest:
                 manifest.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
@@ -203,16 +204,16 @@ class Writer:
                 self._lock = os.open(working, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 with contextlib.suppress(OSError):  # a file system without locks, where nothing is swept either
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(self._lock), os.stat(working)):
-                    self.temporary = working
-                    return
+                working.lstat()
+                self.temporary = working
+                return
             if self._lock >= 0:
                 os.close(self._lock)
                 self._lock = -1
 
     def _new_file(self, name: str) -> BinaryIO:
         if self.temporary is None:
-            return tempfile.TemporaryFile(prefix="afina-tokens-")  # type: ignore[return-value]  # noqa: SIM115
+            return tempfile.TemporaryFile(prefix="afina-tokens-")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return os.fdopen(os.open(self.temporary / name, flags, 0o600), "w+b")
 
@@ -228,7 +229,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _own_file(folder: int, name: str) -> Iterator[BinaryIO]:
+def _own_file(folder: int, name: str) -> Iterator[BufferedReader]:
     """Open a file of an open folder, which must be a regular one that this user alone may write to."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as file:

@@ -19,7 +19,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from afina.durable import open_file
 from afina.errors import DataError, TokenizerError, nearest
+from afina.inside import open_own
 from afina.loaders.jsonfile import MAX_BYTES, parse_json
 from afina.loaders.text.chat_template import ChatTemplate
 from afina.loaders.text.own_templates import DEFAULT_TEMPLATE
@@ -71,13 +73,17 @@ def tokenizer_place(source: str | Path) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer whose files lie in ``folder``. Raises TokenizerError."""
+    """The tokenizer whose files lie in ``folder``. Raises TokenizerError.
+
+    The other form of a vocabulary is neither read nor, by that, copied to where the tokenizer is saved.
+    """
     files: dict[str, bytes] = {}
+    unused = ("vocab.json", "merges.txt") if (folder / "tokenizer.json").is_file() else ()
     for name in (*FILES, "config.json"):
         path = folder / name
-        if path.is_file():
+        if name not in unused and path.is_file():
             try:
-                with path.open("rb") as file:
+                with open_own(path, error=TokenizerError) as file:
                     files[name] = file.read(MAX_BYTES + 1)
             except OSError as problem:
                 raise TokenizerError(f"{path}: cannot be read ({problem.strerror}): check its permissions") from problem
@@ -488,11 +494,12 @@ class Tokenizer:
         return files
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer into ``folder``, for Afina and transformers alike."""
+        """Write the tokenizer into ``folder``, for Afina and transformers alike. Raises OSError."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files().items():
-            (folder / name).write_bytes(data)
+            with open_file(folder / name) as file:
+                file.write(data)
 
 
 def check_vocab(tokenizer: Tokenizer, embedding_rows: int) -> None:

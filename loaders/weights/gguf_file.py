@@ -88,7 +88,7 @@ class GGUFFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise self._bad("no such file", "check the path")
-        with open_at(self.path, self._bad) as file:
+        with open_at(self.path, self._bad, own=False) as file:
             self.fields, self.entries = self._parse(_Header(file, self._bad))
 
     def _bad(self, found: str, mend: str = "the file is damaged, download or export it again") -> WeightsError:
@@ -277,7 +277,7 @@ class GGUFFile:
             offset += before // block * size
             shape = (last - first, *shape[1:])
         decode = None if kind in PLAIN else _dequantizer(kind)
-        with open_at(self.path, self._bad, offset) as file:
+        with open_at(self.path, self._bad, offset, own=False) as file:
 
             def read(target: Tensor) -> None:
                 if decode is None:
@@ -304,7 +304,7 @@ class GGUFFile:
     def stored(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of a tensor as they lie in the file, at most ``limit`` at a time, all in one buffer."""
         _, _, offset, nbytes = self._entry(name)
-        with open_at(self.path, self._bad, offset) as file:
+        with open_at(self.path, self._bad, offset, own=False) as file:
             yield from stored_bytes(file, nbytes, self._bad, limit)
 
 

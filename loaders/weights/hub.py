@@ -11,8 +11,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from afina.durable import cache_folder, publish
+from afina.durable import cache_folder, publish, standing
 from afina.errors import WeightsError, nearest
+from afina.inside import own_path
 from afina.loaders.jsonfile import show
 from afina.loaders.weights.package_index import MODELS, fetched
 from afina.manifest import check_manifest
@@ -34,7 +35,7 @@ def resolve(source: str | Path) -> Path:
     first bytes, and not opened further. Raises WeightsError.
     """
     try:
-        path = Path(source).expanduser()
+        path = standing(Path(source).expanduser())
         if path.is_dir():
             return _local(path)
         if path.exists():
@@ -62,14 +63,16 @@ def _local(folder: Path) -> Path:
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         check_manifest(folder, weights=False)
         return folder
-    best = folder / "best"
-    if (folder / "run.json").is_file():
+    if standing(folder / "run.json").is_file():
+        best = standing(folder / "best")
+        own_path(best, error=WeightsError)
         if (best / "config.json").is_file() or (best / "adapter_config.json").is_file():
             check_manifest(best, weights=False)
             return best
         raise WeightsError(f"{folder}: is a run without a best model yet: train it to its first evaluation")
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
+        own_path(files[0], error=WeightsError)
         return files[0]
     if files:
         some = ", ".join(path.name for path in files[:8]) + (" ..." if len(files) > 8 else "")

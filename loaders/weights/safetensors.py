@@ -22,6 +22,7 @@ from torch import Tensor
 
 from afina.durable import open_file
 from afina.errors import WeightsError, nearest
+from afina.inside import own_path
 from afina.loaders.jsonfile import parse_json, read_json, show
 from afina.loaders.weights.stream import (
     PIECE,
@@ -173,8 +174,7 @@ class SafetensorsFile:
 class SafetensorsFolder:
     """The weights of a model folder, one file or sharded, checked from their headers when it is opened.
 
-    A shard must lie in the folder itself; a link that leaves the folder is refused, except from a snapshot of the
-    Hugging Face cache (``models--*/snapshots/REVISION``) to the ``blobs`` of the same repository.
+    A shard must lie in the folder itself; `afina/inside.py` says which links are followed.
     ``allow_nonfinite``: read NaN and Inf instead of refusing them. Raises WeightsError.
     """
 
@@ -357,17 +357,11 @@ def _write(file: BinaryIO, x: Tensor) -> None:
 
 
 def _inside(folder: Path, name: str, index: Path | None = None) -> Path:
-    """Return the path of a weights file, which must be a file of the folder (or of its hub cache)."""
+    """Return the path of a weights file, which must be a file of the folder."""
     place = f"{index}: " if index else ""
     if name != Path(name).name or "\\" in name or not name.isprintable() or not name.endswith(".safetensors"):
         raise WeightsError(f"{place}{show(name)} is no plain .safetensors file name: shards lie beside their index")
-    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
-    allowed = {home}
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        allowed.add(home.parent.parent / "blobs")
-    if real.parent not in allowed:
-        raise WeightsError(f"{folder / name}: is a link out of the model folder, to {real}: copy the file itself there")
-    if not real.is_file():
+    if not own_path(folder / name, error=WeightsError).is_file():
         raise WeightsError(f"{place}{folder / name}: no such file: download the model again, all shards included")
     return folder / name
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afina.errors import WeightsError
+from afina.inside import open_own
 from afina.loaders.jsonfile import show
 
 PIECE = 4 * 2**20  # bytes that are read, checked and converted at a time
@@ -29,10 +30,11 @@ class Bad(Protocol):
 
 
 @contextmanager
-def open_at(path: Path, bad: Bad, offset: int = 0) -> Iterator[FileIO]:
-    """Open a file at a place, for the block; what the system refuses meanwhile is raised as ``bad`` makes it."""
+def open_at(path: Path, bad: Bad, offset: int = 0, *, own: bool = True) -> Iterator[FileIO]:
+    """Open a file of a folder at a place, for the block; what the system refuses meanwhile is raised as ``bad`` makes
+    it. ``own``: False for a file that the user named, which may be a link to any place. Raises WeightsError."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_own(path, error=WeightsError, buffering=0) if own else path.open("rb", buffering=0) as file:
             file.seek(offset)
             yield file
     except OSError as problem:

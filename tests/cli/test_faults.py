@@ -239,6 +239,34 @@ def test_the_process_itself(cli: Cli, whole: dict[str, Any]) -> None:
     assert_equal(run_dir, whole)
 
 
+# Somebody moves the folder away while step 7 is logged, and puts another one in its place.
+MOVED = """
+import os
+from afina.engine.run_folder import RunFolder
+
+log = RunFolder.log
+
+def moved(self, values):
+    log(self, values)
+    if values["step"] == 7:
+        os.rename(self.root, str(self.root) + "-moved")
+        os.mkdir(self.root)
+
+RunFolder.log = moved
+"""
+
+
+def test_a_folder_that_is_moved_away_is_not_written_under_its_old_name(cli: Cli, whole: dict[str, Any]) -> None:
+    ended = cli.run(*train("away"), prelude=MOVED)
+    assert ended.status == 1, ended.stderr
+    assert "away is not the folder any more that this run began in" in ended.error
+    assert list((cli.folder / "away").iterdir()) == []
+    (cli.folder / "away").rmdir()
+    (cli.folder / "away-moved").rename(cli.folder / "away")
+    assert cli.run(*train("away", "--resume")).status == 0
+    assert_equal(cli.folder / "away", whole)
+
+
 # From the moment step {step} is logged no file above 30,000 bytes can be written; "snapshot" is what lay there then.
 FILL = """
 import resource, shutil
@@ -469,6 +497,15 @@ def test_a_run_may_move_and_go_on_for_longer(cli: Cli, short: str) -> None:
         (cli.folder / "moved").rename(cli.folder / short)
     assert ended.status == 0, ended.stderr
     assert ended.result["steps"] == 4
+
+
+def test_overwrite_that_is_stopped_before_its_first_step(cli: Cli, short: str) -> None:
+    before = tree(cli.folder / short)
+    prelude = SIGNALLED.replace("{signals}", "['SIGINT']").replace('["step"] == 7', '["step"] == 0')
+    ended = cli.run(*train(short, "--overwrite"), prelude=prelude)
+    assert ended.status == 130, ended.stderr
+    assert "stopped at step 0 of 12; the run that was to be overwritten is as it was" in ended.stderr
+    assert tree(cli.folder / short) == before
 
 
 def test_overwrite(cli: Cli, whole: dict[str, Any]) -> None:

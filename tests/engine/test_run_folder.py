@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,8 +18,10 @@ from disk import files_limited_to, flip_bit, json_values, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afina.engine import run_folder
 from afina.engine.checkpoint import publish_best, save_checkpoint
-from afina.engine.run_folder import FORMAT, LOCK, METRICS, RECIPE, RUN, RunFolder, StopRequest
+from afina.engine.run_folder import FORMAT, METRICS, RECIPE, RUN, RunFolder, StopRequest
+from afina.engine.run_lock import LOCK, FolderLock
 from afina.errors import RunError
 
 CONFIG: dict[str, Any] = {
@@ -198,33 +199,15 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
 
 def test_another_run_that_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is empty when first looked at, and another process has used it by the time the lock is taken."""
-    take_lock = RunFolder._take_lock
 
-    def late(self: RunFolder) -> None:
+    def late(path: Path) -> FolderLock:
         monkeypatch.undo()
-        make_run(self.path, 1)
-        take_lock(self)
+        make_run(path, 1)
+        return FolderLock(path)
 
-    monkeypatch.setattr(RunFolder, "_take_lock", late)
+    monkeypatch.setattr(run_folder, "FolderLock", late)
     with pytest.raises(RunError, match="already holds a run"):
         RunFolder(tmp_path)
-
-
-def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its holder closed and another took a new file: a lock on the old one, which has no name any more, is none."""
-    others: list[RunFolder] = []
-    flock = fcntl.flock
-
-    def late(handle: int, operation: int) -> None:
-        monkeypatch.undo()
-        (tmp_path / LOCK).unlink()
-        others.append(RunFolder(tmp_path))
-        flock(handle, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(RunError, match="in use by another run"):
-        RunFolder(tmp_path)
-    others[0].close()
 
 
 def test_two_at_once(tmp_path: Path) -> None:
@@ -255,10 +238,38 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> 
     (tmp_path / "checkpoint-good").mkdir()
     with RunFolder(tmp_path, overwrite=True) as folder:
         folder.begin({**CONFIG, "seed": 7}, {"data_sha256": "other"})
+        folder.log({"step": 1, "loss": 4.0})
+        save_checkpoint(folder.path, 1, {"model": {"w": torch.ones(1)}}, {})
+        folder.commit()
+        assert folder.path == tmp_path
+        folder.log({"step": 2, "loss": 3.0})
+        folder.record(total_steps=9)
     left = sorted(p.name for p in tmp_path.iterdir())
-    assert left == ["checkpoint-good", METRICS, "notes.txt", RECIPE, RUN]
-    assert (tmp_path / METRICS).read_text() == ""
+    assert left == ["checkpoint-1", "checkpoint-good", METRICS, "notes.txt", RECIPE, RUN]
+    assert [json.loads(line)["loss"] for line in (tmp_path / METRICS).read_text().splitlines()] == [4, 3]
     assert json.loads((tmp_path / RUN).read_text())["config"]["seed"] == 7
+
+
+def test_overwrite_without_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path, 1, 2)
+    before = tree(tmp_path)
+    with RunFolder(tmp_path, overwrite=True) as folder:
+        folder.begin({**CONFIG, "seed": 7}, FACTS)
+        folder.record(total_steps=9)
+        folder.log({"step": 1, "loss": 4.0})
+    assert tree(tmp_path) == before
+
+
+def test_overwrite_needs_room_for_its_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, 1)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "model.safetensors").write_bytes(bytes(1_000_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=500_000))
+    sizes = {"bytes_needed": 1_000_000, "first_bytes": 600_000}
+    refused(tmp_path, "beside the run that is overwritten, which goes only then", begin=sizes, overwrite=True)
+    with RunFolder(tmp_path, resume=True) as folder:
+        folder.begin(CONFIG, FACTS, **sizes)
 
 
 def test_resume(tmp_path: Path) -> None:

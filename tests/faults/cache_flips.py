@@ -46,7 +46,7 @@ def bits(folder: Path, every: int, first: int) -> Iterator[tuple[Path, int, int]
 
 
 def count(folder: Path, *, every: int, seed: int = 0) -> Counter[str]:
-    """What became of a run after each flip: "made again", "other tokens", "believed" or the name of an error."""
+    """What became of a run after each flip: "made again", "other tokens or counts", "believed", or an error."""
     source, tokenizer = folder / "rows.jsonl", tiny_tokenizer()
     source.write_text("".join(ROWS % (n, n) for n in range(3)))
 
@@ -61,12 +61,11 @@ def count(folder: Path, *, every: int, seed: int = 0) -> Counter[str]:
         path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1 << bit]) + whole[offset + 1 :])
         try:
             data = rows()
+            again = "believed" if data.report["cached"] else "made again"
+            found[again if contents(data) == expected else "other tokens or counts"] += 1
         except Exception as problem:
             found[type(problem).__name__] += 1
             path.write_bytes(whole)
-            continue
-        again = "believed" if data.report["cached"] else "made again"
-        found[again if contents(data) == expected else "other tokens"] += 1
     return found
 
 

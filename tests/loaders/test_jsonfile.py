@@ -90,8 +90,15 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert "cannot be read (Permission denied): check its permissions" in refused(path)
+
+
+def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret.json").write_text('{"private": 1}')
+    (tmp_path / "model" / "config.json").symlink_to("../secret.json")
+    assert "config.json: is a link out of its folder" in refused(tmp_path / "model" / "config.json")
 
 
 @settings(max_examples=500, deadline=None)

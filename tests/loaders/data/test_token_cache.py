@@ -133,7 +133,7 @@ def test_no_home_and_no_folder_named(prepared: Prepared, monkeypatch: pytest.Mon
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("afina.loaders.data.dataset.cache_folder", none)
-    with pytest.raises(DataError, match="no folder for the token cache .*: set AFINA_CACHE to one"):
+    with pytest.raises(DataError, match=r"no folder for the token cache .*: set AFINA_CACHE to one"):
         prepared(cache_dir=None)
 
 
@@ -187,16 +187,27 @@ def test_what_killed_builds_left_is_swept(tmp_path: Path, prepared: Prepared) ->
     assert (tmp_path / "a.jsonl").exists()
 
 
-def test_a_folder_that_is_swept_before_its_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_folder_that_is_swept_before_its_lock_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     made: list[Path] = []
+    flock = fcntl.flock
 
     def swept(path: Path, *, mode: int) -> Path:
         made.append(durable.working_folder(path, mode=mode))
-        if len(made) == 1:
+        if len(made) == 1 and moment == "before it is opened":
             sweep(path.parent)
         return made[-1]
 
+    def late(handle: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        if moment == "before it is locked":
+            sweep(made[-1].parent)
+        flock(handle, operation)
+
     monkeypatch.setattr(token_cache, "working_folder", swept)
+    monkeypatch.setattr(fcntl, "flock", late)
     with Writer(tmp_path / "tokens" / "key", VOCABULARY) as writer:
         writer.append(ONE_ROW)
         writer.commit({})

@@ -114,7 +114,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing shard": (index(lambda places: places.update(extra="x.safetensors")), [INDEX, "x.safetensors: no such"]),
     "absent from its shard": (index(lambda places: places.update(extra=places[NORM])), [INDEX, "'extra'"]),
     "in two shards": (in_two_shards, [repr(EMBED), "places in 'model-00001"]),
-    "link": (linked, [SINGLE, "link out of the model folder"]),
+    "link": (linked, [SINGLE, "link out of its folder"]),
     "pickle": (pickled, ["pytorch_model.bin", "never opened", "convert"]),
     "nothing": (lambda model: (model / SINGLE).unlink(), [f"no {SINGLE}", "found"]),
     "no config": (lambda model: (model / "config.json").unlink(), ["no config.json", SINGLE]),

@@ -218,7 +218,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(Path, "rename", logged_rename)
     save_tensors([("x", torch.ones(1))], tmp_path)
-    assert events == [f"{SINGLE}.tmp-{os.getpid()}", f"rename to {SINGLE}", tmp_path.name]
+    assert events[0].startswith(f"{SINGLE}.tmp-")
+    assert events[1:] == [f"rename to {SINGLE}", tmp_path.name]
 
 
 # Reading into existing memory
@@ -534,11 +535,11 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     save_file(ONE, outside / "a.safetensors")
 
     (model / SINGLE).symlink_to(outside / "a.safetensors")
-    refused(lambda: SafetensorsFolder(model), str(model / SINGLE), "link out of the model folder", str(outside))
+    refused(lambda: SafetensorsFolder(model), str(model / SINGLE), "link out of its folder", str(outside))
     (model / SINGLE).unlink()
     shards(model, weight_map={"x": "a.safetensors"})
     (model / "a.safetensors").symlink_to("../outside/a.safetensors")
-    refused(lambda: SafetensorsFolder(model), "a.safetensors: is a link out of the model folder")
+    refused(lambda: SafetensorsFolder(model), "a.safetensors: is a link out of its folder")
     (model / "a.safetensors").unlink()
     (model / "a.safetensors").symlink_to("a.safetensors")  # a loop
     refused(lambda: SafetensorsFolder(model), "a.safetensors")
@@ -570,25 +571,24 @@ def test_snapshots_of_the_hub_cache_link_to_their_own_blobs(tmp_path: Path) -> N
         ("models--o--n/mine/4", "../../blobs/00ff"),
         ("plain/snapshots/5", "../../blobs/00ff"),
     ):
-        refused(
-            partial(SafetensorsFolder, linked(folder, target)), f"{folder}/{SINGLE}: is a link out of the model folder"
-        )
+        refused(partial(SafetensorsFolder, linked(folder, target)), f"{folder}/{SINGLE}: is a link out of its folder")
 
 
 # Fuzzing
 
 
 @pytest.fixture(scope="module")
-def sound() -> Iterator[Callable[[bytes], bool]]:
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bytes], bool]]:
     """A function that reads a file of these bytes and tells whether it is sound; only a WeightsError may say no."""
-    descriptor = os.memfd_create("fuzz")  # thousands of files, none on a disk
+    path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # thousands of contents of one file
 
     def check(content: bytes) -> bool:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
         message = ""
         try:
-            read_safetensors(Path(f"/proc/self/fd/{descriptor}"))
+            read_safetensors(path)
         except WeightsError as problem:
             message = str(problem)
         assert "\n" not in message
@@ -685,13 +685,13 @@ def test_the_worst_headers_take_little_memory_and_time(tmp_path: Path) -> None:
     script = """
         parts = [b'[1],', b'[],', b'{},', b'"a":1,', b'1000,', b'"",', b'"a" ', b'1e9,', b'[[', b'"\\u00e9",', b'null,']
         entry = b'"%d":{"dtype":"U8","shape":[0,%s0],"data_offsets":[0,0]},'
-        descriptor = os.memfd_create("attack")
+        descriptor = os.open(folder / "attack", os.O_RDWR | os.O_CREAT)
         def attack(raw):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, len(raw).to_bytes(8, "little") + raw, 0)
             start = time.process_time()
             try:
-                safetensors.SafetensorsFile(Path(f"/proc/self/fd/{descriptor}"))
+                safetensors.SafetensorsFile(folder / "attack")
             except WeightsError as problem:
                 assert len(str(problem)) < 1000
             assert time.process_time() - start < 3, raw[:40]

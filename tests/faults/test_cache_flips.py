@@ -1,4 +1,4 @@
-"""The short forms of the fault harnesses beside this file; each says at its top how to run the long one."""
+"""The short form of cache_flips.py, which says at its top how to run the long one."""
 
 from __future__ import annotations
 
