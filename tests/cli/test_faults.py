@@ -23,7 +23,8 @@ from disk import flip_bit, tree
 from tiny_model import saved, tiny_model, tiny_tokenizer
 
 from afina.engine.checkpoint import checkpoints
-from afina.engine.run_folder import LOCK, RunFolder
+from afina.engine.run_folder import RunFolder
+from afina.engine.run_lock import LOCK
 from afina.engine.weights import save_model
 from afina.loaders.weights.safetensors import read_safetensors
 
