@@ -285,7 +285,8 @@ class FlashAttention(torch.autograd.Function):
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             lse = torch.empty(*q.shape[:2], 1, dtype=wide_dtype(q.dtype), device=q.device)
             for bucket in plan:
-                for rectangle, x in zip(_flash(*(bucket.take(x) for x in (q, k, v)), options), (out, lse)):
+                found = _flash(bucket.take(q), bucket.take(k), bucket.take(v), options)
+                for rectangle, x in zip(found, (out, lse)):
                     bucket.put(rectangle, x)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -294,11 +295,11 @@ class FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         if ctx.plan is None:
-            return (*_flash_backward(do, q, k, v, out, lse, ctx.options), None, None)
+            return (*_flash_backward(do, [q, k, v, out, lse], ctx.options), None, None)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         for bucket in ctx.plan:
-            rows = [bucket.take(x, zero=x is do) for x in (do, q, k, v, out, lse)]
-            for rectangle, grad in zip(_flash_backward(*rows, ctx.options), grads):
+            do_rows, *rows = (bucket.take(x, zero=x is do) for x in (do, q, k, v, out, lse))
+            for rectangle, grad in zip(_flash_backward(do_rows, rows, ctx.options), grads):
                 bucket.put(rectangle, grad)
         return (*grads, None, None)
 
@@ -311,12 +312,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
     return out.transpose(1, 2), lse.transpose(1, 2).unsqueeze(3)
 
 
-def _flash_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
-) -> list[Tensor]:
-    """do and the log-sum-exp as from ``_flash``, and its inputs and output -> dq, dk, dv."""
+def _flash_backward(do: Tensor, rows: list[Tensor], options: Options) -> list[Tensor]:
+    """do like the output, and ``rows``: the inputs and outputs of ``_flash`` -> dq, dk, dv."""
+    *inputs, lse = rows
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_by_head(do, q, k, v, out), lse.squeeze(3).transpose(1, 2), 0.0, options.causal, scale=options.scale
+        *_by_head(do, *inputs), lse.squeeze(3).transpose(1, 2), 0.0, options.causal, scale=options.scale
     )
     return [x.transpose(1, 2) for x in grads]
 
@@ -337,7 +337,8 @@ def has_flash(dtype: torch.dtype, device: torch.device, window: int | None, soft
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, options: Options, plan: tuple[Bucket, ...] | None) -> Tensor:
     """q (B, T, Hq, D), k and v (B, S, Hkv, D) -> (B, T, Hq, D). With a plan all are packed, without their B."""
     if plan is not None and len(plan) == 1 and plan[0].gather is None:
-        return torch_attention(*(plan[0].take(x) for x in (q, k, v)), options, None).flatten(0, 1)
+        take = plan[0].take
+        return torch_attention(take(q), take(k), take(v), options, None).flatten(0, 1)
     flash = has_flash(q.dtype, q.device, options.window, options.softcap)
     if flash and q.numel() and (plan is not None or q.shape[1] == k.shape[1]):
         return FlashAttention.apply(q, k, v, options, plan)
