@@ -44,6 +44,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from afina.kernels import activation, adamw, attention, blockwise, cross_entropy, decode, launch, nf4, norm, rope
@@ -262,9 +263,8 @@ def _job(kernel: Any, target: int, arguments: dict[str, Any]) -> Job:
 
 def compiled(job: Job) -> Result:
     kernel = getattr(sys.modules[job.module], job.kernel)
-    source = ASTSource(
-        fn=kernel, signature=dict(job.signature), constexprs=dict(job.constants), attrs=dict(job.attributes)
-    )
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(fn=kernel, signature=dict(job.signature), constexprs=dict(job.constants), attrs=dict(job.attributes))
     started = time.perf_counter()
     made = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=dict(job.options))
     seconds = time.perf_counter() - started

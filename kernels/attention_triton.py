@@ -561,6 +561,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, spans: Tensor | N
     return out, lse
 
 
+def attention_delta(out: Tensor, dout: Tensor, lse: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The sum of dout times out of each row, shaped like lse (B, Hq, T); dout in `kernel_layout`."""
+    queries, _, width = q.shape[-3:]
+    delta = torch.empty_like(lse)
+    row = config("attention_delta", q.device, dtype=q.dtype, size=width)
+    grid = (lse.shape[:2].numel() * cdiv(queries, row["BLOCK_M"]),)
+    launch(_attention_delta, grid, out, _view(dout), delta, queries, _shape(q, k), **row)
+    return delta
+
+
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options, spans: Tensor | None,
     wanted: tuple[bool, bool, bool],
@@ -572,10 +582,7 @@ def backward(
     group = heads // key_heads
     row_bytes = 2 * width * q.element_size()
     shape, scales, window = _shape(q, k), _scales(options), options.window or 0
-    delta = torch.empty_like(lse)
-    row = config("attention_delta", q.device, dtype=q.dtype, size=width)
-    grid = (batch * heads * cdiv(queries, row["BLOCK_M"]),)
-    launch(_attention_delta, grid, out, _view(dout), delta, queries, shape, **row)
+    delta = attention_delta(out, dout, lse, q, k)
     inputs = (_view(q), _view(k), _view(v), _view(dout), lse, delta)
     dq, dk, dv = None, None, None
     if wanted[1] or wanted[2]:
