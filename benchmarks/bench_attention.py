@@ -3,8 +3,9 @@
     python benchmarks/bench_attention.py --quick
     python benchmarks/bench_attention.py --cases hd128 --providers afina flash cudnn flex
 
-Providers: afina (Triton), afina-sdpa (torch's kernels through our interface), afina-torch, eager (all scores, as
-transformers writes it), compile, flash, cudnn, efficient (scaled_dot_product_attention on one of its backends),
+Providers: afina (Triton), afina-gluon (Gluon, for Hopper), afina-sdpa (torch's kernels through our interface),
+afina-torch, eager (all scores, as transformers writes it), compile, flash, cudnn, efficient
+(scaled_dot_product_attention on one of its backends),
 varlen (torch's packed FlashAttention), flex (FlexAttention, compiled), flash-attn, fla. scaled_dot_product_attention
 knows no packed documents: as they are of one length here, it gets them as a batch.
 """
@@ -25,7 +26,7 @@ from harness import DEVICE, GPU, Case, Function, Unavailable, compiled, main, pr
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from afina.kernels.attention import attention, attention_reference
+from afina.kernels.attention import attention, attention_reference, gluon_runs
 
 REFERENCE_SCORES = 1 << 28  # of the reference at a time
 
@@ -116,6 +117,17 @@ def ours(shape: Shape, backend: str | None) -> Callable[..., Function]:
         return lambda: attention(q[0], k[0], v[0], cu_seqlens=cu, **options)[None]
 
     return make
+
+
+def on_gluon(shape: Shape) -> Callable[..., Function]:
+    make = ours(shape, "gluon")
+
+    def refused_elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Function:
+        if not gluon_runs(q.device):
+            raise Unavailable("the Gluon kernels are for GPUs of compute capability 9")
+        return make(q, k, v)
+
+    return refused_elsewhere
 
 
 def rectangle(shape: Shape, x: Tensor) -> Tensor:
@@ -280,6 +292,8 @@ def case(name: str, shape: Shape) -> Case:
         return [randn(shape.batch, shape.length, n, shape.dim, grad=True) for n in heads]
 
     providers: dict[str, Callable[..., Any]] = {"afina": ours(shape, "triton"), "afina-sdpa": ours(shape, "sdpa")}
+    if shape.window is None and shape.softcap is None:
+        providers["afina-gluon"] = on_gluon(shape)
     if GPU:
         providers |= {
             "flash": sdpa(shape, SDPBackend.FLASH_ATTENTION),

@@ -14,6 +14,9 @@ then compiled as Triton would compile it on that GPU. Failures:
 - more shared memory than the GPU has;
 - a matrix kernel without wgmma instructions on sm_90;
 - a matrix kernel whose loads do not run ahead of its products, though it has stages for that;
+- of the Gluon kernels, whose warpgroups have registers of their own: another number than asked for, a warning of ptxas
+  that it makes products wait for each other (C7510 and its like), or more than `MOST_SPILT_A_TILE` bytes spilt (a
+  program has thousands of cycles for each tile, so outside of its loop of products they are nothing);
 - a row of the launch table that nothing used.
 
 Results are cached by the kernel's source and arguments in .compile_gate.json (ignored by git), so only what changed is
@@ -53,6 +56,7 @@ REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
 SOURCES = {"benchmarks": (90,), "training": (90,), "selftest": (90,)}  # of launches -> for which targets
 MOST_SPILT = 32  # bytes
+MOST_SPILT_A_TILE = 192
 LOOP_SHARE = 250
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one block can have
 
@@ -199,6 +203,9 @@ class Result(NamedTuple):
     wgmma: bool
     dots: bool
     ahead: bool  # loads of the loop are begun before it
+    gluon: bool = False
+    groups: bool = True  # its warpgroups have the registers that they ask for
+    waits: str = ""  # codes of ptxas' warnings that products wait
 
 
 def recorded(op: str, kernels: tuple[str, ...], call: Callable[..., None], target: int) -> Iterator[Job | str]:
@@ -281,33 +288,61 @@ def compiled(job: Job) -> Result:
         found = {name: int(value) for name, value in usage}
         spills = found["STACK"] + found["LOCAL"]
         hot, loops = local_accesses(dumped("sass")) if spills else (0, 0)
-    dots = "tt.dot" in made.asm["ttir"] and "bf16" in made.asm["ttir"]
+        gluon = kernel.is_gluon()
+        groups, waits = (_warpgroups(made.asm["ptx"], dict(job.constants), job, tool)) if gluon else (True, "")
+    dots = gluon or ("tt.dot" in made.asm["ttir"] and "bf16" in made.asm["ttir"])
     ir = made.asm["ttgir"]
-    ahead = -1 < ir.find("async_copy_global_to_local") < ir.rfind("scf.for ")
+    ahead = gluon or -1 < ir.find("async_copy_global_to_local") < ir.rfind("scf.for ")
     wgmma = "wgmma" in made.asm["ptx"]
-    return Result(found["REG"], spills, hot, loops, made.metadata.shared, round(seconds, 2), wgmma, dots, ahead)
+    shared = made.metadata.shared
+    return Result(
+        found["REG"], spills, hot, loops, shared, round(seconds, 2), wgmma, dots, ahead, gluon, groups, waits
+    )  # fmt: skip
+
+
+def _warpgroups(ptx: str, constants: dict[tuple[int, ...], Any], job: Job, tool: Path) -> tuple[bool, str]:
+    """Whether a warp-specialised kernel asks for the registers that its launch says, and ptxas' warnings of waits."""
+    names = [name for name, _ in job.signature]
+    asked = {str(constants[names.index(name),]) for name in ("REGISTERS", "PRODUCER_REGISTERS")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        command = [str(tool.with_name("ptxas")), "-v", f"--gpu-name=sm_{job.target}a", str(file), "-o", f"{file}.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return asked <= set(re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)), " ".join(sorted(set(re.findall(r"C75\d\d", said))))
 
 
 def local_accesses(sass: str) -> tuple[int, int]:
     """Loads and stores of local memory in the innermost loops of a disassembly, and all instructions there; of all of
-    it where there is no loop."""
+    it where there is no loop. Where loops hold matrix products of a warpgroup, these count: within them are others, in
+    which a thread waits at a barrier."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?;)", sass, re.MULTILINE)]
     jumps = [(at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in lines]
     # The last instruction of all jumps to itself.
     loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    products = [at for at, text in lines if re.search(r"\bHGMMA\b", text)]
+    # A loop's end is a conditional jump; the others lead back from where a thread went to wait.
+    ends = {at for at, text in lines if text.startswith("@")}
+    multiplying = [(a, b) for a, b in loops if b in ends and any(a <= at <= b for at in products)]
+    loops = multiplying or loops
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in loops)]
     repeated = [text for at, text in lines if not inner or any(a <= at <= b for a, b in inner)]
     return sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in repeated), len(repeated)
 
 
 def complaints(job: Job, result: Result) -> Iterator[str]:
-    if result.hot * LOOP_SHARE > result.loops or result.spills > MOST_SPILT:
+    most = MOST_SPILT_A_TILE if result.gluon else MOST_SPILT
+    if result.hot * LOOP_SHARE > result.loops or result.spills > most:
         reading = f"which {result.hot} of {result.loops} instructions of loops reach for"
         yield f"{result.spills} bytes of registers spilt to local memory, {reading}"
     if result.shared > SHARED[job.target]:
         yield f"{result.shared:,} bytes of shared memory, of {SHARED[job.target]:,}"
     if job.target == 90 and result.dots and not result.wgmma:
         yield "a matrix kernel without wgmma"
+    if not result.groups:
+        yield "warpgroups with another number of registers than the launch asks for"
+    if result.waits:
+        yield f"products that ptxas makes wait for each other: {result.waits}"
     if result.dots and not result.ahead and dict(job.options).get("num_stages", 1) > 1:
         yield "no load runs ahead of the products: an address hangs on a branch or on what the loop computes"
 

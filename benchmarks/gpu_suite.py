@@ -1,6 +1,6 @@
 """All that a GPU is needed for, in parts that each end in time and begin with what answers most.
 
-    python benchmarks/gpu_suite.py --first       # 240 s: ceilings, all GPU tests, attention beside flash and cuDNN
+    python benchmarks/gpu_suite.py --first       # 240 s: ceilings, all GPU tests, attention beside flash, cuDNN
     python benchmarks/gpu_suite.py --second      # 300 s: other ops with one peer each, tuning, a first training step
     python benchmarks/gpu_suite.py --training    # 400 s: LLM.Q's settings, 8B LoRA beside PEFT
     python benchmarks/gpu_suite.py               # 522 s: the tests and all op benchmarks beside all peers
@@ -75,7 +75,7 @@ KERNELS = (
     Stage("nf4", 10),
 )
 # In order of worth, so that what is cut off is worth least.
-FIRST = (Stage("tests", 100), *attention("afina", "flash", "cudnn"))
+FIRST = (Stage("tests", 100), *attention("afina-gluon", "afina", "flash", "cudnn"))
 SECOND = (
     beside("cross_entropy", 40, "torch-linear"),
     beside("norm", 25, "torch"),

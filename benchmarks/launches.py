@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from afina.kernels import launch, selftest
-from afina.kernels.cases import CASES, Draw
+from afina.kernels.cases import CASES, SPECIAL_CASES, Draw
 
 SMALL = 1 << 16  # elements: what is not larger is computed, so that targets and offsets have values
 LAYERS = 2  # of a model: the others launch the same
@@ -100,8 +100,9 @@ def _step(module: Any, shape: Any) -> None:
 
 def selftests() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(op and dtype, what runs its kernels) of the self-test on a GPU."""
-    for op, cases in CASES.items():
-        for dtype in selftest.DTYPES:
+    special = {op: cases for op, (cases, _) in SPECIAL_CASES.items()}
+    for op, cases in (CASES | special).items():
+        for dtype in selftest.APART.get(op, selftest.DTYPES):
             yield f"selftest {op} {dtype}", partial(_self_test, cases, dtype)
 
 

@@ -9,7 +9,8 @@ Saved are q, k, v, o and the log-sum-exp of each row of scores, from which the b
 backward. Of those 14, 4 compute the scores and do v^T a second time, because dq has a kernel of its own: so nothing is
 added up in an order left to chance.
 
-On GPUs the kernels of `attention_triton.py` run; on CPUs and in float64 those of `attention_torch.py`.
+On GPUs the kernels of `attention_triton.py` run, and on Hopper those of `attention_gluon.py` where `_takes_gluon` says
+so; on CPUs and in float64 those of `attention_torch.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from afina.kernels import attention_triton
+from afina.kernels import attention_triton, launch
 from afina.kernels.attention_torch import Bucket, Options, has_flash, plan_buckets, torch_attention, visible
-from afina.kernels.backend import check_floating, check_like, choose, document_offsets, wide_dtype
+from afina.kernels.backend import check_floating, check_like, choose, document_offsets, requested, verified, wide_dtype
 from afina.kernels.launch import config
 from afina.kernels.saved import Saved
 
 MAX_HEAD_DIM = 256  # of the Triton kernels
+# Of the Gluon kernels: the versions of Triton that they are compiled and proved with, and the heads that they take.
+GLUON_TRITON = ("3.6", "3.7")
+GLUON_HEAD_DIMS = (64, 256)
+GLUON_MAX_HEAD_DIM_BACKWARD = 128  # Beyond it dk and dv do not fit into registers.
 
 
 def attention_reference(
@@ -65,17 +70,55 @@ def attention_reference(
     return torch.einsum("bhij,bjhd->bihd", p, v.to(wide).repeat_interleave(group, 2)).to(q.dtype)
 
 
+def gluon_runs(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU (or one whose launches are recorded) with a Triton that the Gluon kernels know."""
+    known = launch.VERSION is not None and launch.VERSION.rpartition(".")[0] in GLUON_TRITON
+    return known and launch.runnable(device) and launch.capability(device) // 10 == 9
+
+
+def _takes_gluon(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    """Why the Gluon kernels cannot compute this call; None where they can.
+
+    They know no window and no softcap, are made for Hopper, and have their tiles copied by its tensor memory
+    accelerator, which needs beginnings and strides of whole 16 bytes.
+    """
+    if not gluon_runs(q.device):
+        return f"a GPU of compute capability 9 and Triton {' or '.join(GLUON_TRITON)}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return "float16 or bfloat16"
+    if options.window is not None or options.softcap is not None:
+        return "no window and no softcap"
+    if not GLUON_HEAD_DIMS[0] <= q.shape[-1] <= GLUON_HEAD_DIMS[1]:
+        return f"heads of {GLUON_HEAD_DIMS[0]} to {GLUON_HEAD_DIMS[1]} dimensions"
+    return None if all(map(_is_aligned, (q, k, v))) else "tensors whose starts and strides are multiples of 16 bytes"
+
+
+def _is_aligned(x: Tensor) -> bool:
+    steps = x.stride()[:-1]
+    whole = all(step > 0 and step * x.element_size() % 16 == 0 for step in steps)
+    return whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.numel() > 0
+
+
 class _TritonAttention(torch.autograd.Function):
-    """Takes q (B, T, Hq, D), k and v (B, S, Hkv, D), or with the spans of packed documents (T, H, D)."""
+    """Takes q (B, T, Hq, D), k and v (B, S, Hkv, D), or with the spans of packed documents (T, H, D).
+
+    The Gluon kernels and the Triton kernels save the same, so that each pass can have its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, spans: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, spans: Tensor | None, on_gluon: bool
+    ) -> Any:
         ctx.options, ctx.spans = options, spans
+        ctx.on_gluon = on_gluon and q.shape[-1] <= GLUON_MAX_HEAD_DIM_BACKWARD
         if v.untyped_storage().data_ptr() != q.untyped_storage().data_ptr():
             # A view of the fused QKV buffer would keep it alive though q and k have been rotated elsewhere.
             v = v.contiguous()
         q, k, v = (attention_triton.kernel_layout(x) for x in (q, k, v))
-        out, lse = attention_triton.forward(q, k, v, options, spans)
+        kernels: Any = attention_triton
+        if on_gluon:
+            from afina.kernels import attention_gluon as kernels  # Where nothing can run it, nothing imports it.
+        out, lse = kernels.forward(q, k, v, options, spans)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -83,8 +126,13 @@ class _TritonAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        grads = attention_triton.backward(dout, q, k, v, out, lse, ctx.options, ctx.spans, wanted)
-        return (*grads, None, None)
+        kernels: Any = attention_triton
+        if ctx.on_gluon:
+            from afina.kernels import attention_gluon_backward as kernels
+
+            dout = dout if _is_aligned(dout) else dout.contiguous()
+        grads = kernels.backward(dout, q, k, v, out, lse, ctx.options, ctx.spans, wanted)
+        return (*grads, None, None, None)
 
 
 class _Documents:
@@ -174,11 +222,12 @@ def attention(
         and give 0.
     window: with w, which needs causal, a query sees only the last w of those keys, its own included.
     softcap: scores become softcap * tanh(score / softcap). scale defaults to D ** -0.5.
-    backend: besides "triton" and "torch" also "sdpa", torch's scaled_dot_product_attention, where it can express the
-        call. By default it is taken only on a GPU, where the launch table says so.
+    backend: besides "triton" and "torch" also "gluon", the kernels for Hopper, and "sdpa", torch's
+        scaled_dot_product_attention, each where it can compute the call. By default "gluon" is taken on a Hopper GPU
+        where it has passed its self-test, and "sdpa" on a GPU where the launch table says so.
     Raises ValueError for shapes, dtypes, devices, boundaries or options that do not fit.
     """
-    chosen = "sdpa" if backend == "sdpa" else choose("attention", backend, q)
+    chosen = backend if backend in ("sdpa", "gluon") else choose("attention", backend, q)
     _check(q, k, v, causal, window, softcap, cu_seqlens)
     documents = None if cu_seqlens is None else _documents_of(cu_seqlens, q.shape[0])
     width = q.shape[-1]
@@ -193,6 +242,7 @@ def attention(
     beyond = _beyond_sdpa(q, k, options, documents)
     if backend == "sdpa" and beyond is not None:
         raise ValueError(f"backend: 'sdpa' cannot compute attention with {beyond}; use 'triton' or 'torch'")
+    is_open = backend is None and requested(None, q.device) is None
     if backend is None and chosen == "triton" and beyond is None:
         chosen = config("attention_backend", q.device, dtype=q.dtype, size=width)["backend"]
     if chosen == "sdpa":
@@ -203,7 +253,12 @@ def attention(
     if options.scale < 0:  # the kernels look for the largest score before they scale it
         q, options = -q, options._replace(scale=-options.scale)
     spans = None if documents is None or cu_seqlens is None else documents.spans(cu_seqlens, q.device)
-    return _TritonAttention.apply(q, k, v, options, spans)
+    on_gluon = chosen == "gluon"
+    if on_gluon and (missing := _takes_gluon(q, k, v, options)) is not None:
+        raise ValueError(f"backend: 'gluon' needs {missing}; use 'triton' or 'torch'")
+    if is_open and chosen == "triton" and verified.get(("attention_gluon", q.device.index), False):
+        on_gluon = _takes_gluon(q, k, v, options) is None
+    return _TritonAttention.apply(q, k, v, options, spans, on_gluon)
 
 
 def saved(

@@ -1,4 +1,4 @@
-"""Attention's forward pass for Hopper in Gluon, and what the backward pass (`attention_gluon_backward.py`) shares with it.
+"""Attention's forward pass for Hopper in Gluon, and what the backward pass in `attention_gluon_backward.py` shares.
 
 A program keeps one multiprocessor from beginning to end. One warp, the producer, does nothing but order copies of the
 tensor memory accelerator (TMA) into slots of shared memory; two warpgroups of 64 rows each, the consumers, multiply.
@@ -320,7 +320,7 @@ def _forward_consumer(
                     value = filled(v, before, ((used - 1) // SLOTS) & 1, BLOCK_N, BLOCK_D)
                     acc = warpgroup_mma(weights, value, acc, is_async=True)
                     mbarrier.arrive(turns.index(1 - ME), count=1)
-    
+
                     # The softmax needs the scores only; the other consumer's products run meanwhile.
                     s = warpgroup_mma_wait(1, deps=[s])
                     leave(k, slot)

@@ -76,7 +76,7 @@ def _dkdv_producer(
                 at = tile_start + first + half * (BLOCK_N // 2)
                 fill(k, half, passes & 1, k_desc, batch, at, key_head)
                 fill(v, half, passes & 1, v_desc, batch, at, key_head)
-            for member in range(0, shape.GROUP):
+            for member in range(shape.GROUP):
                 head = key_head * shape.GROUP + member
                 line = (batch * shape.HEADS + head) * sizes.queries
                 for query_start in range(start, end, tiling.BLOCK_M):
@@ -142,7 +142,7 @@ def _dkdv_consumer(
             zero = gl.full([HALF, BLOCK_M], 0.0, gl.float32, S_LAYOUT)
             key = filled(k, ME, passes & 1, HALF, BLOCK_D)
             value = filled(v, ME, passes & 1, HALF, BLOCK_D)
-            for member in range(0, shape.GROUP):
+            for _member in range(shape.GROUP):
                 for query_start in range(start, end, BLOCK_M):
                     slot = used % SLOTS
                     parity = (used // SLOTS) & 1
@@ -165,7 +165,7 @@ def _dkdv_consumer(
                     # p from the log-sum-exp, and the mask in the tiles that need it.
                     s = warpgroup_mma_wait(1, deps=[s])
                     p = gl.exp2(s * post_scale - lses.index(slot).load(COLUMN)[None, :])
-                    if shape.CAUSAL:
+                    if shape.CAUSAL:  # noqa: SIM102  # The first is known to the compiler, the second to the GPU.
                         if query_start < position + HALF - 1:
                             column = query_start + gl.arange(0, BLOCK_M, COLUMN)
                             row = position + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
@@ -213,8 +213,14 @@ def _gluon_dkdv(
     deltas = gl.allocate_shared_memory(gl.float32, [tiling.SLOTS, tiling.BLOCK_M], lse_desc.layout)  # come with dout
     gl.warp_specialize(
         [
-            (_dkdv_consumer, (dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, 0, shape, tiling)),
-            (_dkdv_consumer, (dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, 1, shape, tiling)),
+            (
+                _dkdv_consumer,
+                (dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, 0, shape, tiling),
+            ),
+            (
+                _dkdv_consumer,
+                (dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, 1, shape, tiling),
+            ),
             (
                 _dkdv_producer,
                 (
@@ -328,7 +334,7 @@ def _dq_consumer(
 
                 # Scores and do v^T.
                 key = filled(k, slot, parity, BLOCK_N, BLOCK_D)
-                if spans is not None:
+                if spans is not None:  # noqa: SIM102
                     if key_start + BLOCK_N > end:
                         clear_from(key, end - key_start, BLOCK_N, BLOCK_D)
                 s = warpgroup_mma(query, key.permute((1, 0)), zero, use_acc=False, is_async=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from afina.kernels import launch
 from afina.kernels.activation import geglu, geglu_reference, swiglu, swiglu_reference
 from afina.kernels.adamw import adamw_, adamw_reference_
-from afina.kernels.attention import attention, attention_reference
+from afina.kernels.attention import attention, attention_reference, gluon_runs
 from afina.kernels.blockwise import State8
 from afina.kernels.cross_entropy import (
     cross_entropy,
@@ -160,6 +160,33 @@ def _attention(draw: Draw) -> list[Case]:
     if draw.large:
         return [case(128), case(80, window=70, softcap=5.0)]
     return [case(32), case(20, window=18, softcap=5.0)]
+
+
+def _attention_gluon(draw: Draw) -> list[Case]:
+    """Packed documents and grouped heads as above; rows of a batch, more keys than queries, and long heads."""
+    offsets = [0, 1, 1, 140, 141, 400, 401, 700]
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device="cpu")
+
+    def case(*lead: int, dim: int, keys: int, heads: tuple[int, int], **options: Any) -> Case:
+        places = [*lead[:-1], keys]
+        shapes = {"q": (*lead, heads[0], dim), "k": (*places, heads[1], dim), "v": (*places, heads[1], dim)}
+        return Case(
+            {name: draw(*shape) for name, shape in shapes.items()},
+            lambda q, k, v, backend: attention(q, k, v, backend="gluon" if backend == "triton" else backend, **options),
+            partial(attention_reference, **options),
+        )
+
+    packed = [
+        case(700, dim=dim, keys=700, heads=(4, 2), causal=causal, cu_seqlens=cu_seqlens)
+        for dim, causal in ((128, True), (64, True), (96, False), (256, True))
+    ]
+    return [
+        *packed,
+        case(2, 700, dim=128, keys=700, heads=(3, 3)),
+        case(2, 200, dim=64, keys=1000, heads=(6, 2)),
+        case(1, 300, dim=128, keys=100, heads=(2, 1)),
+        case(1, 300, dim=128, keys=700, heads=(2, 1), causal=False),
+    ]
 
 
 def _decode_formula(
@@ -317,3 +344,7 @@ CASES: dict[str, Callable[[Draw], list[Case]]] = {
     "adamw": _adamw,
     "nf4": _nf4,
 }  # fmt: skip
+# Of kernels that not every GPU has: op -> its cases, and whether the device has them.
+SPECIAL_CASES: dict[str, tuple[Callable[[Draw], list[Case]], Callable[[torch.device], bool]]] = {
+    "attention_gluon": (_attention_gluon, gluon_runs),
+}

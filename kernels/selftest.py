@@ -27,9 +27,12 @@ from torch import Tensor
 from afina.durable import cache_folder, write_text
 from afina.kernels import launch
 from afina.kernels.backend import requested, verified
-from afina.kernels.cases import CASES, Case, Draw, allowed_error
+from afina.kernels.cases import CASES, SPECIAL_CASES, Case, Draw, allowed_error
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Parts of these kernels wait for each other. Should one wait for ever, that must not be this process.
+APART = {"attention_gluon": (torch.float16, torch.bfloat16)}
+APART_SECONDS = 180.0  # a process's start and the compilation of every case
 # How a kernel that cannot be had shows besides Triton's own errors: RuntimeError from the driver and the passes of the
 # compiler, ValueError for a GPU without a row in the launch table, the others for a missing C compiler or library.
 FAILURES = (RuntimeError, ValueError, OSError, AssertionError, subprocess.CalledProcessError)
@@ -53,7 +56,30 @@ class Result(NamedTuple):
 def check(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> list[Result]:
     """Compare every output and gradient of the cases of `op`, computed in `dtype`, with its reference in float64."""
     with torch.inference_mode(False), torch.enable_grad():
-        return [result for case in CASES[op](Draw(device)) for result in _check(case, op, backend, dtype)]
+        cases = CASES[op] if op in CASES else SPECIAL_CASES[op][0]
+        return [result for case in cases(Draw(device)) for result in _check(case, op, backend, dtype)]
+
+
+def check_apart(op: str, device: torch.device) -> list[Result]:
+    """`check` of an op of `APART`, in a process of its own that may take `APART_SECONDS`."""
+    code = f"from afina.kernels.selftest import tell; tell({op!r}, {str(device)!r})"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=APART_SECONDS, check=True
+        )
+        return [Result(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    except subprocess.TimeoutExpired:
+        said = f"no end within {APART_SECONDS:.0f} seconds"
+    except (subprocess.CalledProcessError, OSError, ValueError, IndexError, TypeError) as failure:
+        said = " ".join(str(getattr(failure, "stderr", None) or failure).split())[-300:]
+    return [Result(op, "triton", str(dtype).removeprefix("torch."), said, math.nan, math.nan, False)
+            for dtype in APART[op]]  # fmt: skip
+
+
+def tell(op: str, device: str) -> None:
+    """Print the results of `check` as JSON, for the process that asked."""
+    results = [result for dtype in APART[op] for result in check(op, torch.device(device), "triton", dtype)]
+    print(json.dumps([result._asdict() for result in results]))
 
 
 def _check(case: Case, op: str, backend: str, dtype: torch.dtype) -> list[Result]:
@@ -106,26 +132,34 @@ def verify(device: torch.device) -> None:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
-        if all((op, device.index) in verified for op in CASES):
+        ops = list(CASES) + [op for op, (_, runs) in SPECIAL_CASES.items() if runs(device)]
+        if all((op, device.index) in verified for op in ops):
             return
         key = _key(device)
         known = _remembered(key)
-        for op in CASES:
+        for op in ops:
             # The checks name their backend in every call, so what they run does not read the table.
-            bad = [] if op in known else [r for dtype in DTYPES for r in check(op, device, "triton", dtype) if not r.ok]
+            bad = [] if op in known else [r for r in _results(op, device) if not r.ok]
             verified[op, device.index] = not bad
             if bad:
                 _warn(op, key["gpu"], bad[0])
-        passed = [op for op in CASES if verified[op, device.index]]
+        passed = [op for op in ops if verified[op, device.index]]
         if set(passed) - set(known):
             _remember(key, passed)
 
 
+def _results(op: str, device: torch.device) -> list[Result]:
+    if op in APART:
+        return check_apart(op, device)
+    return [result for dtype in DTYPES for result in check(op, device, "triton", dtype)]
+
+
 def _warn(op: str, gpu: str, first: Result) -> None:
+    instead = "attention's other kernels compute it" if op in APART else "torch computes it"
     wrong = "" if math.isnan(first.allowed) else f" is off by {first.error:.3g}, and {first.allowed:.3g} is allowed"
     warnings.warn(
         f"{op}: the Triton kernels fail their self-test on {gpu} ({first.dtype}: {first.quantity}{wrong}); "
-        "torch computes it instead, which is slower. Run: afina doctor",
+        f"{instead} instead, which is slower. Run: afina doctor",
         RuntimeWarning,
         stacklevel=3,
     )

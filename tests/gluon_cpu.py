@@ -397,4 +397,6 @@ def kernels(fault: tuple[str, str] | None = None, *, processors: int = 3, seed: 
     Jitted.seed = seed
     loaded["attention_gluon"].RECORDED_PROCESSORS = processors
     loaded["attention_gluon_backward"].attention_delta = delta
-    return SimpleNamespace(forward=loaded["attention_gluon"].forward, backward=loaded["attention_gluon_backward"].backward)
+    return SimpleNamespace(
+        forward=loaded["attention_gluon"].forward, backward=loaded["attention_gluon_backward"].backward
+    )

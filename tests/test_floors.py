@@ -121,6 +121,7 @@ def test_links_and_no_initialisers(floor: str) -> None:
 TESTED_WITH = {
     "kernels/adamw_torch": "kernels/test_adamw",
     "kernels/adamw_triton": "kernels/test_adamw",
+    "kernels/attention_gluon_backward": "kernels/test_attention_gluon",
     "kernels/attention_torch": "kernels/test_attention",
     "kernels/attention_triton": "kernels/test_attention",
     "kernels/cases": "kernels/test_selftest",

@@ -664,7 +664,8 @@ def test_time_is_shared_out() -> None:
 def test_what_a_part_does_first() -> None:
     """The most worth first, the whole in the time that there is; each attention in a process of its own."""
     parts = {part: (seconds, [stage.name for stage in stages]) for part, (seconds, stages) in gpu_suite.PARTS.items()}
-    assert parts["first"] == (240, ["tests", "attention-afina", "attention-flash", "attention-cudnn"])
+    attentions = [f"attention-{name}" for name in ("afina-gluon", "afina", "flash", "cudnn")]
+    assert parts["first"] == (240, ["tests", *attentions])
     assert parts["second"] == (300, ["cross_entropy", "norm", "adamw", "decode", "tune", "train-0.5b"])
     assert parts["training"] == (400, ["full-0.5b", "lora-8b", "full-1.5b", "lora-8b-peft"])
     first = gpu_suite.PARTS["first"][1]

@@ -390,3 +390,57 @@ def test_on_this_gpu() -> None:
     x = torch.linspace(-2, 2, 20, device="cuda").view(2, 10)
     assert torch.equal(swiglu(x), swiglu(x, backend="triton"))
     assert choose("glu", None, SimpleNamespace(device=x.device, is_cuda=True, dtype=x.dtype)) == "triton"  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- kernels that might wait for ever
+
+
+def test_a_process_of_its_own_tells_what_it_found() -> None:
+    """On a CPU each case fails, for there is no Hopper GPU; and the process says so."""
+    results = selftest.check_apart("attention_gluon", CPU)
+    assert {(r.op, r.backend, r.dtype, r.ok) for r in results} == {
+        ("attention_gluon", "triton", dtype, False) for dtype in ("float16", "bfloat16")
+    }
+    assert all("backend: 'gluon' needs a GPU of compute capability 9" in r.quantity for r in results)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "executable", "said"),
+    [(0.01, None, "no end within 0 seconds"), (60, "/nowhere/python", "No such file"), (60, "false", "status 1")],
+)
+def test_a_process_that_hangs_or_dies_has_failed(
+    seconds: float, executable: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "APART_SECONDS", seconds)
+    if executable is not None:
+        monkeypatch.setattr("sys.executable", executable)
+    results = selftest.check_apart("attention_gluon", CPU)
+    assert [r.dtype for r in results] == ["float16", "bfloat16"]
+    assert not any(r.ok for r in results)
+    assert all(said in r.quantity for r in results)
+
+
+def test_special_kernels_are_checked_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    asked: list[str] = []
+    good = Result("attention_gluon", "triton", "bfloat16", "output", 0.0, 1.0, True)
+    found = [good]
+    monkeypatch.setattr(selftest, "check_apart", lambda op, device: asked.append(op) or found)
+    verify(CPU)
+    assert asked == []
+    assert verified == {}
+    cases, _ = selftest.SPECIAL_CASES["attention_gluon"]
+    monkeypatch.setattr(selftest, "SPECIAL_CASES", {"attention_gluon": (cases, lambda device: True)})
+    for _ in range(2):  # The second time it is known.
+        verify(CPU)
+        assert asked == ["attention_gluon"]
+        assert verified == {("attention_gluon", None): True}
+    verified.clear()
+    verify(CPU)  # another process
+    assert asked == ["attention_gluon"]
+    found[:] = [good, good._replace(ok=False, error=2.0)]
+    monkeypatch.setenv("AFINA_CACHE", "/nowhere")
+    verified.clear()
+    with pytest.warns(RuntimeWarning, match="attention_gluon: .* attention's other kernels compute it instead"):
+        verify(CPU)
+    assert verified == {("attention_gluon", None): False}
