@@ -32,7 +32,7 @@ from afina.kernels.cases import CASES, SPECIAL_CASES, Case, Draw, allowed_error
 DTYPES = (torch.float32, torch.bfloat16)
 # Parts of these kernels wait for each other. Should one wait for ever, that must not be this process.
 APART = {"attention_gluon": (torch.float16, torch.bfloat16)}
-APART_SECONDS = 180.0  # a process's start and the compilation of every case
+APART_SECONDS = 300.0  # for a process's start and some thirty compilations
 # How a kernel that cannot be had shows besides Triton's own errors: RuntimeError from the driver and the passes of the
 # compiler, ValueError for a GPU without a row in the launch table, the others for a missing C compiler or library.
 FAILURES = (RuntimeError, ValueError, OSError, AssertionError, subprocess.CalledProcessError)
