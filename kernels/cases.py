@@ -129,18 +129,34 @@ def _scores(q: Tensor, k: Tensor, scale: float | None, softcap: float | None) ->
 
 
 def _attention_formula(
-    q: Tensor, k: Tensor, v: Tensor, *, offsets: Sequence[int], window: int | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    offsets: Sequence[int],
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention of packed documents, every step in the inputs' dtype."""
+    """Attention of packed documents, every step in the inputs' dtype."""
     pieces = []
     for start, end in pairwise(offsets):
         key, value = (x[start:end].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         place = torch.arange(end - start, device=q.device)
-        ahead = place - place[:, None]
+        ahead = place - place[:, None] if causal else torch.zeros_like(place - place[:, None])
         hidden = (ahead > 0) if window is None else (ahead > 0) | (ahead <= -window)
         s = _scores(q[start:end], key, None, softcap).masked_fill(hidden, -torch.inf)
         pieces.append(torch.einsum("hij,jhd->ihd", torch.softmax(s, dim=-1), value))
     return torch.cat(pieces)
+
+
+def _causal_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of (B, T, H, D) to (B, S, H, D), every step in the inputs' dtype."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    queries, keys = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
+    hidden = keys > queries[:, None] + len(keys) - len(queries)
+    s = torch.stack([_scores(*pair, None, None) for pair in zip(q, k)]).masked_fill(hidden, -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", torch.softmax(s, dim=-1).masked_fill(hidden, 0.0), v)
 
 
 def _attention(draw: Draw) -> list[Case]:
@@ -174,6 +190,9 @@ def _attention_gluon(draw: Draw) -> list[Case]:
             {name: draw(*shape) for name, shape in shapes.items()},
             lambda q, k, v, backend: attention(q, k, v, backend="gluon" if backend == "triton" else backend, **options),
             partial(attention_reference, **options),
+            partial(_attention_formula, offsets=offsets, causal=options.get("causal", True))
+            if options
+            else _causal_formula,
         )
 
     return [

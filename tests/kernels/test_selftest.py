@@ -405,6 +405,11 @@ def test_a_process_of_its_own_tells_what_it_found() -> None:
     assert all("backend: 'gluon' needs a GPU of compute capability 9" in r.quantity for r in results)
 
 
+@pytest.mark.parametrize("dtype", selftest.APART["attention_gluon"])
+def test_torch_passes_the_special_cases(dtype: torch.dtype) -> None:
+    assert [r for r in check("attention_gluon", CPU, "torch", dtype) if not r.ok] == []
+
+
 @pytest.mark.parametrize(
     ("seconds", "executable", "said"),
     [(0.01, None, "no end within 0 seconds"), (60, "/nowhere/python", "No such file"), (60, "false", "status 1")],
