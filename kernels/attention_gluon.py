@@ -128,32 +128,31 @@ def leave(ring, slot):
 
 
 @gluon.jit
-def place_of(index, tiles, sizes, LAST_FIRST: gl.constexpr):
-    """The head (of all batches) and the tile of a piece of work: `l2_group` heads at a time, of these each tile of all
-    heads before the next tile, so that what the heads read stays in the L2 cache. With LAST_FIRST the last tile, whose
-    causal rows are the longest, comes first.
+def pair_of(turn):
+    """The number of the pair of tiles that this program has in a turn; in the next turn it has the pair's other tile.
+
+    A pair is the last tile of a head and its first, the last but one and its second, and so on: under a causal mask
+    one sees more as the other sees less, so that every pair, and so every program, has as much work as another.
     """
-    first_head = index // (tiles * sizes.l2_group) * sizes.l2_group
-    width = gl.minimum(sizes.l2_group, sizes.heads - first_head)
-    rest = index - first_head * tiles
-    tile = rest // width
-    if LAST_FIRST:
-        tile = tiles - 1 - tile
-    return first_head + rest % width, tile
+    return turn // 2 * gl.num_programs(0) + gl.program_id(0)
 
 
 @gluon.jit
-def work_of(turn, total):
-    """The number of this program's piece of work in a turn; `total` or more where none is left.
-
-    Every other turn goes through the programs backwards: pieces get shorter, and who had the longest gets the shortest.
+def place_of(pair, turn, tiles, sizes):
+    """The head (of all batches) and the tile. Where their number is odd, the tile in the middle stands alone, and the
+    tile `tiles`, which has no rows, stands for its partner. Pairs are taken of `l2_group` heads at a time, so that what
+    these heads read stays in the L2 cache.
     """
-    programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    place = program
-    if turn % 2 == 1:
-        place = programs - 1 - program
-    return turn * programs + place
+    pairs = (tiles + 1) // 2
+    first_head = pair // (pairs * sizes.l2_group) * sizes.l2_group
+    width = gl.minimum(sizes.l2_group, sizes.heads - first_head)
+    rest = pair - first_head * pairs
+    tile = rest // width
+    if turn % 2 == 0:
+        tile = tiles - 1 - tile
+    elif tile * 2 + 1 == tiles:
+        tile = tiles
+    return first_head + rest % width, tile
 
 
 @gluon.jit
@@ -196,13 +195,13 @@ def _forward_producer(q_desc, k_desc, v_desc, spans, q, k, v, sizes, shape: gl.c
     BLOCK_M: gl.constexpr = tiling.BLOCK_M
     SLOTS: gl.constexpr = tiling.SLOTS
     tiles = (sizes.queries + BLOCK_M - 1) // BLOCK_M
-    total = tiles * sizes.heads
+    total = (tiles + 1) // 2 * sizes.heads
     used = 0  # slots of k and v, counted on
     passes = 0  # documents of tiles
     turn = 0
-    index = work_of(turn, total)
-    while index < total:
-        place, tile = place_of(index, tiles, sizes, shape.CAUSAL)
+    pair = pair_of(turn)
+    while pair < total:
+        place, tile = place_of(pair, turn, tiles, sizes)
         batch = place // shape.HEADS
         head = place % shape.HEADS
         tile_start = tile * BLOCK_M
@@ -224,7 +223,7 @@ def _forward_producer(q_desc, k_desc, v_desc, spans, q, k, v, sizes, shape: gl.c
             passes += 1
             first = row_stop
         turn += 1
-        index = work_of(turn, total)
+        pair = pair_of(turn)
 
 
 @gluon.jit
@@ -269,14 +268,14 @@ def _forward_consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     dtype: gl.constexpr = v.tiles.dtype
     tiles = (sizes.queries + BLOCK_M - 1) // BLOCK_M
-    total = tiles * sizes.heads
+    total = (tiles + 1) // 2 * sizes.heads
     shift = sizes.keys - sizes.queries  # Query i stands at key i + shift.
     used = 0
     passes = 0
     turn = 0
-    index = work_of(turn, total)
-    while index < total:
-        place, tile = place_of(index, tiles, sizes, shape.CAUSAL)
+    pair = pair_of(turn)
+    while pair < total:
+        place, tile = place_of(pair, turn, tiles, sizes)
         batch = place // shape.HEADS
         head = place % shape.HEADS
         tile_start = tile * BLOCK_M
@@ -359,7 +358,7 @@ def _forward_consumer(
             store_rows(out + base * shape.D, acc, first + ME * HALF, row_stop, shape.HEADS, shape, O_LAYOUT)
             first = row_stop
         turn += 1
-        index = work_of(turn, total)
+        pair = pair_of(turn)
 
 
 @gluon.jit
@@ -427,9 +426,10 @@ def line_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [rows], layout)
 
 
-def run(kernel: Any, pieces: int, *args: Any, device: torch.device) -> None:
-    """Launch a kernel with a program a multiprocessor, but no more than there are pieces of work."""
-    launch(kernel, (min(_processors(device), pieces),), *args, CONSUMER_REGISTERS, PRODUCER_REGISTERS, num_warps=4)
+def run(kernel: Any, heads: int, tiles: int, *args: Any, device: torch.device) -> None:
+    """Launch a kernel with a program a multiprocessor, but no more than there are pairs of tiles."""
+    programs = min(_processors(device), heads * cdiv(tiles, 2))
+    launch(kernel, (programs,), *args, CONSUMER_REGISTERS, PRODUCER_REGISTERS, num_warps=4)
 
 
 def shape_of(q: Tensor, k: Tensor, options: Options) -> Shape:
@@ -450,7 +450,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, spans: Tensor | N
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     l2_group = shape.GROUP * max(1, L2_BYTES // (2 * keys * width * k.element_size()))
     run(
-        _gluon_forward, batch * heads * cdiv(queries, tiling.BLOCK_M),
+        _gluon_forward, batch * heads, cdiv(queries, tiling.BLOCK_M),
         descriptor(q, tiling.BLOCK_M // 2, shape.BLOCK_D), descriptor(k, tiling.BLOCK_N, shape.BLOCK_D),
         descriptor(v, tiling.BLOCK_N, shape.BLOCK_D), out, lse, spans, queries, keys, batch * heads,
         min(batch * heads, l2_group), max(TINY, LOG2_E * options.scale), shape, tiling, device=q.device,

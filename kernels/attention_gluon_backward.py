@@ -33,12 +33,12 @@ from afina.kernels.attention_gluon import (
     leave,
     line_descriptor,
     make_ring,
+    pair_of,
     place_of,
     run,
     seen_from,
     shape_of,
     store_rows,
-    work_of,
 )
 from afina.kernels.attention_torch import Options
 from afina.kernels.attention_triton import attention_delta
@@ -56,13 +56,13 @@ def _dkdv_producer(
     SLOTS: gl.constexpr = tiling.SLOTS
     KEY_HEADS: gl.constexpr = shape.HEADS // shape.GROUP
     tiles = (sizes.keys + BLOCK_N - 1) // BLOCK_N
-    total = tiles * sizes.heads
+    total = (tiles + 1) // 2 * sizes.heads
     used = 0
     passes = 0
     turn = 0
-    index = work_of(turn, total)
-    while index < total:
-        place, tile = place_of(index, tiles, sizes, False)
+    pair = pair_of(turn)
+    while pair < total:
+        place, tile = place_of(pair, turn, tiles, sizes)
         batch = place // KEY_HEADS
         key_head = place % KEY_HEADS
         tile_start = tile * BLOCK_N
@@ -89,7 +89,7 @@ def _dkdv_producer(
             passes += 1
             first = row_stop
         turn += 1
-        index = work_of(turn, total)
+        pair = pair_of(turn)
 
 
 @gluon.jit
@@ -119,14 +119,14 @@ def _dkdv_consumer(
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = q.tiles.dtype
     tiles = (sizes.keys + BLOCK_N - 1) // BLOCK_N
-    total = tiles * sizes.heads
+    total = (tiles + 1) // 2 * sizes.heads
     shift = sizes.keys - sizes.queries
     used = 0
     passes = 0
     turn = 0
-    index = work_of(turn, total)
-    while index < total:
-        place, tile = place_of(index, tiles, sizes, False)
+    pair = pair_of(turn)
+    while pair < total:
+        place, tile = place_of(pair, turn, tiles, sizes)
         batch = place // KEY_HEADS
         key_head = place % KEY_HEADS
         tile_start = tile * BLOCK_N
@@ -194,7 +194,7 @@ def _dkdv_consumer(
             store_rows(dv + base * shape.D, dv_acc, local, row_stop, KEY_HEADS, shape, G_LAYOUT)
             first = row_stop
         turn += 1
-        index = work_of(turn, total)
+        pair = pair_of(turn)
 
 
 @gluon.jit(do_not_specialize=["queries", "keys", "heads", "l2_group"])
@@ -244,13 +244,13 @@ def _dq_producer(
     BLOCK_M: gl.constexpr = tiling.BLOCK_M
     SLOTS: gl.constexpr = tiling.SLOTS
     tiles = (sizes.queries + BLOCK_M - 1) // BLOCK_M
-    total = tiles * sizes.heads
+    total = (tiles + 1) // 2 * sizes.heads
     used = 0
     passes = 0
     turn = 0
-    index = work_of(turn, total)
-    while index < total:
-        place, tile = place_of(index, tiles, sizes, shape.CAUSAL)
+    pair = pair_of(turn)
+    while pair < total:
+        place, tile = place_of(pair, turn, tiles, sizes)
         batch = place // shape.HEADS
         head = place % shape.HEADS
         tile_start = tile * BLOCK_M
@@ -274,7 +274,7 @@ def _dq_producer(
             passes += 1
             first = row_stop
         turn += 1
-        index = work_of(turn, total)
+        pair = pair_of(turn)
 
 
 @gluon.jit
@@ -295,14 +295,14 @@ def _dq_consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     dtype: gl.constexpr = k.tiles.dtype
     tiles = (sizes.queries + BLOCK_M - 1) // BLOCK_M
-    total = tiles * sizes.heads
+    total = (tiles + 1) // 2 * sizes.heads
     shift = sizes.keys - sizes.queries
     used = 0
     passes = 0
     turn = 0
-    index = work_of(turn, total)
-    while index < total:
-        place, tile = place_of(index, tiles, sizes, shape.CAUSAL)
+    pair = pair_of(turn)
+    while pair < total:
+        place, tile = place_of(pair, turn, tiles, sizes)
         batch = place // shape.HEADS
         head = place % shape.HEADS
         tile_start = tile * BLOCK_M
@@ -365,7 +365,7 @@ def _dq_consumer(
                        G_LAYOUT)  # fmt: skip
             first = row_stop
         turn += 1
-        index = work_of(turn, total)
+        pair = pair_of(turn)
 
 
 @gluon.jit(do_not_specialize=["queries", "keys", "heads", "l2_group"])
@@ -415,7 +415,7 @@ def backward(
         tiling = DKDV_TILES[wide]
         l2_group = max(1, L2_BYTES // (shape.GROUP * queries * row_bytes))
         run(
-            _gluon_dkdv, batch * key_heads * cdiv(keys, tiling.BLOCK_N), descriptor(q, tiling.BLOCK_M, wide),
+            _gluon_dkdv, batch * key_heads, cdiv(keys, tiling.BLOCK_N), descriptor(q, tiling.BLOCK_M, wide),
             descriptor(k, tiling.BLOCK_N // 2, wide), descriptor(v, tiling.BLOCK_N // 2, wide),
             descriptor(dout, tiling.BLOCK_M, wide), line_descriptor(lse, tiling.BLOCK_M),
             line_descriptor(delta, tiling.BLOCK_M), dk, dv, spans, queries, keys, batch * key_heads,
@@ -426,7 +426,7 @@ def backward(
         tiling = DQ_TILES[wide]
         l2_group = shape.GROUP * max(1, L2_BYTES // (keys * row_bytes))
         run(
-            _gluon_dq, batch * heads * cdiv(queries, tiling.BLOCK_M), descriptor(q, tiling.BLOCK_M // 2, wide),
+            _gluon_dq, batch * heads, cdiv(queries, tiling.BLOCK_M), descriptor(q, tiling.BLOCK_M // 2, wide),
             descriptor(k, tiling.BLOCK_N, wide), descriptor(v, tiling.BLOCK_N, wide),
             descriptor(dout, tiling.BLOCK_M // 2, wide), lse, delta, dq, spans, queries, keys, batch * heads,
             min(batch * heads, l2_group), post_scale, options.scale, shape, tiling, device=q.device,

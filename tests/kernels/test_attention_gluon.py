@@ -327,7 +327,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "first + ME * HALF, row_stop",
         "first + (1 - ME) * HALF, row_stop",
     ),
-    "work is done by nobody": ("dense", "both", "place = programs - 1 - program", "place = program + 1"),
+    "a tile is done twice and its partner by nobody": ("dense", "both", "if turn % 2 == 0:", "if turn % 2 == 2:"),
 }
 
 
