@@ -17,8 +17,8 @@ from afina.durable import cache_folder
 from afina.engine.weights import choose_device
 from afina.errors import ConfigError, nearest
 from afina.kernels import launch
-from afina.kernels.cases import CASES
-from afina.kernels.selftest import DTYPES, Result, check
+from afina.kernels.cases import CASES, SPECIAL_CASES
+from afina.kernels.selftest import DTYPES, Result, check, check_apart
 
 
 def examine(ops: Sequence[str] = (), device: str = "auto") -> dict[str, Any]:
@@ -67,6 +67,11 @@ def _worst(ops: Sequence[str], device: torch.device, backends: list[str], result
                 found = check(op, device, backend, dtype)
                 results += found
                 yield max(found, key=badness)
+    for op, (_, runs) in SPECIAL_CASES.items():
+        if list(ops) == list(CASES) and runs(device):
+            found = check_apart(op, device)
+            results += found
+            yield max(found, key=badness)
 
 
 def environment() -> dict[str, Any]:
