@@ -128,6 +128,12 @@ for stride, length in ((32, 16), (33, 1)):
         ("/*0000*/ STL [R1], R2 ;\n/*0010*/ LDL.LU R3, [R1] ;\n/*0020*/ @!P0 BRA P1, 0x10 ;\n/*0030*/ EXIT ;", (1, 2)),
         # An outer loop from 0 to 40 around an inner one from 20 to 30.
         ("/*0000*/ LDL R2, [R1] ;\n/*0020*/ FADD R3, R3, R4 ;\n/*0030*/ BRA 0x20 ;\n/*0040*/ BRA 0x0 ;", (0, 2)),
+        # A loop of products from 10 to 40: in it a wait from 20 to 20, and behind it, at 50, the way back from another.
+        (
+            "/*0000*/ STL [R1], R2 ;\n/*0010*/ HGMMA R2 ;\n/*0020*/ @!P0 BRA 0x20 ;\n/*0030*/ LDL R2, [R1] ;\n"
+            "/*0040*/ @P1 BRA 0x10 ;\n/*0050*/ BRA 0x10 ;",
+            (1, 4),
+        ),
     ],
 )
 def test_spills_count_where_they_are_repeated_most(sass: str, count: tuple[int, int]) -> None:
@@ -147,3 +153,19 @@ for spills, hot, loops in ((8, 2, 500), (8, 2, 499), (32, 0, 10), (40, 0, 10), (
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1", "0", "1", "0"]
+
+
+def test_warpgroups_have_limits_of_their_own() -> None:
+    """Of spills; of registers that are not what was asked for, and of products that wait, there may be none."""
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+from compile_gate import Job, Result, complaints
+job = Job("m", "k", 90, (), (), (), ())
+base = Result(168, 0, 0, 0, 0, 1.0, True, True, True, gluon=True)
+for change in ({}, {"spills": 192}, {"spills": 200}, {"spills": 8, "hot": 6, "loops": 384},
+               {"spills": 8, "hot": 7, "loops": 384}, {"groups": False}, {"waits": "C7514"}):
+    print(len(list(complaints(job, base._replace(**change)))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0", "1", "0", "1", "1", "1"]
