@@ -20,7 +20,8 @@ import jinja2
 from afina.engine.train_config import read_yaml
 from afina.errors import ConfigError, DataError, nearest
 from afina.loaders.data.files import Reader, data_files
-from afina.loaders.text.sandbox import FAILURES, Runaway, Sandbox, brief
+from afina.loaders.text.meter import Runaway
+from afina.loaders.text.sandbox import FAILURES, Sandbox, brief
 
 if TYPE_CHECKING:
     pass

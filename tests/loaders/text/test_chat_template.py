@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from afina.errors import AfinaError, DataError, TokenizerError
-from afina.loaders.text import chat_template, sandbox
+from afina.loaders.text import chat_template, meter
 from afina.loaders.text.chat_template import ChatTemplate
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -57,49 +57,21 @@ def test_functions_that_templates_use() -> None:
 
 # Wrong templates
 
-NESTED = "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = IT %}{% endfor %}"
-RUNAWAY = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "recursive loop": "{% for x in [[1]] recursive %}{{ loop([[1], [1]]) }}{% endfor %}",
-    "long output": "{% for a in range(2000) %}{{ 'a' * 1000 }}{% endfor %}",
-    "times": "{{ ('a' * 10000000000) | length }}",
-    "list times": "{{ ([0] * 10000000000) | length }}",
-    "power": "{{ 9 ** 99999999 }}",
-    "doubling +": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubling ~": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "doubling set": "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
-    "doubling list": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "ljust": "{{ 'a'.ljust(10000000000) | length }}",
-    "format": "{{ '{:10000000000}'.format(1) | length }}",
-    "percent": "{{ ('%10000000000d' % 1) | length }}",
-    "replace": "{{ ('a' * 100000) | replace('a', 'b' * 100000) | length }}",
-    "join": "{{ range(99999) | join('b' * 100000) | length }}",
-    "method join": "{{ ('b' * 100000).join(['a', 'b'] * 10000) | length }}",
-    "indent": "{{ 'a\nb' | indent(10000000000) }}",
-    "list of itself": NESTED.replace("IT", "[n.x, n.x]") + "{{ n.x }}",
-    "~ list of itself": NESTED.replace("IT", "(n.x, n.x)") + "{{ n.x ~ '' }}",
-    "JSON of itself": NESTED.replace("IT", "{'a': n.x, 'b': n.x}") + "{{ n.x | tojson | length }}",
-    "JSON indent": "{{ ([1] * 100000) | tojson(indent=100000) | length }}",
-    "JSON indent text": "{{ ([1] * 100000) | tojson(indent=' ' * 100000) | length }}",
-    "JSON separator": "{{ ([1] * 100000) | tojson(separators=(',' * 100000, ':')) | length }}",
-    "steps by depth": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-}
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("name", RUNAWAY)
 @pytest.mark.parametrize("inside", ["main thread", "another thread"])
-def test_a_template_that_runs_away_is_stopped(name: str, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 20_000)
+def test_a_template_that_runs_away_is_stopped(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/faults has more of them, and limits that the kernel enforces."""
+    monkeypatch.setattr(meter, "MAX_STEPS", 20_000)
     caught: list[BaseException] = []
 
     def load() -> None:
         try:
-            ChatTemplate(TALK + RUNAWAY[name], "folder", NAMES)
+            ChatTemplate(TALK + LOOPS, "folder", NAMES)
         except TokenizerError as problem:
             caught.append(problem)
 
-    start = time.monotonic()
     if inside == "main thread":
         load()
     else:
@@ -109,7 +81,6 @@ def test_a_template_that_runs_away_is_stopped(name: str, inside: str, monkeypatc
     assert len(caught) == 1
     assert "folder: " in str(caught[0])
     assert "\n" not in str(caught[0])
-    assert time.monotonic() - start < 20
 
 
 def test_json_calls_nothing_that_it_is_given() -> None:
@@ -119,23 +90,24 @@ def test_json_calls_nothing_that_it_is_given() -> None:
 
 
 def test_the_time_limit_stops_what_the_step_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 10**12)
+    monkeypatch.setattr(meter, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(meter, "MAX_STEPS", 10**12)
     start = time.monotonic()
     with pytest.raises(TokenizerError, match=r"stopped: more than 0\.2 seconds"):
-        ChatTemplate(TALK + RUNAWAY["loops"], "folder", NAMES)
+        ChatTemplate(TALK + LOOPS, "folder", NAMES)
     assert time.monotonic() - start < 5
 
 
 def test_the_step_limit_stops_what_the_time_limit_would_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1e9)
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
-    with pytest.raises(TokenizerError, match="stopped: more than 1,000 steps"):
+    monkeypatch.setattr(meter, "MAX_SECONDS", 1e9)
+    monkeypatch.setattr(meter, "MAX_STEPS", 1000)
+    monkeypatch.setattr(meter, "STEPS_A_MESSAGE", 0)
+    with pytest.raises(TokenizerError, match=r"stopped: more than 1,0\d\d steps"):
         ChatTemplate(TALK + "{% for a in range(999) %}{% for b in range(99) %}{% endfor %}{% endfor %}", "x", NAMES)
 
 
 def test_source_size_and_syntax() -> None:
-    with pytest.raises(TokenizerError, match="has 262,145 characters, at most 262,144"):
+    with pytest.raises(TokenizerError, match="has 32,769 characters, at most 32,768"):
         ChatTemplate("a" * (chat_template.MAX_SOURCE + 1), "folder", NAMES)
     with pytest.raises(TokenizerError, match="line 2 cannot be compiled: Encountered unknown tag 'oops'"):
         ChatTemplate("\n{% oops %}", "folder", NAMES)
