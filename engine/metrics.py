@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from afina.engine.run_folder import RunFolder
 from afina.errors import ConfigError
+from afina.loaders.jsonfile import show
 
 if TYPE_CHECKING:
     from afina.loaders.data.batches import MicroBatch
@@ -37,6 +38,20 @@ class Progress:
     best_step: int = -1
     evals_since_best: int = 0
     stopped_early: bool = False
+
+    @classmethod
+    def read(cls, values: Any) -> Self:
+        """What a checkpoint holds of it. Raises ValueError naming the first field that is not of this version."""
+        fields = asdict(cls())
+        if not isinstance(values, dict):
+            raise ValueError("it has no progress")
+        if differing := sorted(values.keys() ^ fields.keys()):
+            raise ValueError(f"progress has {'no' if differing[0] in fields else 'a'} {differing[0]:.80}")
+        for name, default in fields.items():
+            value, kinds = values[name], (float, int, type(None)) if type(default) is float else (type(default),)
+            if type(value) not in kinds:  # null stands for what JSON has no number for
+                raise ValueError(f"progress has {name} = {show(value)}")
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
     def count(self, row: Mapping[str, Any]) -> None:
         """Add the row of a step to the totals."""

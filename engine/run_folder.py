@@ -319,7 +319,7 @@ class RunFolder:
         with open_own(path) as file:
             lines = file.read().decode(errors="replace").splitlines()
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, or not ours
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # half a line, or not ours
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + "\n")
         write_text(path, "".join(kept))

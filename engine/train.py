@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
+from afina.engine.checkpoint import STATE, Checkpoint, publish_best, save_checkpoint
 from afina.engine.dev_metric import DevMetric
 from afina.engine.dev_rows import DevRows, MetricRows, read_dev_rows
 from afina.engine.evaluate import evaluate_loss
@@ -43,7 +43,7 @@ from afina.engine.schedule import lr_factor
 from afina.engine.train_config import TrainConfig
 from afina.engine.training_dtype import training_dtype
 from afina.engine.weights import choose_device, load_model, new_model, save_model
-from afina.errors import WeightsError
+from afina.errors import RunError, WeightsError
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
 from afina.loaders.text.source import load_tokenizer
@@ -533,13 +533,27 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, moments, counters, random numbers; the step gives the data order."""
-        self.optimizer.load_state({g: checkpoint.tensors(g) for g in checkpoint.groups}, checkpoint.meta["updates"])
-        self.progress = Progress(**{k: v for k, v in checkpoint.meta["progress"].items() if v is not None})
+        meta = checkpoint.meta
+        try:
+            progress = Progress.read(meta.get("progress"))
+            size = len(torch.get_rng_state())
+            if (type(meta.get("updates")), len(rng := bytes(meta.get("rng", ())))) != (int, size):
+                raise ValueError(f"it needs updates (a count) and rng ({size:,} bytes)")
+            gpu_rng = bytes(meta.get("cuda_rng", ()))
+        except (TypeError, ValueError) as problem:
+            mend = "go on with the version that run.json names, or begin again with --overwrite"
+            raise RunError(f"{checkpoint.path / STATE}: not a state of this version ({problem}): {mend}") from problem
+        try:
+            state = {group: checkpoint.tensors(group) for group in checkpoint.groups}
+            self.optimizer.load_state(state, meta["updates"])
+        except ValueError as problem:
+            raise RunError(f"{checkpoint.path}: {problem}") from problem
+        self.progress = progress
         self.progress.stopped_early &= self.config.early_stopping_patience is not None
         self.saved_step = self.progress.step
-        torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))
-        if "cuda_rng" in checkpoint.meta and self.device.type == "cuda":
-            torch.cuda.set_rng_state(torch.tensor(checkpoint.meta["cuda_rng"], dtype=torch.uint8), self.device)
+        torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))
+        if gpu_rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.tensor(list(gpu_rng), dtype=torch.uint8), self.device)
         self.dev_rows = read_dev_rows(self.folder.path)
         self.log(f"resumed from {checkpoint.path.name}")
         self._check_best()

@@ -33,6 +33,7 @@ from afina.engine.settings import (
     to_yaml,
 )
 from afina.errors import ConfigError, nearest
+from afina.loaders.jsonfile import show
 
 if TYPE_CHECKING:
     import yaml
@@ -219,7 +220,7 @@ class TrainConfig(Settings):
         for role in self.roles_to_train or ("",):
             if role not in ROLES:
                 raise ConfigError(
-                    f"roles_to_train holds {role!r}; expected some of {', '.join(ROLES)}{nearest(role, ROLES)}"
+                    f"roles_to_train holds {show(role)}; expected some of {', '.join(ROLES)}{nearest(role, ROLES)}"
                 )
         for name, methods in METHOD_ONLY.items():
             if self.method not in methods and getattr(self, name) is not None:
@@ -373,7 +374,14 @@ def read_yaml(path: Path, what: str = "recipe") -> list[tuple[str, str, Any]]:
         for key, line, node in _keys(path, root):
             if isinstance(node, yaml.MappingNode):
                 _keys(path, node)
-            triples.append((f"{path}, line {line}: {key}", key, loader.construct_object(node, deep=True)))
+            where = f"{path}, line {line}: {key}"
+            try:
+                triples.append((where, key, loader.construct_object(node, deep=True)))
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                # The reader takes it on trust that a text is what its tag says, or what it looks like.
+                kind = node.tag.rpartition(":")[2]
+                reason = f" ({error})" if isinstance(error, ValueError) else ""
+                raise ConfigError(f"{where}: no {kind:.40}{reason:.100}: mend it, or put quotes around it") from None
         return triples
     except yaml.MarkedYAMLError as error:
         at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -384,7 +392,12 @@ def read_yaml(path: Path, what: str = "recipe") -> list[tuple[str, str, Any]]:
 
 def _keys(path: Path, mapping: yaml.MappingNode) -> list[tuple[str, int, yaml.Node]]:
     """(key, line, value) of a YAML mapping; a key that comes twice is refused (YAML's reader keeps the last)."""
-    keys = [(str(key.value), key.start_mark.line + 1, value) for key, value in mapping.value]
+    keys = []
+    for key, value in mapping.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key.value, str):
+            raise ConfigError(f"{path}, line {line}: a list or a mapping stands where a name was expected")
+        keys.append((key.value, line, value))
     lines: dict[str, int] = {}
     for key, line, _ in keys:
         if key in lines:

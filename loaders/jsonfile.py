@@ -106,8 +106,15 @@ def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError
 
     def lines(pattern: str) -> str:
         """Say where the pattern stands: json's hooks are not told their place."""
-        found = sorted({text.count("\n", 0, match.start()) + 1 for match in re.finditer(pattern, text)})
-        return f"line {', '.join(map(str, found[:5]))}: " if found else ""
+        found: list[int] = []
+        line, at = 1, 0
+        for match in re.finditer(pattern, text):
+            line, at = line + text.count("\n", at, match.start()), match.start()
+            if line not in found[-1:]:
+                found.append(line)
+            if len(found) == 5:
+                break
+        return f"line {', '.join(map(str, found))}: " if found else ""
 
     try:
         value = strict_decoder().decode(text)

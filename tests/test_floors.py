@@ -142,6 +142,7 @@ TESTED_WITH = {
     "loaders/data/check_rows": "loaders/data/test_check",
     "loaders/data/check_tokens": "loaders/data/test_check",
     "loaders/data/token_pass": "loaders/data/test_dataset",
+    "loaders/text/backend_checks": "loaders/text/test_tokenizer",
     "loaders/text/meter": "loaders/text/test_chat_template",
     "loaders/text/sandbox": "loaders/text/test_chat_template",
     "loaders/text/train_bpe": "loaders/text/test_tokenizer",

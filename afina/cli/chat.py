@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             break
         if line == "/reset":
             messages = list(opening)
-        elif args.adapter and line.split()[0] == "/adapter":
+        elif args.adapter and line.split()[:1] == ["/adapter"]:
             name = line.removeprefix("/adapter").strip()
             if name in (*adapters, "base"):
                 set_adapter(model, adapters.get(name))

@@ -18,8 +18,8 @@ from typing import Any
 from afina.errors import DataError
 
 CHUNK = 1 << 16  # bytes read from a file at once
-MAX_EXPANSION = 200  # a .gz of more than FREE_BYTES may unpack to so many times its size; text stays below 50 times
-FREE_BYTES = 1 << 30
+MAX_EXPANSION = 100  # a .gz of more than FREE_BYTES may unpack to so many times its size; text stays below 50 times
+FREE_BYTES = 8 << 20
 _MARKS = ((codecs.BOM_UTF8, ""), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _UTF32 = {codecs.BOM_UTF32_LE: "UTF-32LE", codecs.BOM_UTF32_BE: "UTF-32BE"}
 _GZIP = b"\x1f\x8b"

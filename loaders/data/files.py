@@ -6,7 +6,6 @@ caller can list the bad lines or skip them.
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import math
@@ -14,13 +13,13 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from afina.errors import DataError, nearest
 from afina.loaders.data.encodings import first_fault, open_utf8
 from afina.loaders.data.hints import FOREIGN, is_saved_dataset, json_fault, json_kind, no_object_hint
+from afina.loaders.data.parquet import parquet_rows
 from afina.loaders.data.tables import BadHeaderError, table_rows
 from afina.loaders.jsonfile import finite, has_half_characters, show, strict_decoder
 
@@ -34,6 +33,8 @@ _PAPERS = re.compile(
     r"(readme|licen[cs]e|notice|copying|citation|changelog|requirements)\b.*|dataset_infos?\.json", re.IGNORECASE
 )
 _BLANKS = re.compile(r"(?<![ \t])[ \t]+\n")  # the look behind keeps it linear on long runs
+# Signs outside of ASCII that are neither letters nor digits, as all marks are: more in a row than are ever stacked.
+_MANY_MARKS = re.compile(r"[^\w\s\x00-\x7f]{256,}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line break; byte-order marks
 Source = str | Path | Sequence[str | Path]
 
@@ -151,7 +152,7 @@ class Reader:
         if kind == ".txt":
             yield from self._text(file)
         elif kind in (".csv", ".tsv"):
-            for row in table_rows(self._lines(file), tabs=kind == ".tsv", names=self.names, max_field=MAX_LINE):
+            for row in table_rows(self._lines(file), tabs=kind == ".tsv", names=self.names, max_row=MAX_LINE):
                 if isinstance(row, str):
                     self.taken.append(row)
                 elif row.problem:
@@ -169,10 +170,11 @@ class Reader:
         """What a file whose first record is no row probably is, and how to mend it; "" where nothing is known."""
         return json_kind(self.start) if kind_of_file(self.path) in (".json", ".jsonl") else ""
 
-    def _lines(self, file: io.BufferedReader) -> Iterator[tuple[int, str, str]]:
-        """Yield (line number, text, problem) for each line."""
-        start = self._source.mark
-        for number in count(1):
+    def _lines(self, file: io.BufferedReader, *, empty: bool = True) -> Iterator[tuple[int, str, str]]:
+        """Yield (line number, text, problem) for each line; without ``empty``, not for each of a run of empty ones."""
+        start, number = self._source.mark, 0
+        while True:
+            number += 1
             line = file.readline(MAX_LINE + 1)
             if not line:
                 return
@@ -190,6 +192,11 @@ class Reader:
                     at = f"byte {fault.start + 1} of the line ({place})"
                     yield number, line.decode("utf-8", "replace"), f"{at} {_NOT_UTF8}"
             start += size
+            if not empty and line == b"\n":  # a small archive can hold a hundred million of them
+                ahead = file.peek()
+                skipped = len(ahead) - len(ahead.lstrip(b"\n"))
+                file.read(skipped)
+                number, start = number + skipped, start + skipped
 
     def _utf8_mend(self, problem: str) -> str:
         return self._utf8_hint if _NOT_UTF8 in problem else ""
@@ -199,7 +206,7 @@ class Reader:
         return first_fault(self.path)[1]
 
     def _json_lines(self, file: io.BufferedReader, kind: str) -> Iterator[Record]:
-        for number, text, problem in self._lines(file):
+        for number, text, problem in self._lines(file, empty=False):
             if problem:
                 yield Record(number, {}, problem, mend=self._utf8_mend(problem))
             elif text := text.rstrip():
@@ -274,27 +281,13 @@ class Reader:
             raise self._no_array(line, "text after the closing bracket")
 
     def _parquet(self) -> Iterator[Record]:
-        try:
-            arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-        except ImportError as problem:
-            mend = "pip install 'afina[parquet]', or save the rows as JSONL"
-            raise DataError(f"{self.path}: reading Parquet needs pyarrow: {mend}") from problem
-        number = 0
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                labels = _label_names(file.schema_arrow.metadata or {})
-                size, rows = self.path.stat().st_size, max(1, file.metadata.num_rows)
-                for batch in file.iter_batches(batch_size=1024):
-                    for value in batch.to_pylist():
-                        number += 1
-                        for key, names in labels.items():
-                            if isinstance(value.get(key), int) and 0 <= value[key] < len(names):
-                                value[key] = names[value[key]]
-                        yield Record(number, value)
-                    self._done = size * number // rows
-        except (arrow.ArrowException, UnicodeDecodeError) as problem:
-            reason = " ".join(str(problem).split())[:200]
-            raise DataError(f"{self.path}: not a Parquet file that can be read ({reason}): write it again") from problem
+        number, size = 0, self.path.stat().st_size
+        for rows, share in parquet_rows(self.path, MAX_LINE):
+            for value in rows:
+                number += 1
+                problem = "" if value is not None else f"longer than {MAX_LINE >> 20} MiB"
+                yield Record(number, value or {}, problem)
+            self._done = int(size * share)
 
     def _text(self, file: io.BufferedReader) -> Iterator[Record]:
         """Plain text in pieces that end with a paragraph, a line or a word."""
@@ -328,8 +321,20 @@ def clean_text(text: str, *, end: bool = True) -> str:
             text = _CONTROL.sub("", text)
         if " \n" in text or "\t\n" in text:
             text = _BLANKS.sub("\n", text)
-    text = unicodedata.normalize("NFC", text)
+    text = _composed(text)
     return text.rstrip(" \t\n") if end else text
+
+
+def _composed(text: str) -> str:
+    """``text`` in NFC, but for runs of more marks than any language stacks: to put such a run in order takes the square
+    of its length (Unicode Standard Annex 15, section 13, has 30 as the longest of its stream-safe format)."""
+    if text.isascii() or _MANY_MARKS.search(text) is None:
+        return unicodedata.normalize("NFC", text)
+    parts, start = [], 0
+    for run in _MANY_MARKS.finditer(text):
+        parts += [unicodedata.normalize("NFC", text[start : run.start()]), run[0]]
+        start = run.end()
+    return "".join([*parts, unicodedata.normalize("NFC", text[start:])])
 
 
 def cut_text(text: str) -> list[str]:
@@ -396,12 +401,3 @@ def _checked(line: int, value: Any, text: str, start: int = 0, end: int | None =
     if text.find("\\u", start, end) >= 0 and has_half_characters(value):
         return Record(line, {}, "a \\u escape is half a character (a lone surrogate)")
     return Record(line, value)
-
-
-def _label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of the classes of integer label columns, as the `datasets` library leaves them in a Parquet file."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return {key: value["names"] for key, value in features.items() if value.get("_type") == "ClassLabel"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}

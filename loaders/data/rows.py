@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,8 @@ class _Shape:
         name = self._schema(value)
         if not name and not self.name:
             name = self._fold_case(raw)
-        found = ", ".join(map(show, raw)) or "none"
+        found = ", ".join(map(show, islice(raw, 10))) or "none"
+        found += f" and {len(raw) - 10:,} more" if len(raw) > 10 else ""
         if self.name:
             if self.name == "text/label" and name == "text":
                 raise Unfit("the label is missing")
@@ -267,7 +269,7 @@ class _Shape:
                 hint = f", no column {absent!r}{nearest(absent, raw)}"
             else:
                 others = [key for key in raw if key not in known]
-                hint = next((f", {key!r}{close}" for key in others if (close := nearest(key, known))), "")
+                hint = next((f", {show(key)}{close}" for key in others[:10] if (close := nearest(key, known))), "")
             example = next((key for key in raw if key not in KEYS), "question")
             mend = f"rename them with columns, as in {{'prompt': {example!r}}}"
             raise Unfit(f"found the keys {found}{hint}; expected {_SUPPORTED}; {mend}")

@@ -14,7 +14,7 @@ Line = tuple[int, str, str]  # number, text, and what is wrong with it
 
 
 class BadHeaderError(ValueError):
-    """A table whose columns cannot be told: the message opens with the line."""
+    """A table whose columns cannot be told, or whose rows: the message opens with the line."""
 
 
 class TableRow(NamedTuple):
@@ -53,7 +53,7 @@ def _next_filled(lines: Iterator[Line]) -> Line:
     return next((line for line in lines if line[1].strip() or line[2]), (0, "", ""))
 
 
-def table_rows(lines: Iterator[Line], *, tabs: bool, names: Set[str], max_field: int) -> Iterator[TableRow | str]:
+def table_rows(lines: Iterator[Line], *, tabs: bool, names: Set[str], max_row: int) -> Iterator[TableRow | str]:
     """Yield the rows of a table, and before them, as a text, which delimiter is used if it is not the usual one.
 
     CSV is read as RFC 4180 has it, with the delimiter that `find_delimiter` finds or a first line ``sep=;`` names. With
@@ -61,14 +61,17 @@ def table_rows(lines: Iterator[Line], *, tabs: bool, names: Set[str], max_field:
     for; a TSV of two columns whose first line has none of them has no header and is text<TAB>label.
     Raises BadHeaderError.
     """
-    csv.field_size_limit(max_field)
+    csv.field_size_limit(max_row)
     names = {name.lower() for name in names}
     faults: list[str] = []
-    last = 0
+    last = size = began = 0
 
     def texts(lines: Iterable[Line]) -> Iterator[str]:
-        nonlocal last
+        nonlocal last, size
         for last, text, problem in lines:
+            size += len(text)
+            if size > max_row:
+                raise BadHeaderError(f"line {began}: a row of more than {max_row:,} characters: close its quotes")
             if problem:
                 faults.append(f"{problem} (line {last})")
             yield text
@@ -89,6 +92,7 @@ def table_rows(lines: Iterator[Line], *, tabs: bool, names: Set[str], max_field:
     header: list[str] = []
     while True:
         line, problem, fields = last + 1, "", list[str]()
+        began, size = line, 0
         try:
             fields = next(rows)
         except StopIteration:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from afina.errors import ConfigError, nearest
+from afina.loaders.jsonfile import show
 from afina.loaders.weights.bitsandbytes import unsupported
 
 if TYPE_CHECKING:  # families are read without torch
@@ -119,7 +120,7 @@ class Reader:
             raise self.error("auto_map", problem)
         self.seen |= {"quantization_config", "auto_map"}
         names = hf.get("architectures")
-        if names and architecture not in names:
+        if not isinstance(names, list | None) or (names and architecture not in names):
             raise self.error("architectures", f"expected [{architecture!r}], the causal language model")
         for key, values in FIXED.items():
             self.fixed(key, *values)
@@ -134,8 +135,7 @@ class Reader:
         )
 
     def error(self, key: str, expected: str) -> ConfigError:
-        value = repr(self.hf[key]) if key in self.hf else "missing"
-        value = value if len(value) <= 100 else value[:97] + "..."
+        value = show(self.hf[key]) if key in self.hf else "missing"
         return ConfigError(f"config.json ({self.model_type}): {key} = {value}: {expected}")
 
     def get(self, key: str, default: Any) -> Any:
@@ -203,7 +203,11 @@ class Reader:
         if types is None:
             return ["sliding_attention" if pattern(i) else "full_attention" for i in range(layers)]
         known = {"sliding_attention", "full_attention"}
-        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        if (
+            not isinstance(types, list)
+            or len(types) != layers
+            or any(type(t) is not str or t not in known for t in types)
+        ):
             raise self.error("layer_types", f"expected {layers} entries (num_hidden_layers) from {sorted(known)}")
         return types
 
@@ -263,7 +267,7 @@ def rope_fields(
     """
 
     def fail(key: str, expected: str) -> ConfigError:
-        found = f"{key} = {settings.get(key)!r}"
+        found = f"{key} = {show(settings.get(key))}"
         return ConfigError(f"config.json ({reader.model_type}): RoPE settings: {found}: {expected}")
 
     def number(key: str, default: float | None = None) -> float:
@@ -273,8 +277,8 @@ def rope_fields(
         return float(value)
 
     kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = (aliases or {}).get(kind, kind)
-    if kind not in kinds:
+    kind = (aliases or {}).get(kind, kind) if isinstance(kind, str) else None
+    if kind is None or kind not in kinds:
         raise fail("rope_type" if "rope_type" in settings else "type", f"supported: {', '.join(kinds)}")
     allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     unknown = sorted(set(settings) - allowed)
@@ -298,6 +302,8 @@ def rope_fields(
         return fields
 
     original = original_max or int(number("original_max_position_embeddings", max_positions))
+    if original < 1:
+        raise fail("original_max_position_embeddings", "expected 1 or more")
     if kind in ("yarn", "longrope"):
         factor = number("factor", max_positions / original)
     else:
@@ -316,7 +322,10 @@ def rope_fields(
             "beta_fast": number("beta_fast", 32.0),
             "beta_slow": number("beta_slow", 1.0),
             "truncate": truncate,
-            "attention_factor": number("attention_factor", _yarn_attention_factor(factor, settings)),
+            "attention_factor": number(
+                "attention_factor",
+                _yarn_attention_factor(factor, lambda key: number(key) if settings.get(key) else None),
+            ),
         }
     elif kind == "longrope":
         for key in ("short_factor", "long_factor"):
@@ -333,11 +342,11 @@ def rope_fields(
     return fields
 
 
-def _yarn_attention_factor(factor: float, settings: Mapping[str, Any]) -> float:
+def _yarn_attention_factor(factor: float, read: Callable[[str], float | None]) -> float:
     def scale(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
-    mscale, mscale_all = settings.get("mscale"), settings.get("mscale_all_dim")
+    mscale, mscale_all = read("mscale"), read("mscale_all_dim")
     return scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale(1.0)
 
 

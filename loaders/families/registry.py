@@ -8,6 +8,7 @@ from typing import Any
 
 from afina.errors import ConfigError, nearest
 from afina.loaders.families.common import Family
+from afina.loaders.jsonfile import show
 
 MODEL_TYPES = (
     "gemma2",
@@ -29,11 +30,11 @@ def load_family(hf: Mapping[str, Any]) -> Family:
     model_type = hf.get("model_type")
     if model_type not in MODEL_TYPES and isinstance(hf.get("text_config"), Mapping):
         raise ConfigError(
-            f"config.json: model_type = {model_type!r} reads more than text, and its language model is a part: "
+            f"config.json: model_type = {show(model_type)} reads more than text, and its language model is a part: "
             "save that part alone (docs/models.md has the lines for gemma3)"
         )
     if model_type not in MODEL_TYPES:
-        hint = nearest(str(model_type), MODEL_TYPES)
-        raise ConfigError(f"config.json: model_type = {model_type!r}{hint}; supported: {', '.join(MODEL_TYPES)}")
+        hint = nearest(str(model_type)[:100], MODEL_TYPES)
+        raise ConfigError(f"config.json: model_type = {show(model_type)}{hint}; supported: {', '.join(MODEL_TYPES)}")
     family: Family = importlib.import_module(f"afina.loaders.families.{model_type}").FAMILY
     return family

@@ -20,6 +20,7 @@ from afina.loaders.text.chat_template import SLOT, numbered
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.text.turns import Messages, Tools, find_turns
 
+MAX_TURNS = 1_000  # of a conversation: finding what is trained takes the square of their number
 Spans = tuple[tuple[int, int], ...]
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -148,6 +149,10 @@ def _ended(tokenizer: Tokenizer, text: str) -> str:
 
 
 def _conversation(tokenizer: Tokenizer, example: Example, any_role: bool) -> tuple[str, Spans]:
+    if len(example.messages or ()) > MAX_TURNS:
+        raise DataError(
+            f"{len(example.messages or ()):,} messages, expected at most {MAX_TURNS:,}: split the conversation"
+        )
     messages = tokenizer.checked(example.messages or ())
     roles = tuple([message["role"] for message in messages])
     trained = example.trained

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from afina.durable import open_file
 from afina.errors import DataError, TokenizerError, nearest
 from afina.inside import open_own
-from afina.loaders.jsonfile import MAX_BYTES, parse_json
+from afina.loaders.jsonfile import MAX_BYTES, parse_json, show
+from afina.loaders.text.backend_checks import problem_of
 from afina.loaders.text.chat_template import ChatTemplate
 from afina.loaders.text.own_templates import DEFAULT_TEMPLATE
 from afina.loaders.weights.hub import resolve
@@ -42,6 +44,7 @@ FILES = (
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
 BYTE_LETTERS |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in BYTE_LETTERS)}
+MAX_ID = 1 << 31  # no vocabulary comes near it
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 # What WordPiece's way of decoding leaves too many spaces around, as transformers mends it, in this order.
@@ -107,6 +110,8 @@ class Tokenizer:
         names = self._json("special_tokens_map.json") | config
         self._backend = self._build(config)
         self._register(config, names)
+        if (problem := problem_of(self._backend)) is not None:
+            raise self._error("tokenizer.json", f"{problem}: download it again")
         self._model_config = [
             parse_json(files[name], f"{where}/{name}", error=TokenizerError)
             for name in ("generation_config.json", "config.json")
@@ -199,11 +204,11 @@ class Tokenizer:
         listed = config.get("added_tokens_decoder") or {}
         if not isinstance(listed, dict):
             raise self._error("tokenizer_config.json", "added_tokens_decoder is not an object")
-        for key in sorted(listed, key=lambda text: int(text) if text.isdecimal() else -1):
+        for key in sorted(listed, key=lambda text: int(text) if text.isdecimal() and len(text) < 10 else -1):
             content = _content(listed[key]) if isinstance(listed[key], dict) else None
             if content is None or not key.isdecimal() or len(key) > 9:
                 raise self._error(
-                    "tokenizer_config.json", f"added_tokens_decoder[{key!r}]: expected an id with a token"
+                    "tokenizer_config.json", f"added_tokens_decoder[{show(key)}]: expected an id with a token"
                 )
             flags = {f: bool(listed[key].get(f, False)) for f in ("lstrip", "rstrip", "single_word", "special")}
             token = AddedToken(content, normalized=bool(listed[key].get("normalized", not flags["special"])), **flags)
@@ -211,7 +216,7 @@ class Tokenizer:
             if old is None or repr(old) != repr(token):
                 (backend.add_special_tokens if flags["special"] else backend.add_tokens)([token])
             if backend.token_to_id(content) != int(key):
-                found = f"gives {content!r} the id {key}, the vocabulary gives it {backend.token_to_id(content)}"
+                found = f"gives {show(content)} the id {key}, the vocabulary gives it {backend.token_to_id(content)}"
                 mend = "the files are of different tokenizers: download them again"
                 raise self._error("tokenizer_config.json", f"added_tokens_decoder {found}: {mend}")
         if not listed:  # transformers, too, reads the older file only then
@@ -220,7 +225,7 @@ class Tokenizer:
                 if backend.token_to_id(content) is None:
                     backend.add_tokens([content])
                 if backend.token_to_id(content) != value:
-                    raise self._error("added_tokens.json", f"{content!r} cannot have the id {value}")
+                    raise self._error("added_tokens.json", f"{show(content)} cannot have the id {show(value)}")
         if "tokenizer.json" not in self._files:
             names.setdefault("eos_token", "<|endoftext|>")
             names.setdefault("bos_token", names["eos_token"])
@@ -238,7 +243,7 @@ class Tokenizer:
         if token is not None:
             if self._backend.token_to_id(token) is None:
                 hint = nearest(token, [t.content for t in self._backend.get_added_tokens_decoder().values()])
-                found = f"{name} {token!r} is not in the vocabulary{hint}"
+                found = f"{name} {show(token)} is not in the vocabulary{hint}"
                 raise self._error(
                     "tokenizer_config.json", f"{found}: correct it, or use the model's own tokenizer files"
                 )
@@ -271,7 +276,7 @@ class Tokenizer:
         if isinstance(source, list | dict):
             named = source if isinstance(source, dict) else {t.get("name"): t.get("template") for t in _dicts(source)}
             if "default" not in named:
-                found = ", ".join(map(str, named))
+                found = ", ".join(map(show, list(named)[:5]))
                 raise self._error("tokenizer_config.json", f"of the chat templates {found} none is named 'default'")
             source = named["default"]
         if source is not None and not isinstance(source, str):
@@ -357,8 +362,17 @@ class Tokenizer:
         return letters == known or (backend.model.byte_fallback and self._falls_back("".join(letters - known).encode()))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return the text of ``ids``, without the control tokens if ``skip_special``."""
-        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """Return the text of ``ids``, without the control tokens if ``skip_special``; ids without a token have none.
+
+        TokenizerError for what is no id at all.
+        """
+        try:
+            numbers = [index(i) for i in ids]
+        except TypeError as problem:
+            raise TokenizerError(f"{self.where}: token ids are whole numbers ({problem})") from problem
+        if wrong := [i for i in numbers if not 0 <= i < MAX_ID]:
+            raise TokenizerError(f"{self.where}: {show(wrong[0])} is no token id")
+        text: str = self._try("tokenizer.json", self._backend.decode, numbers, skip_special_tokens=skip_special)
         for spaced, mended in _SPACED if self._mends_spaces else ():
             text = text.replace(spaced, mended)
         return text
@@ -432,8 +446,8 @@ class Tokenizer:
             cuts = [end - len(text[start:end].lstrip()) + 1 for start, end in places if text[start:end].strip()[1:]]
             if not cuts:
                 break
-            for cut in reversed(cuts):
-                text = f"{text[:cut]} {text[cut:]}"
+            cuts = sorted(set(cuts))
+            text = " ".join([text[start:end] for start, end in zip([0, *cuts], [*cuts, None])])
         return text
 
     def with_bos(self, text: str, *, glue: str | None = None) -> str:
@@ -441,8 +455,10 @@ class Tokenizer:
         bos = self.bos_token
         if not bos or not self.adds_bos:
             return text
-        while text.startswith(bos):
-            text = text[len(bos) :]
+        start = 0
+        while text.startswith(bos, start):
+            start += len(bos)
+        text = text[start:]
         return bos + (self._glue if glue is None and text[:1] != " " else "") + text
 
     @cached_property
@@ -547,7 +563,7 @@ def _dicts(values: list[Any]) -> list[dict[str, Any]]:
 
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < MAX_ID]
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:

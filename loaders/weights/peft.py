@@ -37,6 +37,7 @@ MAX_ALPHA, MAX_PATTERNS = 1e6, 10_000  # patterns: modules with another rank or 
 # How PEFT may have drawn the first weights. Other ways change the base too, so the adapter does not fit the base alone.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Keys that change nothing about what a trained adapter computes.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HARMLESS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode
@@ -143,9 +144,14 @@ class AdapterFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the CPU. NaN and infinity are refused: they would spoil every answer."""
+        if (dtype := self._file.entries[name].dtype) not in _DTYPES:
+            found = f"tensor {show(name)} is {str(dtype).removeprefix('torch.')}"
+            raise WeightsError(
+                f"{self.folder / WEIGHTS}: {found}, expected float32, bfloat16 or float16: save it again"
+            )
         out = torch.empty(self.shape(name), dtype=self._file.entries[name].dtype)
         self._file.read_into(name, out, finite=False)
-        if out.is_floating_point() and not out.isfinite().all():
+        if not out.isfinite().all():
             raise WeightsError(
                 f"{self.folder / WEIGHTS}: tensor {show(name)} holds NaN or Inf: use an earlier adapter, or train it "
                 "again with a lower learning rate"

@@ -359,7 +359,13 @@ def _write(file: BinaryIO, x: Tensor) -> None:
 def _inside(folder: Path, name: str, index: Path | None = None) -> Path:
     """Return the path of a weights file, which must be a file of the folder."""
     place = f"{index}: " if index else ""
-    if name != Path(name).name or "\\" in name or not name.isprintable() or not name.endswith(".safetensors"):
+    if (
+        len(name.encode()) > 255
+        or name != Path(name).name
+        or "\\" in name
+        or not name.isprintable()
+        or not name.endswith(".safetensors")
+    ):
         raise WeightsError(f"{place}{show(name)} is no plain .safetensors file name: shards lie beside their index")
     if not own_path(folder / name, error=WeightsError).is_file():
         raise WeightsError(f"{place}{folder / name}: no such file: download the model again, all shards included")

@@ -174,7 +174,7 @@ def test_several_adapters_by_name(place: Path, tmp_path: Path, capsys: pytest.Ca
 def test_chat_changes_who_answers(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = ["one", "/reset", "/adapter base", "one", "/reset", "/adapter first", "one", "/adapter none"]
+    lines = ["one", "", "/reset", "/adapter base", "one", "/reset", "/adapter first", "one", "/adapter none"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     argv = ["chat", str(place / "model"), "--adapter", str(place / "first"), "--max_new_tokens", "6"]
     assert run(argv) == 0

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import afina
 from afina.engine import model as engine_model
 from afina.engine import optim, train
-from afina.engine.checkpoint import load_checkpoint
+from afina.engine.checkpoint import FORMAT, load_checkpoint
 from afina.engine.methods import default_learning_rate
 from afina.engine.optim import AdamW
 from afina.engine.run_folder import RunFolder, StopRequest
@@ -30,6 +30,7 @@ from afina.kernels.cross_entropy import cross_entropy_reference, linear_cross_en
 from afina.loaders.data.batches import Batches
 from afina.loaders.data.dataset import prepare
 from afina.loaders.text.source import load_tokenizer
+from afina.manifest import write_manifest
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "password", "settings", "page", "card", "one")
 
@@ -494,6 +495,32 @@ def test_what_a_resumed_run_may_change(model: str, rows: str, tmp_path: Path) ->
             fit(model, rows, out, max_steps=3, resume=True, **{name: value})
     resumed = fit(model, rows, out, max_steps=3, resume=True, attention_backend="torch", lean_loss=True)
     assert resumed.metrics["steps"] == 3
+
+
+def test_a_state_of_another_version_is_refused_in_one_line(model: str, rows: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(model, rows, out, max_steps=2, save_steps=2)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n")  # no line of ours, and deeper than JSON is read
+    (checkpoint,) = out.glob("checkpoint-*")
+    state = json.loads((checkpoint / "state.json").read_text())
+    del (fewer := json.loads(json.dumps(state)))["meta"]["progress"]["tokens"]
+    del (older := json.loads(json.dumps(state)))["meta"]["rng"]
+    newer, other = json.loads(json.dumps(state)), json.loads(json.dumps(state))
+    newer["meta"]["progress"]["epoch"] = 1
+    other["meta"]["progress"]["step"] = "2"
+    words = {"progress has no tokens": fewer, "needs updates": older, "has a epoch": newer, "has step = '2'": other}
+    words["this version reads"] = state | {"format": "afina-checkpoint-2"}
+    for found, changed in words.items():
+        (checkpoint / "state.json").write_text(json.dumps(changed))
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint, {}, format=FORMAT)
+        with pytest.raises(AfinaError, match=found):
+            fit(model, rows, out, max_steps=4, resume=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {}, format=FORMAT)
+    assert fit(model, rows, out, max_steps=4, resume=True).metrics["steps"] == 4
 
 
 def test_finetune_takes_a_config_or_settings_but_not_both(model: str, rows: str, tmp_path: Path) -> None:

@@ -248,8 +248,12 @@ def test_a_recipe_and_flags_over_it(tmp_path: Path) -> None:
         ("seed: 2026-13-45\n", "month must be in 1..12"),
         ("seed: 2026-11-12\n", "line 1: seed is datetime.date(2026, 11, 12); expected a whole number"),
         ("columns:\n  prompt: a\n  prompt: b\n", "line 3: prompt is given a second time, after line 2"),
-        ("? [seed]\n: 1\n", "is not a setting"),
+        ("? [seed]\n: 1\n", "line 1: a list or a mapping stands where a name was expected"),
         ("seed: *nothing\n", "line 1: not valid YAML"),
+        ("seed: !!int ''\n", "line 1: seed: no int: mend it"),
+        ("model: m\npacking: !!bool x\n", "line 2: packing: no bool: mend it"),
+        ("seed: !!timestamp x\n", "line 1: seed: no timestamp: mend it"),
+        ("seed: !!float .\n", "line 1: seed: no float (could not convert"),
         (f"seed: {bomb()}\n", "line 1: seed is [[[...], [...],"),
     ],
 )

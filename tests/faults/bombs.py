@@ -1,7 +1,7 @@
 """Everything hostile that the harness knows, each case under limits of the kernel: python tests/faults/bombs.py
 
 Prints a line for each case that fell and a count for each kind; the exit status is 1 where any fell. ``--only KIND``
-runs one kind, ``--seed`` and ``--rounds`` say which random cases are made and how many.
+runs one kind, ``--seed`` and ``--rounds`` say which random cases are made and how many of each kind.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
+import small_files
+import wrong_types
 from limits import run_limited
 from template_bombs import BOMBS, HONEST, TALK
 
@@ -24,17 +27,27 @@ class Case(NamedTuple):
     refused: bool | None  # whether it must be refused; None: that, or accepted
     seconds: int = 5
     megabytes: int = 1024
+    count: int = 1  # of files or values that it tries
 
 
-def templates() -> Iterator[Case]:
-    def load(source: str) -> Callable[[], object]:
-        return lambda: ChatTemplate(TALK + source, "folder", {"bos_token": "<s>", "eos_token": "</s>"})
-
+def templates(seed: int, rounds: int) -> Iterator[Case]:
     for name, source in (BOMBS | HONEST).items():
-        yield Case(name, load(source), name in BOMBS, 2, 256)
+        load = partial(ChatTemplate, TALK + source, "folder", {"bos_token": "<s>", "eos_token": "</s>"})
+        yield Case(name, load, name in BOMBS, 2, 256)
 
 
-KINDS: dict[str, Callable[[int, int], Iterator[Case]]] = {"templates": lambda seed, rounds: templates()}
+def files(seed: int, rounds: int) -> Iterator[Case]:
+    for name, run, refused in small_files.cases():
+        yield Case(name, run, refused)
+
+
+def values(kind: str, seed: int, rounds: int) -> Iterator[Case]:
+    for name, run, count in wrong_types.batches(kind, seed, rounds):
+        yield Case(name, run, False, 60, count=count)
+
+
+KINDS: dict[str, Callable[[int, int], Iterator[Case]]] = {"templates": templates, "files": files}
+KINDS |= {kind: partial(values, kind) for kind in wrong_types.KINDS}
 
 
 def fallen(case: Case) -> str | None:
@@ -55,11 +68,18 @@ def main() -> int:
     status = 0
     for kind, cases in KINDS.items():
         if options.only in (None, kind):
-            results = [fallen(case) for case in cases(options.seed, options.rounds)]
-            for line in filter(None, results):
-                print(line)
-                status = 1
-            print(f"{kind}: {results.count(None)} of {len(results)} right")
+            fell = total = 0
+            for case in cases(options.seed, options.rounds):
+                total += case.count
+                if line := fallen(case):
+                    fell += (
+                        1
+                        if case.count == 1
+                        else int(line.partition("untyped: FellError: ")[2].split()[0] or case.count)
+                    )
+                    print(f"  {line}"[:400])
+                    status = 1
+            print(f"{kind}: {total - fell:,} of {total:,} right", flush=True)
     return status
 
 

@@ -40,6 +40,7 @@ def run_limited(case: Callable[[], object], *, seconds: int, megabytes: int, typ
     child = os.fork()
     if child == 0:
         os.close(reading)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says as it dies
         try:
             verdict = _limited(case, seconds, megabytes, typed)
         except BaseException as problem:

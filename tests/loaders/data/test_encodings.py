@@ -115,7 +115,7 @@ def test_archives_that_unpack_without_end_are_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(encodings, "FREE_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(packed_gzip((b'{"text": "' + b"a" * 1000 + b'"}\n') * 10_000))
-    with pytest.raises(DataError, match="unpacks to more than 200 times its size: if it is meant, unpack it"):
+    with pytest.raises(DataError, match="unpacks to more than 100 times its size: if it is meant, unpack it"):
         list(Reader(path, set()))
     noise = random.Random(0)
     text = "".join(json.dumps({"text": "".join(noise.choices("abcdefgh ", k=400))}) + "\n" for _ in range(4000))

@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 from chat_templates import CHATML, LLAMA3
 from metaspace import SCHEMES, metaspace_files, with_bos
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from afina.errors import AfinaError, DataError, TokenizerError
 from afina.loaders.text.source import load_tokenizer
@@ -303,6 +303,38 @@ def test_wrong_folders(tmp_path: Path, write: Write) -> None:
         load_tokenizer(folder)
 
 
+def _replacing(pattern: str | tokenizers.Regex, content: str) -> Callable[[tokenizers.Tokenizer], None]:
+    return lambda backend: setattr(backend, "normalizer", normalizers.Replace(pattern, content))
+
+
+def _with_ids(*numbers: int) -> Callable[[tokenizers.Tokenizer], None]:
+    parts = [(f"<{i}>", number) for i, number in enumerate(numbers)]
+    around = processors.TemplateProcessing(" ".join([*(name for name, _ in parts), "$A"]), "$A $B", parts)
+    return lambda backend: setattr(backend, "post_processor", around)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_replacing("a", "b" * 100), "its normalizer makes a text 100 times as long, expected at most 64"),
+        (_replacing(tokenizers.Regex("x*"), "b" * 64), "its normalizer makes a text 65 times as long"),
+        (_with_ids(0, 5000), "its post_processor puts the id 5000 around a text, which the vocabulary has not"),
+        (_with_ids(*[0] * 70), r"its post_processor puts \d+ ids around a text, expected at most 64"),
+    ],
+)
+def test_parts_that_multiply_or_name_ids_that_are_not_there(edit: Any, words: str, write: Write) -> None:
+    with pytest.raises(TokenizerError, match=rf"tokenizer.json: {words}.*: download it again"):
+        load_tokenizer(write(edit))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**70, None, "1", 1.0])
+def test_what_is_no_id_is_not_decoded(wrong: Any, write: Write) -> None:
+    tokenizer = load_tokenizer(write())
+    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
+    with pytest.raises(TokenizerError, match=r"no token id|whole numbers"):
+        tokenizer.decode([wrong])
+
+
 def test_wrong_configs(write: Write) -> None:
     with pytest.raises(TokenizerError, match=r"eos_token '<s/>' is not in the vocabulary \(did you mean '</?s>'\?\)"):
         load_tokenizer(write(eos_token="<s/>"))
@@ -313,7 +345,7 @@ def test_wrong_configs(write: Write) -> None:
     for wrong in ([1], {"x": {"content": "a"}}, {"1": {}}, {"1": "a"}, {"1": None}, {"9" * 30: {"content": "a"}}):
         with pytest.raises(TokenizerError, match=r"tokenizer_config.json: added_tokens_decoder"):
             load_tokenizer(write(added_tokens_decoder=wrong))
-    with pytest.raises(TokenizerError, match=r"of the chat templates tool_use none is named 'default'"):
+    with pytest.raises(TokenizerError, match=r"of the chat templates 'tool_use' none is named 'default'"):
         load_tokenizer(write(chat_template=[{"name": "tool_use", "template": ""}]))
     with pytest.raises(TokenizerError, match=r"chat_template is not a text"):
         load_tokenizer(write(chat_template={"default": 1}))
