@@ -8,6 +8,8 @@ and embeddings are left alone. A bf16 weight has 8 bits of mantissa, so an updat
     adamw_bf16    bf16 moments alone: the parameter takes the updates, rounded stochastically                   2 + 2
 The bf16 weight is the rounded master, written in the same pass. An fp32 parameter is its own master, and `adamw_bf16`
 is not for it. The roundings and the 8-bit codes are explained in kernels/adamw.py.
+
+All this may lie in the host's memory instead (`optim_offload.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from afina.engine.host_memory import HostMemory
+from afina.engine.optim_offload import KEPT, Chunk, StagedState
 from afina.errors import ConfigError
 from afina.kernels.adamw import Moment, adamw_
 from afina.kernels.blockwise import BLOCK8, State8
@@ -74,6 +78,7 @@ class AdamW:
             the variant ``adamw_bf16``.
         exp_avgs, exp_avg_sqs: name -> moment, fp32, bf16 or `State8`, as the variant says.
         num_updates: How many updates have been applied.
+        on_host: The names of those whose state lies in the host's memory.
 
     Args:
         model: Those of its parameters that require a gradient are updated.
@@ -82,6 +87,8 @@ class AdamW:
         variant: One of ``VARIANTS``.
         seed: From 0 to 2**32 - 1. With ``adamw_bf16``, seed and number of an update give the bits of its roundings, so
             a resumed run repeats them. The other variants draw nothing.
+        offload: Whether what is held for large parameters lies in the host's memory, and is moved on ``device``, which
+            is where their gradients are; the parameters themselves may wait on the host meanwhile.
 
     Raises ConfigError for an unknown variant, and for parameters that are not bf16 with ``adamw_bf16``.
     """
@@ -97,15 +104,28 @@ class AdamW:
         weight_decay: float = 0.01,
         variant: str = "adamw",
         seed: int = 0,
+        offload: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, p in self.params.items():
             _check(variant, p.dtype, name)
         self.variant, self.seed = variant, seed
+        self.device = device or next((p.device for p in self.params.values()), torch.device("cpu"))
+        self.on_host = {n for n, p in self.params.items() if p.numel() >= KEPT} if offload else set[str]()
+        self._host: list[HostMemory] = []  # page-locked as long as this lives
         own = torch.bfloat16 if variant == "adamw_bf16" else torch.float32
-        self.masters = {n: p.detach() if p.dtype == own else p.detach().float() for n, p in self.params.items()}
-        self.exp_avgs = {name: self._zero_moment(w, signed=True) for name, w in self.masters.items()}
-        self.exp_avg_sqs = {name: self._zero_moment(w, signed=False) for name, w in self.masters.items()}
+        self.masters = {n: p.detach() if p.dtype == own else self._master(n, p) for n, p in self.params.items()}
+        self.exp_avgs = {name: self._zero_moment(name, signed=True) for name in self.params}
+        self.exp_avg_sqs = {name: self._zero_moment(name, signed=False) for name in self.params}
+        self._staged: StagedState | None = None
+        self._chunks: dict[str, list[Chunk]] = {}
+        self._views: dict[tuple[str, int], Tensor] = {}
+        if self.on_host:
+            held = {n: (self._own_master(n), (self.exp_avgs[n], self.exp_avg_sqs[n])) for n in self.on_host}
+            largest = max(self.params[n].numel() for n in self.on_host)
+            self._staged = StagedState(next(iter(held.values())), largest, self.device)
+            self._chunks = {n: self._staged.chunks(*of, self.params[n].numel()) for n, of in held.items()}
         self.betas, self.eps = betas, eps
         # Weight decay and the factor of the learning rate of each parameter; those of equal ones are updated together.
         self.factors = {n: (weight_decay if n in decay else 0.0, (lr_scales or {}).get(n, 1.0)) for n in self.params}
@@ -115,16 +135,40 @@ class AdamW:
         self.groups = [(names, *factors) for factors, names in groups.items()]
         self.num_updates = 0
 
-    def _zero_moment(self, weight: Tensor, *, signed: bool) -> Moment:
-        if self.variant == "adamw_8bit":
+    def _master(self, name: str, parameter: Tensor) -> Tensor:
+        """The fp32 weight that stands behind a parameter of another dtype."""
+        if name not in self.on_host:
+            return parameter.detach().float()
+        return self._on_host(parameter.shape, torch.float32).copy_(parameter.detach())
+
+    def _zero_moment(self, name: str, *, signed: bool) -> Moment:
+        weight = self.masters[name]
+        eight = self.variant == "adamw_8bit"
+        if name in self.on_host and eight:
+            codes = self._on_host(weight.shape, torch.uint8)
+            return State8(codes, self._on_host((ceil(weight.numel() / BLOCK8),), torch.float32), signed)
+        if name in self.on_host:
+            return self._on_host(weight.shape, weight.dtype)
+        if eight:
             return State8.zeros_like(weight, signed=signed)
         # zeros_like of a tensor on meta, which a run that is only checked has, would import sympy: most of a second.
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
 
+    def _on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._host.append(HostMemory(shape, dtype, self.device))
+        return self._host[-1].tensor
+
     @property
     def nbytes(self) -> int:
-        """The bytes that are held beside the parameters: masters, moments and absmax."""
-        return sum(bytes_held(self.variant, p.dtype, p.numel()) for p in self.params.values())
+        """The bytes of the device that are held beside the parameters: masters, moments, absmax, and room for those of
+        the host on their way."""
+        here = sum(bytes_held(self.variant, p.dtype, p.numel()) for n, p in self.params.items() if n not in self.on_host)
+        return here + (self._staged.nbytes if self._staged else 0)
+
+    @property
+    def host_nbytes(self) -> int:
+        """The bytes that are held in the host's memory."""
+        return sum(bytes_held(self.variant, p.dtype, p.numel()) for n, p in self.params.items() if n in self.on_host)
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``; 0 leaves them as they are.
@@ -147,35 +191,84 @@ class AdamW:
         ``num_updates`` before the next one.
         """
         self.num_updates += 1
+        # Groups draw from seeds of their own, so that the roundings of one do not repeat those of another.
         for i, (names, *_) in enumerate(self.groups):
-            # Groups draw from seeds of their own, so that the roundings of one do not repeat those of another.
-            self.update([n for n in names if self.params[n].grad is not None], lr, skip=skip, draw=i)
+            given = [n for n in names if self.params[n].grad is not None]
+            self.update([n for n in given if n not in self.on_host], lr, skip=skip, draw=i)
+        for i, name in enumerate(self.params, len(self.groups)):
+            if name in self.on_host and self.params[name].grad is not None:
+                self.update([name], lr, skip=skip, draw=i)
 
     @torch.no_grad()
     def update(self, names: Sequence[str], lr: float, *, skip: Tensor | None, draw: int) -> None:
-        """Apply the update that ``num_updates`` counts to parameters with gradients that share their factors; with
-        ``adamw_bf16`` calls of one update need a ``draw`` each."""
+        """Apply the update that ``num_updates`` counts to parameters with gradients that share their factors, or to one
+        whose state is on the host; with ``adamw_bf16`` calls of one update need a ``draw`` each, below 2**18."""
         if not names:
             return
-        weight_decay, lr_scale = self.factors[names[0]]
-        adamw_(
+        if names[0] in self.on_host:
+            (name,) = names
+            self._update_from_host(name, lr, skip, draw)
+            return
+        self._apply(
+            names,
             [self.masters[n] for n in names],
             [g for n in names if (g := self.params[n].grad) is not None],
-            [self.exp_avgs[n] for n in names],
-            [self.exp_avg_sqs[n] for n in names],
+            [(self.exp_avgs[n], self.exp_avg_sqs[n]) for n in names],
+            [self.params[n] if self._has_copy(n) else None for n in names],
+            lr, skip, draw,
+        )  # fmt: skip
+
+    def _update_from_host(self, name: str, lr: float, skip: Tensor | None, draw: int) -> None:
+        """As ``update``, of a parameter on the device whose state comes from the host, chunk by chunk."""
+        grad, staged = self.params[name].grad, self._staged
+        assert grad is not None
+        assert staged is not None
+        grad = grad.reshape(-1)
+        for i, chunk in enumerate(self._chunks[name]):
+            part = self._part(name, i, chunk)
+            master, moments = staged.bring(chunk)
+            copy = None if master is None else part
+            weight = part if master is None else master
+            own = grad[chunk.start : chunk.stop]
+            self._apply([name], [weight], [own], [moments], [copy], lr, skip, draw + (i << 18))
+            staged.take_back(chunk)
+
+    def _part(self, name: str, index: int, chunk: Chunk) -> Tensor:
+        """These elements of the parameter, where it is now; the same view as last time if that is the same place."""
+        parameter = self.params[name].detach()
+        place = parameter.data_ptr() + chunk.start * parameter.itemsize
+        view = self._views.get((name, index))
+        if view is None or view.data_ptr() != place:
+            view = self._views[name, index] = parameter.view(-1)[chunk.start : chunk.stop]
+        return view
+
+    def _apply(
+        self, names: Sequence[str], weights: Sequence[Tensor], grads: Sequence[Tensor],
+        moments: Sequence[tuple[Moment, Moment]], copies: Sequence[Tensor | None], lr: float, skip: Tensor | None,
+        draw: int,
+    ) -> None:  # fmt: skip
+        weight_decay, lr_scale = self.factors[names[0]]
+        adamw_(
+            weights,
+            grads,
+            [first for first, _ in moments],
+            [second for _, second in moments],
             step=self.num_updates,
             lr=lr * lr_scale,
             betas=self.betas,
             eps=self.eps,
             weight_decay=weight_decay,
             skip=skip,
-            copies=[self.params[n] if self._has_copy(n) else None for n in names],
+            copies=copies,
             seed=(self.seed + draw) % 2**32 if self.variant == "adamw_bf16" else None,
         )
 
     def _has_copy(self, name: str) -> bool:
         """Return whether the parameter is the rounded copy of a master."""
         return self.params[name].dtype != self.masters[name].dtype
+
+    def _own_master(self, name: str) -> Tensor | None:
+        return self.masters[name] if self._has_copy(name) else None
 
     def zero_grad(self) -> None:
         for p in self.params.values():
@@ -186,6 +279,8 @@ class AdamW:
 
         Moments of 8 bits are two groups each, the codes and their absmax.
         """
+        if self._staged is not None:
+            self._staged.link.drain()
         groups: dict[str, dict[str, Tensor]] = {"weights": self.masters}
         for group, moments in (("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)):
             groups[group] = {n: m.codes if isinstance(m, State8) else m for n, m in moments.items()}
