@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from afina.engine import linear
+from afina.engine import linear, weight_offload
 from afina.engine.linear import Linear
 from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
@@ -46,7 +46,8 @@ class MemoryPlan:
     """Bytes. ``weights``: the base as it is held, dense and quantised; ``adapters``: the LoRA parameters;
     ``gradients``: those that are there when most is held; ``optimizer``: moments, and fp32 weights where the model has
     others; ``activations``: what one micro-batch keeps for its backward pass, and what the head or the backward pass
-    works in; ``host``: what of it waits in the host's memory, which is no part of the total."""
+    works in; ``host``: what waits in the host's memory, be it activations, the optimizer's state or weights. That is no
+    part of the total."""
 
     weights: int
     adapters: int
@@ -83,13 +84,15 @@ def plan(
     lean_loss: bool = False,
     in_backward: bool = False,
     accumulates: bool = True,
+    offload_params: bool = False,
     backend: str | None = None,
     longest: int | None = None,
 ) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
     ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room, in rows of at most ``longest`` tokens.
     ``in_backward``: the weights move in the backward pass; ``accumulates``: a step has several micro-batches;
-    ``backend``: of all operations, None for those of the model's device."""
+    ``offload_params``: the layers' matrices are in the host's memory; ``backend``: of all operations, None for those
+    of the model's device."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     lora = {p for layer in layers if layer.lora is not None for p in layer.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
@@ -99,13 +102,15 @@ def plan(
     activations, gradients = walk.peak(
         set(optimizer.params.values()), in_backward=in_backward, accumulates=accumulates and not in_backward
     )
+    away = sum(weight_offload.layer_bytes(model.layers)) if offload_params else 0
+    places = weight_offload.device_bytes(model.layers) if offload_params else 0
     return MemoryPlan(
-        weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized,
+        weights=_nbytes(base) + sum(tensor.nbytes for tensor in aside) + quantized - away + places,
         adapters=_nbytes(lora),
         gradients=gradients,
         optimizer=optimizer.nbytes,
         activations=activations,
-        host=walk.host(),
+        host=walk.host() + optimizer.host_nbytes + away,
     )
 
 

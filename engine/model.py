@@ -24,6 +24,7 @@ from afina.engine.linear import Linear, Recompute
 from afina.engine.model_config import ModelConfig
 from afina.engine.offload import HostCopies
 from afina.engine.rope_tables import RopeTables, packed_positions
+from afina.engine.weight_offload import HostWeights
 from afina.errors import ConfigError
 from afina.kernels.activation import geglu, swiglu
 from afina.kernels.attention import attention
@@ -197,7 +198,8 @@ class GPT(nn.Module):
 
     ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. ``activation_policy`` is what training
     keeps for its backward pass (see ``set_activation_policy``), ``attention_backend`` what ``attention`` takes, None
-    for its own choice (see ``set_attention_backend``). ``hf_config`` is the config.json it came from, for export;
+    for its own choice (see ``set_attention_backend``). ``host_weights`` brings the layers' matrices from the host's memory
+    where they lie there. ``hf_config`` is the config.json it came from, for export;
     ``adapter`` is the active one (see ``set_adapter``).
     """
 
@@ -212,6 +214,7 @@ class GPT(nn.Module):
         self.adapter: Adapter | None = None
         self.activation_policy = "auto"
         self.attention_backend: str | None = None
+        self.host_weights: HostWeights | None = None
         device = torch.device("cpu" if device is None else device)
         # On meta first: the layers' own initialisation would cost time and draw from the global random state.
         with torch.device("meta"):
@@ -232,8 +235,12 @@ class GPT(nn.Module):
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
         """As ``nn.Module.to_empty``, which asks for ``empty_like`` of tensors on meta: that imports torch's symbolic
-        shapes and sympy, a third of a second to a second of every start."""
-        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
+        shapes and sympy, a third of a second to a second of every start. What has memory on the host keeps it."""
+
+        def made(t: Tensor) -> Tensor:
+            return torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t
+
+        return self._apply(made, recurse=recurse)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -327,17 +334,27 @@ class GPT(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         host = HostCopies(residual.device) if recompute and self.activation_policy == "offload" else None
         dropout = self.adapter is not None and self.adapter.config.dropout > 0
-        for index, layer in enumerate(self.layers):
+        for index in range(len(self.layers)):
             only = wanted if index == len(self.layers) - 1 else None
             if recompute:
                 residual = residual if branch is None else residual + branch  # one tensor to keep, not two
                 with nullcontext() if host is None else host.keep(last=index == len(self.layers) - 1):
                     residual, branch = checkpoint(
-                        layer, residual, None, context, only, use_reentrant=False, preserve_rng_state=dropout
-                    )
+                        self._layer, index, residual, None, context, only,
+                        use_reentrant=False, preserve_rng_state=dropout,
+                    )  # fmt: skip
             else:
-                residual, branch = layer(residual, branch, context, only)
+                residual, branch = self._layer(index, residual, branch, context, only)
         return self.norm.add(residual, branch)[0]
+
+    def _layer(
+        self, index: int, residual: Tensor, branch: Tensor | None, context: ForwardContext, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A layer, whose matrices are on the device by then."""
+        if self.host_weights is not None:
+            self.host_weights.enter(index)
+        residual, branch = self.layers[index](residual, branch, context, positions)
+        return residual, branch
 
     def set_activation_policy(self, policy: str) -> None:
         """Choose what training keeps of a forward pass for its backward pass. Gradients do not depend on it; in 16 bits

@@ -14,14 +14,14 @@ All this may lie in the host's memory instead (`optim_offload.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 
-from afina.engine.host_memory import HostMemory
-from afina.engine.optim_offload import KEPT, Chunk, StagedState
+from afina.engine.host_memory import HostMemory, check_room
+from afina.engine.optim_offload import Chunk, StagedState
 from afina.errors import ConfigError
 from afina.kernels.adamw import Moment, adamw_
 from afina.kernels.blockwise import BLOCK8, State8
@@ -87,8 +87,8 @@ class AdamW:
         variant: One of ``VARIANTS``.
         seed: From 0 to 2**32 - 1. With ``adamw_bf16``, seed and number of an update give the bits of its roundings, so
             a resumed run repeats them. The other variants draw nothing.
-        offload: Whether what is held for large parameters lies in the host's memory, and is moved on ``device``, which
-            is where their gradients are; the parameters themselves may wait on the host meanwhile.
+        offload: The names of those whose state lies in the host's memory. They move on ``device``, where their
+            gradients are; in between they may wait on the host themselves.
 
     Raises ConfigError for an unknown variant, and for parameters that are not bf16 with ``adamw_bf16``.
     """
@@ -104,7 +104,7 @@ class AdamW:
         weight_decay: float = 0.01,
         variant: str = "adamw",
         seed: int = 0,
-        offload: bool = False,
+        offload: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -112,7 +112,9 @@ class AdamW:
             _check(variant, p.dtype, name)
         self.variant, self.seed = variant, seed
         self.device = device or next((p.device for p in self.params.values()), torch.device("cpu"))
-        self.on_host = {n for n, p in self.params.items() if p.numel() >= KEPT} if offload else set[str]()
+        self.on_host = set(offload) & self.params.keys()
+        if self.on_host and self.device.type != "meta":
+            check_room(self.host_nbytes, "offload_optimizer")
         self._host: list[HostMemory] = []  # page-locked as long as this lives
         own = torch.bfloat16 if variant == "adamw_bf16" else torch.float32
         self.masters = {n: p.detach() if p.dtype == own else self._master(n, p) for n, p in self.params.items()}
@@ -125,7 +127,8 @@ class AdamW:
             held = {n: (self._own_master(n), (self.exp_avgs[n], self.exp_avg_sqs[n])) for n in self.on_host}
             largest = max(self.params[n].numel() for n in self.on_host)
             self._staged = StagedState(next(iter(held.values())), largest, self.device)
-            self._chunks = {n: self._staged.chunks(*of, self.params[n].numel()) for n, of in held.items()}
+            if self.device.type != "meta":
+                self._chunks = {n: self._staged.chunks(*of, self.params[n].numel()) for n, of in held.items()}
         self.betas, self.eps = betas, eps
         # Weight decay and the factor of the learning rate of each parameter; those of equal ones are updated together.
         self.factors = {n: (weight_decay if n in decay else 0.0, (lr_scales or {}).get(n, 1.0)) for n in self.params}
@@ -139,7 +142,8 @@ class AdamW:
         """The fp32 weight that stands behind a parameter of another dtype."""
         if name not in self.on_host:
             return parameter.detach().float()
-        return self._on_host(parameter.shape, torch.float32).copy_(parameter.detach())
+        master = self._on_host(parameter.shape, torch.float32)
+        return master if master.is_meta else master.copy_(parameter.detach())
 
     def _zero_moment(self, name: str, *, signed: bool) -> Moment:
         weight = self.masters[name]

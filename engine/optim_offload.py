@@ -9,8 +9,8 @@ take 4 over the link, 0.16 ns. So all updates are computed on the device, by the
 as state that stays there.
 
 ``SLOTS`` chunks are on their way at a time. Nothing tells which weight is next: the host asks for a chunk long before
-the device comes to its update, and it is brought as soon as a slot is free. State of tensors below ``KEPT`` elements
-(norms, biases) stays on the device.
+the device comes to its update, and it is brought as soon as a slot is free. The state of norms and biases stays on the
+device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afina.engine.host_memory import Event, HostLink
 from afina.kernels.adamw import Moment
@@ -27,7 +27,11 @@ from afina.kernels.blockwise import BLOCK8, State8
 
 CHUNK = 1 << 23  # elements, a multiple of BLOCK8: 34 MB of two bf16 moments, 101 MB with masters and moments in fp32
 SLOTS = 4
-KEPT = 1 << 16
+
+
+def offloaded(model: nn.Module) -> set[str]:
+    """The names of the trained parameters whose state may lie on the host: the matrices."""
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2}
 
 
 @dataclass(eq=False)

@@ -2,9 +2,10 @@
 
 The model is built on device "meta", without a byte of weights, and `engine/memory.py` predicts each combination of what
 costs work or precision and saves memory: what of the activations is kept, the lean loss, the optimizer in the backward
-pass, and what AdamW holds. They are ordered by the work of a step, counted in products: a layer that is computed again
-costs its forward pass once more, a lean loss half of the head's products. Of equal work the one that leaves the
-optimizer as it is comes first. All rows of the micro-batch count as ``max_length`` long with a loss everywhere, so no
+pass, what AdamW holds, and whether that and the layers' matrices lie in the host's memory. They are ordered by the work
+of a step, counted in products: a layer that is computed again costs its forward pass once more, a lean loss half of the
+head's products, and what comes over the link as many as the device makes in that time, by ``LINK`` and ``RATE``, none of
+it hidden behind the computation. Of equal work the one that leaves the optimizer as it is comes first. All rows of the micro-batch count as ``max_length`` long with a loss everywhere, so no
 batch of a run takes more; ``RESERVE`` is kept aside for what is no tensor.
 """
 
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +27,9 @@ from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import shapes_of_nf4
 from afina.engine.optim import AdamW
+from afina.engine.optim_offload import offloaded
 from afina.engine.train_config import ADAPTED, TrainConfig
+from afina.engine.weight_offload import layer_bytes
 from afina.errors import ConfigError, nearest
 
 RESERVE = 600_000_000  # CUDA's context and cuBLAS's workspace, and what the allocator cannot use
@@ -34,7 +37,32 @@ POLICIES = ("keep", "selective", "full", "offload")
 WORTH = 0.005  # share of the memory that an option must save to be shown
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 LONGEST = 1 << 20  # the longest row that is looked for
-Combination = tuple[str, bool, str, bool]  # optim, optim_in_backward, activation_policy, lean_loss
+LINK = 25e9  # bytes a second from the host to the device: PCIe 4.0 with 16 lanes
+RATE = 50e12  # multiply-adds a second of a device that needs this: 100 TFLOP/s
+Place = tuple[bool, bool]  # offload_optimizer, offload_params
+OFFLOADS = ("offload_optimizer", "offload_params")
+PLACES: dict[str, tuple[Place, ...]] = {
+    "full": ((False, False), (True, False), (True, True)),
+    "freeze": ((False, False), (True, False), (True, True)),
+    "lora": ((False, False), (False, True)),
+    "qlora": ((False, False),),
+}
+
+
+class Combination(NamedTuple):
+    """The settings that a plan chooses."""
+
+    optim: str
+    optim_in_backward: bool
+    place: Place
+    activation_policy: str
+    lean_loss: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found = self._asdict()
+        optimizer, params = found.pop("place")
+        return found | {"offload_optimizer": optimizer, "offload_params": params}
 
 
 def parse_memory(text: str) -> int:
@@ -82,8 +110,14 @@ class Planner:
                     layer.hold(shapes_of_nf4(layer.out_features, layer.in_features, dtype))
         choose_trained(config, self.model.train())
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.places = [
+            place for place in PLACES[config.method]
+            if all(place[i] == getattr(config, name) for i, name in enumerate(OFFLOADS) if name in fixed)
+        ]  # fmt: skip
         self.optimizers = {
-            name: AdamW(self.model, decay=set(), variant=name) for name in self._choices("optim", self._optims(dtype))
+            (name, there): AdamW(self.model, decay=set(), variant=name, offload=offloaded(self.model) if there else ())
+            for name in self._choices("optim", self._optims(dtype))
+            for there in {place[0] for place in self.places}
         }
 
     def _optims(self, dtype: torch.dtype) -> tuple[str, ...]:
@@ -103,14 +137,21 @@ class Planner:
             "max_grad_norm" in self.fixed and self.config.max_grad_norm
         )
         inside = self._choices("optim_in_backward", (False, True) if alone else (False,))
-        return product(self.optimizers, inside, policies, self._choices("lean_loss", (False, True)))
+        optims = dict.fromkeys(name for name, _ in self.optimizers)
+        every = product(optims, inside, self.places, policies, self._choices("lean_loss", (False, True)))
+        for combination in map(Combination._make, every):
+            again = combination.activation_policy in ("full", "offload")
+            alone = combination.optim_in_backward or self.config.method in ADAPTED
+            if not combination.place[1] or (again and alone):
+                yield combination
 
     def options(self, *, batch_size: int, max_length: int) -> list[Option]:
         """From the fastest to the leanest. Each needs less memory than all that are faster, by ``WORTH`` at least but
         for the leanest of all."""
         combinations = enumerate(self._combinations())
         found = [
-            (self._work(c, max_length), rank, self._option(c, batch_size * max_length)) for rank, c in combinations
+            (self._work(c, batch_size, max_length), rank, self._option(c, batch_size * max_length))
+            for rank, c in combinations
         ]
         found.sort(key=lambda x: x[:2])
         leaner, least = list[Option](), min(option.needed for *_, option in found)
@@ -123,30 +164,29 @@ class Planner:
 
     def leanest(self, *, batch_size: int, max_length: int) -> int:
         """Bytes that the leanest of the options needs."""
-        optimizer = min(self.optimizers, key=lambda name: self.optimizers[name].nbytes)
-        *_, last = self._combinations()
-        leaner = [c for c in self._combinations() if c[0] == optimizer and c[1] == last[1]]
+        combinations = list(self._combinations())
+        place, inside = max((c.place, c.optim_in_backward) for c in combinations)
+        optim = min((self.optimizers[name, place[0]].nbytes, name) for name in {c.optim for c in combinations})[1]
+        leaner = [c for c in combinations if (c.optim, c.place, c.optim_in_backward) == (optim, place, inside)]
         return min(self._option(c, batch_size * max_length).needed for c in leaner)
 
     def _option(self, combination: Combination, tokens: int) -> Option:
-        optim, inside, policy, lean = combination
-        self.model.set_activation_policy(policy)
+        self.model.set_activation_policy(combination.activation_policy)
         memory = plan(
             self.model,
-            self.optimizers[optim],
+            self.optimizers[combination.optim, combination.place[0]],
             tokens=tokens,
             loss_tokens=tokens,
-            lean_loss=lean,
-            in_backward=inside,
+            lean_loss=combination.lean_loss,
+            in_backward=combination.optim_in_backward,
+            offload_params=combination.place[1],
             accumulates=self.config.gradient_accumulation_steps > 1,
             backend="triton",
         )
-        settings = {"activation_policy": policy, "optim": optim, "optim_in_backward": inside, "lean_loss": lean}
-        return Option(settings, 1.0, memory)
+        return Option(combination.settings, 1.0, memory)
 
-    def _work(self, combination: Combination, length: int) -> float:
+    def _work(self, combination: Combination, batch_size: int, length: int) -> float:
         """Products of a step, in multiply-adds a token."""
-        *_, policy, lean = combination
         c = self.model.config
         attention = c.num_heads * c.head_dim * length  # scores and values of a causal row, on average
         layer = self.model.layers[0]
@@ -156,8 +196,13 @@ class Planner:
         # Forward, gradients of the inputs, and of the weights where all are trained.
         work = (3.0 if self.config.method == "full" else 2.0) * (forward + head)
         # What is cheap to compute again, and the way to the host and back, are no products: they only decide ties.
-        work += {"keep": 0.0, "selective": 0.01, "full": 1.0, "offload": 1.01}[policy] * forward
-        return work + 1.5 * lean * head
+        work += {"keep": 0.0, "selective": 0.01, "full": 1.0, "offload": 1.01}[combination.activation_policy] * forward
+        # To the device come the optimizer's state, once a step, and the layers, twice a micro-batch.
+        optimizer, params = combination.place
+        tokens = batch_size * length
+        link = 2 * sum(layer_bytes(self.model.layers)) / tokens if params else 0.0
+        link += self.optimizers[combination.optim, optimizer].host_nbytes / (tokens * self.config.gradient_accumulation_steps) if optimizer else 0.0
+        return work + 1.5 * combination.lean_loss * head + link * RATE / LINK
 
     def longest(self, memory: int, *, batch_size: int) -> int:
         """The most tokens in a row, a multiple of 64, that fit with the leanest settings; 0 where 64 do not."""

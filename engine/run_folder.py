@@ -63,6 +63,8 @@ FREE_ON_RESUME = frozenset(
         "gradient_checkpointing",
         "lean_loss",
         "optim_in_backward",
+        "offload_optimizer",
+        "offload_params",
         "attention_backend",
         "threads",
         "report_to",

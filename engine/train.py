@@ -37,6 +37,7 @@ from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft, training_objective
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
+from afina.engine.optim_offload import offloaded
 from afina.engine.run_folder import RunFolder, Stop, StopRequest, now
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
@@ -175,6 +176,7 @@ def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
             dtype=config.dtype,
             device=config.device,
             weights=weights,
+            offload_params=config.offload_params,
         )
     else:
         model = load_model(
@@ -184,10 +186,11 @@ def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
             allow_nonfinite=config.allow_nonfinite,
             quantize="nf4" if config.method == "qlora" else None,
             weights=weights,
+            offload_params=config.offload_params,
         )
     check_vocab(tokenizer, model.config.vocab_size)
-    policy = config.activation_policy
-    model.set_activation_policy("full" if config.gradient_checkpointing and policy == "auto" else policy)
+    policy, again = config.activation_policy, config.gradient_checkpointing or config.offload_params
+    model.set_activation_policy("full" if again and policy == "auto" else policy)
     return model.train()
 
 
@@ -273,6 +276,8 @@ class Run:
             weight_decay=c.weight_decay,
             variant=c.optim,
             seed=c.seed,
+            offload=offloaded(model) if c.offload_optimizer else (),
+            device=torch.device("meta") if model.embed.weight.is_meta else self.device,
         )
         self.batches = Batches(
             self.data.train,
@@ -348,6 +353,7 @@ class Run:
             loss_tokens=min(tokens, loss_tokens),
             lean_loss=self.config.lean_loss,
             in_backward=self.config.optim_in_backward,
+            offload_params=self.config.offload_params,
             accumulates=self.config.gradient_accumulation_steps > 1,
             longest=longest[0],
         )
@@ -424,7 +430,7 @@ class Run:
 
     def _update_in_backward(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
         """As ``_update``, each weight as soon as its gradient is there; there is one micro-batch."""
-        updates = UpdatesInBackward(self.optimizer, lr)
+        updates = UpdatesInBackward(self.optimizer, lr, self.model.host_weights)
 
         def begin(loss: Tensor) -> None:
             self._settle()  # as in _update
@@ -497,6 +503,7 @@ class Run:
             return
         if better:
             save = save_adapter if self.model.adapter else save_model
+            self._drain()
             publish_best(
                 self.folder.path,
                 lambda folder: save(self.model, self.tokenizer, folder),
@@ -515,8 +522,14 @@ class Run:
             what = "lower dev loss" if self.dev_metric is None else f"higher {c.eval_metric}"
             self.log(f"stopped early: {patience} evaluations without a {what}; best at step {progress.best_step:,}")
 
+    def _drain(self) -> None:
+        """Wait for weights on their way to the host."""
+        if self.model.host_weights is not None:
+            self.model.host_weights.drain()
+
     def _save(self) -> None:
         self._settle()
+        self._drain()
         self.folder.check_place()
         meta = {
             "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.progress).items()},

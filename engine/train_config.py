@@ -143,6 +143,9 @@ class TrainConfig(Settings):
         "micro-batch a step",
         aliases=("optimizer_in_bwd",),
     )
+    offload_optimizer: bool = setting(
+        False, "keep what AdamW holds in the host's memory; the device moves each weight with what comes and goes back"
+    )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", limit=POSITIVE)
@@ -178,6 +181,12 @@ class TrainConfig(Settings):
         "what the backward pass finds kept, from fast to lean: all, not what is cheap to recompute, the layers' "
         "inputs, or those in the host's memory; auto is keep, with adapters selective",
         choices=("auto", "keep", "selective", "full", "offload"),
+    )
+    offload_params: bool = setting(
+        False,
+        "keep the layers' matrices in the host's memory, and bring each layer when its turn comes: with full and "
+        "freeze it needs offload_optimizer and optim_in_backward",
+        aliases=("offload_param",),
     )
     gradient_checkpointing: bool = setting(False, "the same as activation_policy full: less memory, more time")
     lean_loss: bool = setting(
@@ -242,6 +251,7 @@ class TrainConfig(Settings):
                     f"optim_in_backward moves a weight as soon as its gradient is there, but {name} is "
                     f"{getattr(self, name):g}, for which all gradients must be there first: set {name} to {needed}"
                 )
+        self._check_offload_params()
         if self.attention_backend == "sdpa" and self.packing:
             raise ConfigError(
                 "attention_backend is sdpa, which cannot keep packed rows apart, but packing is true: set packing to "
@@ -264,6 +274,26 @@ class TrainConfig(Settings):
             for name, what in (("config", "config.json of the model to build"), ("tokenizer", "folder of a tokenizer")):
                 if getattr(self, name) is None:
                     raise ConfigError(f"{name} is missing: init random needs --{name}, the {what}")
+
+    def _check_offload_params(self) -> None:
+        if not self.offload_params:
+            return
+        if self.activation_policy in ("keep", "selective"):
+            raise ConfigError(
+                "offload_params brings a layer once for its forward pass and once more to run it again, but "
+                f"activation_policy is {self.activation_policy}: set activation_policy to full or offload"
+            )
+        if self.method == "qlora":
+            raise ConfigError(
+                "offload_params is for dense matrices, but method is qlora, whose 4-bit ones stay on the device: set "
+                "offload_params to false"
+            )
+        for name in ("optim_in_backward", "offload_optimizer"):
+            if self.method not in ADAPTED and not getattr(self, name):
+                raise ConfigError(
+                    f"offload_params has a layer's weights on the device only while the backward pass is at that layer, "
+                    f"but {name} is false: set {name} to true"
+                )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -20,6 +20,7 @@ from afina.engine.lora import load_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import BITS, read_nf4, shapes_of_nf4
+from afina.engine.weight_offload import HostWeights
 from afina.errors import ConfigError, WeightsError, nearest
 from afina.kernels.backend import requested
 from afina.kernels.selftest import verify
@@ -51,6 +52,7 @@ def load_model(
     quantize: str | None = None,
     adapter: str | Path | None = None,
     weights: bool = True,
+    offload_params: bool = False,
 ) -> GPT:
     """Load a model in eval mode.
 
@@ -65,7 +67,8 @@ def load_model(
     ``adapter``: a folder, run folder or hub id of an adapter to put on the model. An adapter as ``source`` is put on
     the base that it names; that is loaded as it was in training, so as NF4 for one of QLoRA.
 
-    Without ``weights`` everything is checked, but no weight is read: the model has shapes only, on device "meta".
+    Without ``weights`` everything is checked, but no weight is read: the model has shapes only, on device "meta". With
+    ``offload_params`` the layers' dense matrices are read into the host's memory, and come to the device in turn.
     """
     if quantize is not None and quantize not in QUANTIZE:
         raise ConfigError(
@@ -84,7 +87,7 @@ def load_model(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     published = hf.get("quantization_config") is not None  # and then its own choice of matrices holds
-    check_memory(config, kind, where, quantized=published or quantize is not None)
+    check_memory(config, kind, _holder(where, offload_params), quantized=published or quantize is not None)
     files = open_weights(folder, allow_nonfinite=allow_nonfinite)
     model = GPT(config, device="meta", dtype=kind)
     model.hf_config = hf
@@ -98,6 +101,8 @@ def load_model(
         check_manifest(folder)
         if where.type == "cuda":
             verify(where)
+        if offload_params:
+            model.host_weights = HostWeights(model.layers, where)
         model.to_empty(device=where)
         parameters = dict(model.named_parameters())
         for name, tensor in table.items():
@@ -125,9 +130,10 @@ def new_model(
     dtype: str = "auto",
     device: str = "auto",
     weights: bool = True,
+    offload_params: bool = False,
 ) -> GPT:
     """A randomly initialised model (in train mode) for an HF config: a config.json, a folder that holds one, or its
-    contents. ``vocab_size`` replaces the config's. Without ``weights`` the model has shapes only, on device "meta".
+    contents. ``vocab_size`` replaces the config's. ``weights`` and ``offload_params`` are those of ``load_model``.
     Raises ``ConfigError``."""
     if isinstance(config, str | Path):
         path = Path(config)
@@ -138,11 +144,13 @@ def new_model(
     hf.setdefault("architectures", [load_family(hf).architecture])
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    check_memory(fields, kind, where)
+    check_memory(fields, kind, _holder(where, offload_params))
     model = GPT(fields, device="meta", dtype=kind)
     if weights:
         if where.type == "cuda":
             verify(where)
+        if offload_params:
+            model.host_weights = HostWeights(model.layers, where)
         model.to_empty(device=where)
         model.init_weights(seed)
     model.hf_config = hf
@@ -210,6 +218,11 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: expected auto, {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     return DTYPES[dtype]
+
+
+def _holder(device: torch.device, offload_params: bool) -> torch.device:
+    """The device whose memory holds nearly all of the weights."""
+    return torch.device("cpu") if offload_params else device
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, *, quantized: bool = False) -> None:

@@ -100,11 +100,12 @@ def _to_paste(config: TrainConfig, option: Option) -> dict[str, Any]:
 
 
 def _table(options: list[Option]) -> list[str]:
-    heads = ("work", "activations", "optim", "in backward", "lean loss", "weights", "optimizer", "gradients", "kept")
-    rows = [(*heads, "needed GB", "host GB")]
+    heads = ("work", "activations", "optim", "in backward", "lean loss", "on host", "weights", "optimizer", "gradients")
+    rows = [(*heads, "kept", "needed GB", "host GB")]
     for option in options:
         s, m = option.settings, option.memory
         yes = ["yes" if s[name] else "no" for name in ("optim_in_backward", "lean_loss")]
+        yes.append(" + ".join(name for name in ("optimizer", "params") if s[f"offload_{name}"]) or "-")
         sizes = (m.weights + m.adapters, m.optimizer, m.gradients, m.activations, option.needed, m.host)
         figures = [f"{size / 1e9:.2f}" for size in sizes]
         rows.append((f"{option.work:.2f} x", s["activation_policy"], s["optim"], *yes, *figures))

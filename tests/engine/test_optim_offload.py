@@ -10,21 +10,21 @@ from torch import Tensor
 
 from afina.engine import optim, optim_offload
 from afina.engine.optim import AdamW, bytes_held
-from afina.engine.optim_offload import SLOTS
+from afina.engine.optim_offload import SLOTS, offloaded
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small model's matrices (384 to 800 elements) are one chunk, or several and a rest."""
     monkeypatch.setattr(optim_offload, "CHUNK", 512)
-    monkeypatch.setattr(optim, "KEPT", 100)
 
 
 def made(variant: str, dtype: torch.dtype, *, offload: bool) -> AdamW:
     torch.manual_seed(0)
     model = small_model().to(dtype)
     scales = {n: 2.0 for n, _ in model.named_parameters() if "qkv" in n}
-    return AdamW(model, decay=model.decay_parameters(), lr_scales=scales, variant=variant, offload=offload)
+    names = offloaded(model) if offload else ()
+    return AdamW(model, decay=model.decay_parameters(), lr_scales=scales, variant=variant, offload=names)
 
 
 def run(optimizer: AdamW, steps: range, skip: Tensor | None = None) -> None:
@@ -84,7 +84,8 @@ def test_what_is_held_where(variant: str, dtype: torch.dtype) -> None:
     few = {n: p for n, p in optimizer.params.items() if "o.weight" in n}  # 256 elements
     model = small_model().to(dtype)
     model.train_only(few)
-    assert AdamW(model, decay=set(), variant=variant, offload=True).nbytes == SLOTS * bytes_held(variant, dtype, 256)
+    alone = AdamW(model, decay=set(), variant=variant, offload=offloaded(model))
+    assert alone.nbytes == SLOTS * bytes_held(variant, dtype, 256)
 
 
 @pytest.mark.parametrize(("variant", "dtype"), HELD)
@@ -134,7 +135,8 @@ def test_on_a_gpu(variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     def at(offload: bool) -> AdamW:
         torch.manual_seed(0)
         model = small_model(hidden_size=512, intermediate_size=1024).to("cuda", dtype)
-        return AdamW(model, decay=model.decay_parameters(), variant=variant, offload=offload)
+        names = offloaded(model) if offload else ()
+        return AdamW(model, decay=model.decay_parameters(), variant=variant, offload=names)
 
     found = []
     for offload in (True, True, False):
