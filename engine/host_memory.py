@@ -69,7 +69,7 @@ class HostLink:
         return self.into.record_event()
 
     def to_host(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Event:
-        """Copy each (host, device) pair to the host behind what the current stream computes; return when it is there."""
+        """Copy each (host, device) pair to the host behind what the current stream computes; return its end."""
         if self.out is None:
             _copy(pairs)
             return None

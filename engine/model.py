@@ -198,9 +198,9 @@ class GPT(nn.Module):
 
     ``GPT(config)`` is randomly initialised; on device "meta" it has shapes only. ``activation_policy`` is what training
     keeps for its backward pass (see ``set_activation_policy``), ``attention_backend`` what ``attention`` takes, None
-    for its own choice (see ``set_attention_backend``). ``host_weights`` brings the layers' matrices from the host's memory
-    where they lie there. ``hf_config`` is the config.json it came from, for export;
-    ``adapter`` is the active one (see ``set_adapter``).
+    for its own choice (see ``set_attention_backend``). ``host_weights`` brings the layers' matrices from the host's
+    memory where they lie there. ``hf_config`` is the config.json it came from, for export; ``adapter`` is the active
+    one (see ``set_adapter``).
     """
 
     def __init__(

@@ -166,13 +166,15 @@ class AdamW:
     def nbytes(self) -> int:
         """The bytes of the device that are held beside the parameters: masters, moments, absmax, and room for those of
         the host on their way."""
-        here = sum(bytes_held(self.variant, p.dtype, p.numel()) for n, p in self.params.items() if n not in self.on_host)
-        return here + (self._staged.nbytes if self._staged else 0)
+        return self._held(self.params.keys() - self.on_host) + (self._staged.nbytes if self._staged else 0)
 
     @property
     def host_nbytes(self) -> int:
         """The bytes that are held in the host's memory."""
-        return sum(bytes_held(self.variant, p.dtype, p.numel()) for n, p in self.params.items() if n in self.on_host)
+        return self._held(self.on_host)
+
+    def _held(self, names: Collection[str]) -> int:
+        return sum(bytes_held(self.variant, p.dtype, p.numel()) for n, p in self.params.items() if n in names)
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global 2-norm is at most ``max_norm``; 0 leaves them as they are.

@@ -7,7 +7,10 @@ other ones. What must be known of all gradients at once is not known in time: th
 one micro-batch a step.
 
 A step that is not finite: nothing moves if its loss is not. If a gradient is the first that is not, the weights above
-it have moved already; it stays, and so do those whose turn comes later.
+it have moved already; it stays, and so do those whose turn comes later. Such a step cannot be taken back: without its
+gradient an update cannot be inverted, and what would help (all gradients, or the weights and moments of before) is the
+memory that is saved here. So the run stops there, with its newest checkpoint whole (`train.py`). From it the ordinary
+update skips that step.
 """
 
 from __future__ import annotations

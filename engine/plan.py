@@ -4,9 +4,10 @@ The model is built on device "meta", without a byte of weights, and `engine/memo
 costs work or precision and saves memory: what of the activations is kept, the lean loss, the optimizer in the backward
 pass, what AdamW holds, and whether that and the layers' matrices lie in the host's memory. They are ordered by the work
 of a step, counted in products: a layer that is computed again costs its forward pass once more, a lean loss half of the
-head's products, and what comes over the link as many as the device makes in that time, by ``LINK`` and ``RATE``, none of
-it hidden behind the computation. Of equal work the one that leaves the optimizer as it is comes first. All rows of the micro-batch count as ``max_length`` long with a loss everywhere, so no
-batch of a run takes more; ``RESERVE`` is kept aside for what is no tensor.
+head's products, and what comes over the link as many as the device makes in that time, by ``LINK`` and ``RATE``, as if
+none of it were hidden behind the computation. Of equal work the one that leaves the optimizer as it is comes first. All
+rows of the micro-batch count as ``max_length`` long with a loss everywhere, so no batch of a run takes more;
+``RESERVE`` is kept aside for what is no tensor.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Planner:
         self.places = [
             place for place in PLACES[config.method]
             if all(place[i] == getattr(config, name) for i, name in enumerate(OFFLOADS) if name in fixed)
-        ]  # fmt: skip
+        ] or [(config.offload_optimizer, config.offload_params)]  # fmt: skip
         self.optimizers = {
             (name, there): AdamW(self.model, decay=set(), variant=name, offload=offloaded(self.model) if there else ())
             for name in self._choices("optim", self._optims(dtype))
@@ -165,9 +166,12 @@ class Planner:
     def leanest(self, *, batch_size: int, max_length: int) -> int:
         """Bytes that the leanest of the options needs."""
         combinations = list(self._combinations())
-        place, inside = max((c.place, c.optim_in_backward) for c in combinations)
-        optim = min((self.optimizers[name, place[0]].nbytes, name) for name in {c.optim for c in combinations})[1]
-        leaner = [c for c in combinations if (c.optim, c.place, c.optim_in_backward) == (optim, place, inside)]
+        inside = max(c.optim_in_backward for c in combinations)
+        leanest = {  # of each place, as what the host holds may take more room on its way than it saves
+            there: min((self.optimizers[c.optim, there].nbytes, c.optim) for c in combinations)[1]
+            for there in {c.place[0] for c in combinations}
+        }
+        leaner = [c for c in combinations if c.optim == leanest[c.place[0]] and c.optim_in_backward == inside]
         return min(self._option(c, batch_size * max_length).needed for c in leaner)
 
     def _option(self, combination: Combination, tokens: int) -> Option:
@@ -200,8 +204,10 @@ class Planner:
         # To the device come the optimizer's state, once a step, and the layers, twice a micro-batch.
         optimizer, params = combination.place
         tokens = batch_size * length
-        link = 2 * sum(layer_bytes(self.model.layers)) / tokens if params else 0.0
-        link += self.optimizers[combination.optim, optimizer].host_nbytes / (tokens * self.config.gradient_accumulation_steps) if optimizer else 0.0
+        link = (
+            self.optimizers[combination.optim, optimizer].host_nbytes / self.config.gradient_accumulation_steps / tokens
+        )
+        link += 2 * sum(layer_bytes(self.model.layers)) / tokens if params else 0.0
         return work + 1.5 * combination.lean_loss * head + link * RATE / LINK
 
     def longest(self, memory: int, *, batch_size: int) -> int:
@@ -238,22 +244,34 @@ def what_would_fit(planner: Planner, hf: Mapping[str, Any], memory: int) -> list
     if length := config.batch_size > 1 and planner.longest(memory, batch_size=config.batch_size):
         found.append(f"max_length {length}")
     methods = ("full", "freeze", "lora", "qlora")
+    kept = {name for name in planner.fixed if name in KEPT_CHOICES or (name in OFFLOADS and not getattr(config, name))}
     if config.trainable is None and config.init == "pretrained":
         for method in methods[methods.index(config.method) + 1 :]:
-            other = Planner(_with_method(config, method), hf, fixed=planner.fixed & {"activation_policy", "lean_loss"})
-            size = (config.batch_size, config.max_length)
-            if other.leanest(batch_size=size[0], max_length=size[1]) <= memory:
+            other = Planner(_with_method(config, method), hf, fixed=kept)
+            if other.leanest(batch_size=config.batch_size, max_length=config.max_length) <= memory:
                 found.append(f"method {method}")
             elif length := other.longest(memory, batch_size=1):
                 found.append(f"method {method} with batch_size 1 and max_length {min(length, config.max_length)}")
-    needed = planner.leanest(batch_size=config.batch_size, max_length=config.max_length)
+    size = {"batch_size": config.batch_size, "max_length": config.max_length}
+    names = {*Combination._fields, *OFFLOADS, "max_grad_norm"} & planner.fixed
+    opened = {name: Planner(config, hf, fixed=planner.fixed - {name}) for name in sorted(names)}
+    found += [f"{name} left open" for name, other in opened.items() if other.leanest(**size) <= memory]
+    if config.gradient_accumulation_steps > 1:
+        one = replace(config, gradient_accumulation_steps=1)
+        if Planner(one, hf, fixed=planner.fixed).leanest(**size) <= memory:
+            found.append("gradient_accumulation_steps 1")
+    needed = planner.leanest(**size)
     return [*found, f"{needed / 1e9:.1f} GB of memory"]
+
+
+# Choices that hold for another method, too.
+KEPT_CHOICES = ("activation_policy", "lean_loss")
 
 
 def _with_method(config: TrainConfig, method: str) -> TrainConfig:
     """The run by another method, with that method's own defaults."""
     kept = ["model", "config", "init", "tokenizer", "data", "output_dir", "dtype", "max_length", "batch_size"]
-    kept += ["activation_policy", "lean_loss"]
+    kept += KEPT_CHOICES
     return TrainConfig(**{name: getattr(config, name) for name in kept}, method=method)
 
 

@@ -460,13 +460,21 @@ class Run:
         progress.count(row)
         self.writer.write(row)
         if skipped:
-            self._report_skipped(row["rows"])
+            self._report_skipped(row["rows"], whole=not (self.config.optim_in_backward and math.isfinite(loss)))
         self._show(row)
 
-    def _report_skipped(self, rows: list[str]) -> None:
-        """Name the rows of a step whose loss or gradient is not finite; too many such steps in a row end the run."""
+    def _report_skipped(self, rows: list[str], *, whole: bool) -> None:
+        """Name the rows of a step whose loss or gradient is not finite; too many such steps in a row end the run. So
+        does one that was not skipped as a ``whole``: in the backward pass, below weights that had moved already."""
         step = self.progress.step
         where = f"{', '.join(rows[:10])}{' ...' if len(rows) > 10 else ''}"
+        if not whole:
+            raise NonFiniteError(
+                f"step {step:,}: a gradient is not finite, and optim_in_backward has moved the weights above it; its "
+                f"rows: {where}. Nothing of this is saved: look at those rows, lower learning_rate (now "
+                f"{self.peak_lr:g}), or go on from the newest checkpoint with --resume --optim_in_backward false, "
+                "which skips such a step as a whole"
+            )
         self.log(f"step {step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(

@@ -291,8 +291,8 @@ class TrainConfig(Settings):
         for name in ("optim_in_backward", "offload_optimizer"):
             if self.method not in ADAPTED and not getattr(self, name):
                 raise ConfigError(
-                    f"offload_params has a layer's weights on the device only while the backward pass is at that layer, "
-                    f"but {name} is false: set {name} to true"
+                    f"offload_params has a layer's weights on the device while the backward pass is there, and only "
+                    f"then can they move, but {name} is false: set {name} to true"
                 )
 
     def _set(self, name: str, value: Any) -> None:

@@ -7,8 +7,8 @@ the next one begins, beside the computation: the one above in the forward pass, 
 each step brings a layer twice, but for two of them at either turn. Only layers that run again in the backward pass
 (`activation_policy` full, offload) can come and go: nothing of them is held in between.
 
-Where a matrix is trained, it moves on the device (`optim_in_backward.py`), and ``write_back`` sends it to the host, where
-it is whole whenever no step is under way.
+Where a matrix is trained, it moves on the device (`optim_in_backward.py`), and ``write_back`` sends it to the host,
+where it is whole whenever no step is under way.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class HostWeights:
         largest = max(sum(m.out_features * m.in_features for m in matrices(layer)) for layer in layers)
         if not largest:
             raise ConfigError(
-                "offload_params is true, but the matrices of this model are held in 4 bits, which stay on the device: set "
-                "offload_params to false"
+                "offload_params is true, but the matrices of this model are held in 4 bits, which stay on the device: "
+                "set offload_params to false"
             )
         dtype = next(weight.dtype for layer in layers for m in matrices(layer) if (weight := m.weight) is not None)
         self._memory = [torch.empty(largest, dtype=dtype, device=device) for _ in range(min(PLACES, len(layers)))]

@@ -18,12 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from afina.engine import optim_offload
+from afina.engine.linear import Linear
 from afina.engine.lora import choose_targets, new_adapter
 from afina.engine.memory import LEAN_BYTES, MemoryPlan, kept, plan
 from afina.engine.model import GPT, IGNORE
 from afina.engine.model_config import ModelConfig
-from afina.engine import optim_offload
-from afina.engine.linear import Linear
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.optim_offload import offloaded

@@ -13,12 +13,12 @@ from hf_models import saved
 from torch import Tensor
 
 import afina
-from afina.engine import optim
+from afina.engine import optim, train
 from afina.engine.checkpoint import load_checkpoint
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
-from afina.engine.train import accumulate
+from afina.engine.train import NonFiniteError, accumulate
 from afina.kernels.adamw import adamw_
 from afina.loaders.data.batches import MicroBatch
 
@@ -114,6 +114,40 @@ def test_a_step_that_is_not_finite() -> None:
     after = state(optimizer)
     moved = {name for name in optimizer.params if not torch.equal(before[name], after[name])}
     assert moved == {n for n in optimizer.params if n.startswith(("layers.2.", "norm.", "head."))}
+
+
+def test_a_run_stops_at_a_step_that_is_half_done_and_skips_it_as_a_whole_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the third step is finite, and a gradient of its first layer is not, at every try."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{i} the", "completion": f" word {i % 7}"}) + "\n" for i in range(20))
+    )
+    real = train.Run._step
+
+    def step(self: train.Run) -> None:
+        weight = self.model.layers[0].mlp.down.weight
+        hook = weight.register_hook(lambda grad: grad * torch.inf if self.progress.step == 2 else grad)
+        real(self)
+        hook.remove()
+
+    monkeypatch.setattr(train.Run, "_step", step)
+    out = tmp_path / "run"
+    settings: dict[str, Any] = {
+        "model": "afina-tiny", "data": str(rows), "output_dir": str(out), "max_steps": 4, "batch_size": 4,
+        "save_steps": 1, "max_grad_norm": 0.0, "threads": 1,
+    }  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"step 3: a gradient is not finite, .*rows\.jsonl: line \d+.*--resume"):
+        afina.finetune(**settings, optim_in_backward=True)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    before = load_checkpoint(out / "checkpoint-2").tensors("weights")
+    result = afina.finetune(**settings, resume=True)
+    assert result.metrics["skipped_steps"] == 1
+    third = load_checkpoint(out / "checkpoint-3")
+    assert third.meta["updates"] == 2
+    assert all(torch.equal(value, before[name]) for name, value in third.tensors("weights").items())
 
 
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,8 @@ def test_a_chunk_takes_the_next_slot_and_goes_back_to_its_place(monkeypatch: pyt
         places.append([])
         run(optimizer, range(i, i + 1))
     count = len(places[0])
-    assert [place for _, place in sum(places, [])] == [slots[i % SLOTS] for i in range(count * (SLOTS + 1))]
+    found = [place for step in places for _, place in step]
+    assert found == [slots[i % SLOTS] for i in range(count * (SLOTS + 1))]
     assert all([view for view, _ in step] == [view for view, _ in places[0]] for step in places)
 
 

@@ -9,13 +9,25 @@ import pytest
 import torch
 
 from afina.engine.known_models import KNOWN
+from afina.engine.linear import Linear
 from afina.engine.memory import plan
 from afina.engine.methods import choose_trained
 from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import NF4Weight, shapes_of_nf4
 from afina.engine.optim import AdamW
-from afina.engine.plan import RESERVE, Planner, known_config, parse_memory, what_would_fit
+from afina.engine.optim_offload import offloaded
+from afina.engine.plan import (
+    LINK,
+    PLACES,
+    RATE,
+    RESERVE,
+    Combination,
+    Planner,
+    known_config,
+    parse_memory,
+    what_would_fit,
+)
 from afina.engine.train_config import TrainConfig
 from afina.errors import ConfigError
 from afina.kernels.nf4 import quantize_nf4
@@ -61,9 +73,11 @@ def test_the_prediction_is_that_of_the_model_itself(method: str) -> None:
     for option in planner.options(batch_size=4, max_length=256):
         s = option.settings
         model.set_activation_policy(s["activation_policy"])
+        names = offloaded(model) if s["offload_optimizer"] else ()
         found = plan(
-            model, AdamW(model, decay=set(), variant=s["optim"]), tokens=1024, loss_tokens=1024,
+            model, AdamW(model, decay=set(), variant=s["optim"], offload=names), tokens=1024, loss_tokens=1024,
             lean_loss=s["lean_loss"], in_backward=s["optim_in_backward"], accumulates=False, backend="triton",
+            offload_params=s["offload_params"],
         )  # fmt: skip
         assert option.memory == found
         assert option.needed == found.total + RESERVE
@@ -77,7 +91,8 @@ def test_from_fast_to_lean() -> None:
     assert works[0] == 1
     assert sizes == sorted(sizes, reverse=True)
     assert options[0].settings == {
-        "activation_policy": "keep", "optim": "adamw", "optim_in_backward": False, "lean_loss": False
+        "activation_policy": "keep", "optim": "adamw", "optim_in_backward": False, "lean_loss": False,
+        "offload_optimizer": False, "offload_params": False,
     }  # fmt: skip
     assert options[-1].needed == planner.leanest(batch_size=4, max_length=1024)
     # Recomputed layers cost a third of a step's products, with adapters half, but for the head's share.
@@ -90,10 +105,11 @@ def test_from_fast_to_lean() -> None:
 
 def test_what_somebody_chose_stays() -> None:
     config = run(activation_policy="full", optim="adamw_8bit", max_grad_norm=1.0)
-    fixed = {"activation_policy", "optim", "max_grad_norm", "lean_loss"}
+    fixed = {"activation_policy", "optim", "max_grad_norm", "lean_loss", "offload_optimizer"}
     for option in Planner(config, HF, fixed=fixed).options(batch_size=4, max_length=512):
         assert option.settings == {
-            "activation_policy": "full", "optim": "adamw_8bit", "optim_in_backward": False, "lean_loss": False
+            "activation_policy": "full", "optim": "adamw_8bit", "optim_in_backward": False, "lean_loss": False,
+            "offload_optimizer": False, "offload_params": False,
         }  # fmt: skip
     several = Planner(run(gradient_accumulation_steps=2), HF, fixed=set()).options(batch_size=4, max_length=512)
     assert not any(option.settings["optim_in_backward"] for option in several)
@@ -110,6 +126,38 @@ def test_limits_are_limits() -> None:
     assert planner.longest(RESERVE, batch_size=1) == planner.largest(RESERVE, max_length=8) == 0
 
 
+def test_what_the_host_holds_comes_last_and_can_be_run() -> None:
+    """Each option is a run that the settings allow; the link costs more than any recomputation on so few tokens."""
+    big = {**HF, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8}
+    for method, places in (("full", 3), ("lora", 2), ("qlora", 1)):
+        config = run(method=method, batch_size=1, max_length=64)
+        options = Planner(config, big, fixed=set()).options(batch_size=1, max_length=64)
+        found = [(o.settings["offload_optimizer"], o.settings["offload_params"]) for o in options]
+        assert found == sorted(found)
+        assert len(set(found)) == places
+        for option in options:
+            clip = {"max_grad_norm": 0} if option.settings["optim_in_backward"] else {}
+            run(method=method, **option.settings, **clip)
+    # What comes over the link counts as the products that the device makes meanwhile: bf16 moments, each layer twice.
+    full = run(batch_size=1, max_length=64, optim="adamw_bf16", activation_policy="full", lean_loss=False)
+    planner = Planner(full, HF, fixed={"optim", "activation_policy", "lean_loss"})
+    works = [planner._work(Combination("adamw_bf16", True, p, "full", False), 1, 64) for p in PLACES["full"]]
+    matrices = sum(m.in_features * m.out_features for m in planner.model.layers.modules() if isinstance(m, Linear))
+    moments = 4 * (matrices + 2 * 3000 * 64)
+    assert works[1] - works[0] == pytest.approx(moments / 64 * RATE / LINK)
+    assert works[2] - works[1] == pytest.approx(2 * 2 * matrices / 64 * RATE / LINK)
+
+
+def test_7b_is_planned_in_24_and_in_16_gb() -> None:
+    config = run(batch_size=1, max_length=2048)
+    options = Planner(config, KNOWN["qwen2.5-7b"], fixed=set()).options(batch_size=1, max_length=2048)
+    take = {gb: next(o for o in options if o.needed <= gb * 1e9) for gb in (24, 16)}
+    assert take[24].settings["offload_optimizer"]
+    assert not take[24].settings["offload_params"]
+    assert take[16].settings["offload_params"]
+    assert take[16].memory.host == pytest.approx(6 * 7.6e9, rel=0.06)  # bf16 weights of the layers and two moments
+
+
 def test_what_would_fit_fits() -> None:
     config = run(max_length=8192, batch_size=8)
     planner = Planner(config, HF, fixed=set())
@@ -120,8 +168,9 @@ def test_what_would_fit_fits() -> None:
     assert any(text.startswith("max_length ") for text in found)
     # Weights and moments alone take more than this: no batch helps, another method does.
     big = {**HF, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3}
-    planner = Planner(run(batch_size=1, max_length=64), big, fixed=set())
-    lora = Planner(run(batch_size=1, max_length=64, method="lora"), big, fixed=set()).leanest(
+    fixed = {"offload_optimizer", "offload_params"}
+    planner = Planner(run(batch_size=1, max_length=64), big, fixed=fixed)
+    lora = Planner(run(batch_size=1, max_length=64, method="lora"), big, fixed=fixed).leanest(
         batch_size=1, max_length=64
     )
     assert lora < planner.leanest(batch_size=1, max_length=64)
@@ -129,6 +178,13 @@ def test_what_would_fit_fits() -> None:
     assert "method lora" in found
     assert "method qlora" in found
     assert not any("batch" in text for text in found)
+    # A choice that stands in the way is named.
+    fixed = {"max_grad_norm", "lean_loss"}
+    planner = Planner(run(batch_size=1, max_length=64), big, fixed=fixed)
+    memory = Planner(run(batch_size=1, max_length=64), big, fixed={"lean_loss"}).leanest(batch_size=1, max_length=64)
+    assert "max_grad_norm left open" in what_would_fit(planner, big, memory)
+    planner = Planner(run(batch_size=1, max_length=64, gradient_accumulation_steps=4), big, fixed={"lean_loss"})
+    assert "gradient_accumulation_steps 1" in what_would_fit(planner, big, memory)
 
 
 def test_known_models() -> None:

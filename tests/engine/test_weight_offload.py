@@ -1,5 +1,5 @@
-"""engine/weight_offload.py on a CPU: the loss and the updates of a model whose matrices wait on the host are those of one
-whose do not, to the bit; where each matrix is at what time; and whole runs, stopped and resumed."""
+"""engine/weight_offload.py on a CPU: loss and updates of a model whose matrices wait on the host are those of one whose
+do not, to the bit; where each matrix is at what time; and whole runs, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_run_is_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["adamw", "adamw_8bit"])
 def test_on_a_gpu(variant: str) -> None:
-    """The same bits as on the device, in bf16, over steps that nothing waits for; the parameters' memory is the host's."""
+    """The same bits as on the device, in bf16, over steps that nothing waits for."""
     config = {
         "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256, "vocab_size": 1000,
