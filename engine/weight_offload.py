@@ -114,8 +114,9 @@ class HostWeights:
         place, layer = self.places[index % PLACES], self.layers[index]
         if place.layer == index:
             return
-        after: list[Event] = [layer.left, self.link.mark()]  # so far, the layer that was there may be in use
+        after: list[Event] = [self.link.mark()]  # Until here, the layer that is there may be in use.
         if place.layer is not None:
+            # What it has learnt leaves before its place is taken, so also before it is brought again itself.
             before = self.layers[place.layer]
             after.append(before.left)
             _point(before.parameters, before.host)

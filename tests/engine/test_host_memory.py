@@ -1,6 +1,6 @@
 """engine/host_memory.py: memory of the host, and what moves over the link. There is no second stream on a CPU, so the
-order of copies is tested with a stand-in: copies to the device come as early as what they wait for allows, and copies to
-the host as late as anybody asks for them. Whoever forgets to wait reads what is old."""
+order of copies is tested with a stand-in: copies to the device come as early as what they wait for allows, and copies
+to the host as late as anybody asks for them. Whoever forgets to wait reads what is old."""
 
 from __future__ import annotations
 
