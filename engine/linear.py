@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afina.kernels.fp8_linear import fp8_linear
 from afina.kernels.saved import Saved
 
 
@@ -173,6 +174,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.quantized: QuantizedWeight | None = None
         self.lora: Lora | None = None
+        self.fp8 = False  # in training, while W is a parameter
         self.recompute: bool | None = None  # None: with an adapter (see ``recomputes``)
 
     def hold(self, weight: nn.Parameter | QuantizedWeight | None) -> None:
@@ -202,7 +204,9 @@ class Linear(nn.Module):
         return held.nbytes
 
     def workspace_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the new memory that ``dense(dtype)`` takes: none for a parameter."""
+        """Bytes of the new memory that a product takes for W: dequantised, or in FP8 beside a copy that is rounded."""
+        if self.fp8:
+            return self.out_features * self.in_features * (dtype.itemsize + 1)
         return 0 if self.quantized is None else self.out_features * self.in_features * dtype.itemsize
 
     @property
@@ -221,9 +225,9 @@ class Linear(nn.Module):
             recompute = None
         if lora is None and self.quantized is None:
             if recompute is None or self.weight is None or not self.weight.requires_grad:
-                return F.linear(x, self.dense(x.dtype), self.bias)
+                return self._dense_product(x)
             with _recomputed(x, recompute):
-                return F.linear(x, self.dense(x.dtype), self.bias)
+                return self._dense_product(x)
         if lora is None:
             return _AdaptedLinear.apply(x, None, None, self, self.bias, None, None)
         mask = None
@@ -236,6 +240,11 @@ class Linear(nn.Module):
         # The bias is added inside, as without an adapter: added afterwards, it would round the sum once more, and a
         # fresh adapter would not leave bf16 outputs as they are.
         return y if self.bias is None else y + self.bias * (1 - gains)
+
+    def _dense_product(self, x: Tensor) -> Tensor:
+        if self.fp8 and self.weight is not None and self.training and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight, self.bias)
+        return F.linear(x, self.dense(x.dtype), self.bias)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from afina.engine.checkpoint import STATE, Checkpoint, publish_best, save_checkp
 from afina.engine.dev_metric import DevMetric
 from afina.engine.dev_rows import DevRows, MetricRows, read_dev_rows
 from afina.engine.evaluate import evaluate_loss
+from afina.engine.fp8 import use_fp8
 from afina.engine.lora import save_adapter
 from afina.engine.memory import MemoryPlan, plan
 from afina.engine.methods import choose_trained, default_learning_rate
@@ -145,6 +146,8 @@ def open_run(
         if config.learning_rate is None:
             rate, notes["learning_rate"] = default_learning_rate(config.method, model.config.hidden_size)
             config = replace(config, learning_rate=rate)
+        if config.linear_dtype == "fp8":
+            notes["linear_dtype"] = use_fp8(model, choose_device(config.device))
         yield Run(config, model, tokenizer, data, folder, log, notes)
 
 

@@ -202,6 +202,11 @@ class TrainConfig(Settings):
         "auto is bfloat16 on a GPU and on a CPU that is made for it",
         choices=("auto", "float32", "bfloat16"),
     )
+    linear_dtype: str = setting(
+        "auto",
+        "what the layers' matrices multiply in while they train: auto is dtype, fp8 needs a GPU from Ada or Hopper on",
+        choices=("auto", "fp8"),
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", limit=DEVICE)
     seed: int = setting(42, "seed of the split, the order of the rows and a random start", limit=SEED)
     threads: int | None = setting(None, "CPU threads (default: torch's choice)", limit=POSITIVE)
@@ -251,6 +256,11 @@ class TrainConfig(Settings):
                     f"optim_in_backward moves a weight as soon as its gradient is there, but {name} is "
                     f"{getattr(self, name):g}, for which all gradients must be there first: set {name} to {needed}"
                 )
+        if self.linear_dtype == "fp8" and self.method in ADAPTED:
+            raise ConfigError(
+                f"linear_dtype is fp8, which is for matrices that train, but method is {self.method}, which trains "
+                "adapters beside frozen ones: set linear_dtype to auto"
+            )
         self._check_offload_params()
         if self.attention_backend == "sdpa" and self.packing:
             raise ConfigError(
