@@ -1,4 +1,4 @@
-"""Does bfloat16 training learn what float32 training learns, and FP8? The dev losses of three jobs in both, side by side.
+"""Does bfloat16 or FP8 training learn what float32 training learns? The dev losses of three jobs in both, side by side.
 
     python benchmarks/bench_dtype.py [support sentiment translation ...] [--max_steps N] [--beside bfloat16|fp8]
 

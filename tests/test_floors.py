@@ -137,6 +137,7 @@ TESTED_WITH = {
     "engine/task_results": "engine/test_tasks",
     "engine/rope_tables": "engine/test_model_config",
     "engine/sampling": "engine/test_generate",
+    "engine/recipe_file": "engine/test_train_config",
     "engine/settings": "engine/test_train_config",
     "loaders/data/check_findings": "loaders/data/test_check",
     "loaders/data/check_rows": "loaders/data/test_check",

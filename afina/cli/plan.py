@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.cli.options import Parser, Verb
+from afina.engine.recipe_file import read_yaml
 from afina.engine.settings import fields
-from afina.engine.train_config import TrainConfig, aliases, read_yaml
+from afina.engine.train_config import TrainConfig, aliases
 from afina.errors import ConfigError
 
 if TYPE_CHECKING:
