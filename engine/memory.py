@@ -99,9 +99,12 @@ def plan(
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
     quantized = sum(layer.nbytes for layer in layers if layer.frozen_format is not None)
     walk = _Walk(model, tokens, loss_tokens, lean_loss, backend, longest)
+    leave = in_backward or optimizer.host_gradients is not None
     activations, gradients = walk.peak(
-        set(optimizer.params.values()), in_backward=in_backward, accumulates=accumulates and not in_backward
+        set(optimizer.params.values()), in_backward=leave, accumulates=accumulates and not leave
     )
+    if not in_backward and leave:  # those of norms and biases stay
+        gradients += _nbytes(p for name, p in optimizer.params.items() if name not in optimizer.on_host)
     away = sum(weight_offload.layer_bytes(model.layers)) if offload_params else 0
     places = weight_offload.device_bytes(model.layers) if offload_params else 0
     return MemoryPlan(

@@ -20,8 +20,10 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from afina.engine.gradient_offload import HostGradients
 from afina.engine.host_memory import HostMemory, check_room
 from afina.engine.optim_offload import Chunk, StagedState
+from afina.engine.weight_offload import HostWeights
 from afina.errors import ConfigError
 from afina.kernels.adamw import Moment, adamw_
 from afina.kernels.blockwise import BLOCK8, State8
@@ -87,8 +89,9 @@ class AdamW:
         variant: One of ``VARIANTS``.
         seed: From 0 to 2**32 - 1. With ``adamw_bf16``, seed and number of an update give the bits of its roundings, so
             a resumed run repeats them. The other variants draw nothing.
-        offload: The names of those whose state lies in the host's memory. They move on ``device``, where their
-            gradients are; in between they may wait on the host themselves.
+        offload: The names of those whose state lies in the host's memory. They move on ``device``; in between they may
+            wait on the host themselves, which is what ``host_weights`` is for.
+        gradients: Whether the gradients of those go to the host, too, when it is not known yet that they may be used.
 
     Raises ConfigError for an unknown variant, and for parameters that are not bf16 with ``adamw_bf16``.
     """
@@ -105,6 +108,8 @@ class AdamW:
         variant: str = "adamw",
         seed: int = 0,
         offload: Collection[str] = (),
+        gradients: bool = False,
+        host_weights: HostWeights | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -113,6 +118,8 @@ class AdamW:
         self.variant, self.seed = variant, seed
         self.device = device or next((p.device for p in self.params.values()), torch.device("cpu"))
         self.on_host = set(offload) & self.params.keys()
+        self.host_weights = host_weights
+        self.host_gradients: HostGradients | None = None
         if self.on_host and self.device.type != "meta":
             check_room(self.host_nbytes, "offload_optimizer")
         self._host: list[HostMemory] = []  # page-locked as long as this lives
@@ -127,6 +134,9 @@ class AdamW:
             held = {n: (self._own_master(n), (self.exp_avgs[n], self.exp_avg_sqs[n])) for n in self.on_host}
             largest = max(self.params[n].numel() for n in self.on_host)
             self._staged = StagedState(next(iter(held.values())), largest, self.device)
+            if gradients:
+                away = {n: p for n, p in self.params.items() if n in self.on_host}
+                self.host_gradients = HostGradients(away, self._staged.size, self.device)
             if self.device.type != "meta":
                 self._chunks = {n: self._staged.chunks(*of, self.params[n].numel()) for n, of in held.items()}
         self.betas, self.eps = betas, eps
@@ -166,12 +176,13 @@ class AdamW:
     def nbytes(self) -> int:
         """The bytes of the device that are held beside the parameters: masters, moments, absmax, and room for those of
         the host on their way."""
-        return self._held(self.params.keys() - self.on_host) + (self._staged.nbytes if self._staged else 0)
+        rooms = sum(x.nbytes for x in (self._staged, self.host_gradients) if x is not None)
+        return self._held(self.params.keys() - self.on_host) + rooms
 
     @property
     def host_nbytes(self) -> int:
         """The bytes that are held in the host's memory."""
-        return self._held(self.on_host)
+        return self._held(self.on_host) + (self.host_gradients.host_nbytes if self.host_gradients else 0)
 
     def _held(self, names: Collection[str]) -> int:
         return sum(bytes_held(self.variant, p.dtype, p.numel()) for n, p in self.params.items() if n in names)
@@ -181,11 +192,17 @@ class AdamW:
 
         Returns the norm before that, fp32 (). It is called once, after the last micro-batch of a step.
         """
+        away = self.host_gradients
         grads = [p.grad for p in self.params.values() if p.grad is not None]
-        norm = global_norm([gradient_norm(g) for g in grads])
+        norms = {} if away is None else away.norms
+        own = {n: gradient_norm(p.grad) for n, p in self.params.items() if p.grad is not None}
+        norm = global_norm([found for n in self.params if (found := own.get(n, norms.get(n))) is not None])
         if max_norm > 0:
             # The formula is that of torch's clip_grad_norm_, so that losses can be compared with its users'.
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, scale)
+            if away is not None:
+                away.scale = scale
         return norm
 
     @torch.no_grad()
@@ -201,8 +218,9 @@ class AdamW:
         for i, (names, *_) in enumerate(self.groups):
             given = [n for n in names if self.params[n].grad is not None]
             self.update([n for n in given if n not in self.on_host], lr, skip=skip, draw=i)
+        waiting = self.host_gradients.norms if self.host_gradients else {}
         for i, name in enumerate(self.params, len(self.groups)):
-            if name in self.on_host and self.params[name].grad is not None:
+            if name in self.on_host and (self.params[name].grad is not None or name in waiting):
                 self.update([name], lr, skip=skip, draw=i)
 
     @torch.no_grad()
@@ -225,19 +243,27 @@ class AdamW:
         )  # fmt: skip
 
     def _update_from_host(self, name: str, lr: float, skip: Tensor | None, draw: int) -> None:
-        """As ``update``, of a parameter on the device whose state comes from the host, chunk by chunk."""
-        grad, staged = self.params[name].grad, self._staged
-        assert grad is not None
+        """As ``update``, of a parameter whose state comes from the host, chunk by chunk, and perhaps its gradient."""
+        parameter, staged, away = self.params[name], self._staged, self.host_gradients
         assert staged is not None
-        grad = grad.reshape(-1)
+        grad = None if parameter.grad is None else parameter.grad.reshape(-1)
+        weights = self.host_weights if self.host_weights and parameter in self.host_weights else None
+        if weights is not None:
+            weights.bring(parameter)
         for i, chunk in enumerate(self._chunks[name]):
             part = self._part(name, i, chunk)
             master, moments = staged.bring(chunk)
             copy = None if master is None else part
             weight = part if master is None else master
-            own = grad[chunk.start : chunk.stop]
+            if grad is not None:
+                own = grad[chunk.start : chunk.stop]
+            else:
+                assert away is not None
+                own = away.part(name, chunk.start, chunk.stop)
             self._apply([name], [weight], [own], [moments], [copy], lr, skip, draw + (i << 18))
             staged.take_back(chunk)
+        if weights is not None:
+            weights.write_back(parameter)
 
     def _part(self, name: str, index: int, chunk: Chunk) -> Tensor:
         """These elements of the parameter, where it is now; the same view as last time if that is the same place."""
@@ -279,6 +305,8 @@ class AdamW:
     def zero_grad(self) -> None:
         for p in self.params.values():
             p.grad = None
+        if self.host_gradients is not None:
+            self.host_gradients.forget()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds, by parameter name: the masters and both moments.

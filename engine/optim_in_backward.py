@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from afina.engine.optim import AdamW, global_norm, gradient_norm
-from afina.engine.weight_offload import HostWeights
 
 
 class UpdatesInBackward:
     """The updates of one backward pass at learning rate ``lr``, begun by ``begin`` when the loss is there."""
 
-    def __init__(self, optimizer: AdamW, lr: float, host_weights: HostWeights | None = None) -> None:
-        self.optimizer, self.lr, self.host_weights = optimizer, lr, host_weights
+    def __init__(self, optimizer: AdamW, lr: float) -> None:
+        self.optimizer, self.lr = optimizer, lr
         self.skip: Tensor | None = None
         self.norms: dict[str, Tensor] = {}
 
@@ -60,8 +59,6 @@ class UpdatesInBackward:
         self.skip = self.skip | ~self.norms[name].isfinite()
         self.optimizer.update([name], self.lr, skip=self.skip, draw=draw)
         parameter.grad = None
-        if self.host_weights is not None and parameter in self.host_weights:
-            self.host_weights.write_back(parameter)
 
     def norm(self) -> Tensor:
         """The 2-norm of all gradients, fp32 (), as ``AdamW.clip_`` gives it."""

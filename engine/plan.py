@@ -115,11 +115,12 @@ class Planner:
             place for place in PLACES[config.method]
             if all(place[i] == getattr(config, name) for i, name in enumerate(OFFLOADS) if name in fixed)
         ] or [(config.offload_optimizer, config.offload_params)]  # fmt: skip
-        self.optimizers = {
-            (name, there): AdamW(self.model, decay=set(), variant=name, offload=offloaded(self.model) if there else ())
-            for name in self._choices("optim", self._optims(dtype))
-            for there in {place[0] for place in self.places}
-        }
+        self.optimizers: dict[tuple[str, bool, bool], AdamW] = {}
+        for name in self._choices("optim", self._optims(dtype)):
+            for there, inside in product({place[0] for place in self.places}, (False, True)):
+                names = offloaded(self.model) if there else ()
+                made = AdamW(self.model, decay=set(), variant=name, offload=names, gradients=not inside)
+                self.optimizers[name, there, inside] = made
 
     def _optims(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What AdamW may hold, the most precise first. For adapters it is too little to matter."""
@@ -138,12 +139,10 @@ class Planner:
             "max_grad_norm" in self.fixed and self.config.max_grad_norm
         )
         inside = self._choices("optim_in_backward", (False, True) if alone else (False,))
-        optims = dict.fromkeys(name for name, _ in self.optimizers)
+        optims = dict.fromkeys(name for name, *_ in self.optimizers)
         every = product(optims, inside, self.places, policies, self._choices("lean_loss", (False, True)))
         for combination in map(Combination._make, every):
-            again = combination.activation_policy in ("full", "offload")
-            alone = combination.optim_in_backward or self.config.method in ADAPTED
-            if not combination.place[1] or (again and alone):
+            if not combination.place[1] or combination.activation_policy in ("full", "offload"):
                 yield combination
 
     def options(self, *, batch_size: int, max_length: int) -> list[Option]:
@@ -168,7 +167,7 @@ class Planner:
         combinations = list(self._combinations())
         inside = max(c.optim_in_backward for c in combinations)
         leanest = {  # of each place, as what the host holds may take more room on its way than it saves
-            there: min((self.optimizers[c.optim, there].nbytes, c.optim) for c in combinations)[1]
+            there: min((self.optimizers[c.optim, there, inside].nbytes, c.optim) for c in combinations)[1]
             for there in {c.place[0] for c in combinations}
         }
         leaner = [c for c in combinations if c.optim == leanest[c.place[0]] and c.optim_in_backward == inside]
@@ -178,7 +177,7 @@ class Planner:
         self.model.set_activation_policy(combination.activation_policy)
         memory = plan(
             self.model,
-            self.optimizers[combination.optim, combination.place[0]],
+            self.optimizers[combination.optim, combination.place[0], combination.optim_in_backward],
             tokens=tokens,
             loss_tokens=tokens,
             lean_loss=combination.lean_loss,
@@ -201,14 +200,15 @@ class Planner:
         work = (3.0 if self.config.method == "full" else 2.0) * (forward + head)
         # What is cheap to compute again, and the way to the host and back, are no products: they only decide ties.
         work += {"keep": 0.0, "selective": 0.01, "full": 1.0, "offload": 1.01}[combination.activation_policy] * forward
-        # To the device come the optimizer's state, once a step, and the layers, twice a micro-batch.
-        optimizer, params = combination.place
-        tokens = batch_size * length
-        link = (
-            self.optimizers[combination.optim, optimizer].host_nbytes / self.config.gradient_accumulation_steps / tokens
-        )
-        link += 2 * sum(layer_bytes(self.model.layers)) / tokens if params else 0.0
-        return work + 1.5 * combination.lean_loss * head + link * RATE / LINK
+        # To the device come what the host holds for the update, once a step, and the layers, twice a micro-batch; and
+        # gradients that are there already, in each micro-batch but the first.
+        (there, params), inside = combination.place, combination.optim_in_backward
+        optimizer, steps = self.optimizers[combination.optim, there, inside], self.config.gradient_accumulation_steps
+        link = optimizer.host_nbytes / steps
+        link += 2.0 * sum(layer_bytes(self.model.layers)) if params else 0.0
+        if optimizer.host_gradients is not None:
+            link += optimizer.host_gradients.host_nbytes * (steps - 1) / steps
+        return work + 1.5 * combination.lean_loss * head + link / (batch_size * length) * RATE / LINK
 
     def longest(self, memory: int, *, batch_size: int) -> int:
         """The most tokens in a row, a multiple of 64, that fit with the leanest settings; 0 where 64 do not."""

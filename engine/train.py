@@ -280,6 +280,8 @@ class Run:
             variant=c.optim,
             seed=c.seed,
             offload=offloaded(model) if c.offload_optimizer else (),
+            gradients=not c.optim_in_backward,
+            host_weights=model.host_weights,
             device=torch.device("meta") if model.embed.weight.is_meta else self.device,
         )
         self.batches = Batches(
@@ -425,7 +427,9 @@ class Run:
 
     def _update(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
         """Move the weights, by gradients that add up first; the loss and the gradient's norm, fp32 (2,)."""
-        loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)
+        away = self.optimizer.host_gradients
+        with contextlib.nullcontext() if away is None else away.leaving():
+            loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)
         self._settle()  # the last step, of which the optimizer must know whether it was skipped
         figures = torch.stack([loss, self.optimizer.clip_(self.config.max_grad_norm)])
         self.optimizer.step(lr, skip=~figures.isfinite().all())
@@ -433,7 +437,7 @@ class Run:
 
     def _update_in_backward(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
         """As ``_update``, each weight as soon as its gradient is there; there is one micro-batch."""
-        updates = UpdatesInBackward(self.optimizer, lr, self.model.host_weights)
+        updates = UpdatesInBackward(self.optimizer, lr)
 
         def begin(loss: Tensor) -> None:
             self._settle()  # as in _update

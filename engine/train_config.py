@@ -141,7 +141,8 @@ class TrainConfig(Settings):
         aliases=("optimizer_in_bwd",),
     )
     offload_optimizer: bool = setting(
-        False, "keep what AdamW holds in the host's memory; the device moves each weight with what comes and goes back"
+        False,
+        "keep what AdamW holds in the host's memory, and gradients until all are there; each weight moves on the device",
     )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)
@@ -182,7 +183,7 @@ class TrainConfig(Settings):
     offload_params: bool = setting(
         False,
         "keep the layers' matrices in the host's memory, and bring each layer when its turn comes: with full and "
-        "freeze it needs offload_optimizer and optim_in_backward",
+        "freeze it needs offload_optimizer",
         aliases=("offload_param",),
     )
     gradient_checkpointing: bool = setting(False, "the same as activation_policy full: less memory, more time")
@@ -295,12 +296,11 @@ class TrainConfig(Settings):
                 "offload_params is for dense matrices, but method is qlora, whose 4-bit ones stay on the device: set "
                 "offload_params to false"
             )
-        for name in ("optim_in_backward", "offload_optimizer"):
-            if self.method not in ADAPTED and not getattr(self, name):
-                raise ConfigError(
-                    f"offload_params has a layer's weights on the device while the backward pass is there, and only "
-                    f"then can they move, but {name} is false: set {name} to true"
-                )
+        if self.method not in ADAPTED and not self.offload_optimizer:
+            raise ConfigError(
+                "offload_params has two layers' weights on the device at a time, and what AdamW holds must come with "
+                "them, but offload_optimizer is false: set offload_optimizer to true"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -7,8 +7,8 @@ the next one begins, beside the computation: the one above in the forward pass, 
 each step brings a layer twice, but for two of them at either turn. Only layers that run again in the backward pass
 (`activation_policy` full, offload) can come and go: nothing of them is held in between.
 
-Where a matrix is trained, it moves on the device (`optim_in_backward.py`), and ``write_back`` sends it to the host,
-where it is whole whenever no step is under way.
+Where a matrix is trained, it moves on the device, in the backward pass or after it (`optim.py`), and ``write_back``
+sends it to the host, where it is whole whenever no step is under way.
 """
 
 from __future__ import annotations
@@ -123,6 +123,12 @@ class HostWeights:
         place.arrival = self.link.to_device(zip(layer.device, layer.host), after=after)
         place.layer = index
         _point(layer.parameters, layer.device)
+
+    def bring(self, parameter: Tensor) -> None:
+        """What the current stream computes next works on this parameter, on the device."""
+        index, _ = self._home[id(parameter)]
+        if self.places[index % PLACES].layer != index or self._last != index:
+            self.enter(index)
 
     def write_back(self, parameter: Tensor) -> None:
         """Send a parameter that has moved on the device to the host."""

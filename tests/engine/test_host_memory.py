@@ -14,7 +14,7 @@ from test_optim_in_backward import batch, state
 from test_weight_offload import made
 from torch import Tensor
 
-from afina.engine import optim_offload, weight_offload
+from afina.engine import gradient_offload, optim_offload, weight_offload
 from afina.engine.host_memory import HostLink, HostMemory, check_room
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
@@ -54,6 +54,7 @@ class LateLink(HostLink):
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim_offload, "HostLink", LateLink)
     monkeypatch.setattr(weight_offload, "HostLink", LateLink)
+    monkeypatch.setattr(gradient_offload, "HostLink", LateLink)
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -79,7 +80,7 @@ def test_no_copy_of_weights_overtakes_one_that_it_needs(late: None) -> None:
     for away in (False, True):
         model, optimizer = made("llama", "adamw", "float32", away=away)
         for _ in range(3):
-            updates = UpdatesInBackward(optimizer, 1e-3, model.host_weights)
+            updates = UpdatesInBackward(optimizer, 1e-3)
             with updates.attached():
                 accumulate(model, [batch()], before_backward=updates.begin)
         if model.host_weights is not None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import hf_models
@@ -24,7 +25,7 @@ from afina.engine.lora import choose_targets, new_adapter
 from afina.engine.memory import LEAN_BYTES, MemoryPlan, kept, plan
 from afina.engine.model import GPT, IGNORE
 from afina.engine.model_config import ModelConfig
-from afina.engine.optim import AdamW
+from afina.engine.optim import AdamW, bytes_held
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.optim_offload import offloaded
 from afina.engine.train import accumulate
@@ -271,7 +272,7 @@ WIDE_MLP = {"intermediate_size": 1024, "vocab_size": 300, "tie_word_embeddings":
 WIDE_HEAD = {"intermediate_size": 64, "vocab_size": 4000, "tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize("gradients", ["add up", "once", "in backward", "offloaded"])
+@pytest.mark.parametrize("gradients", ["add up", "once", "in backward", "offloaded", "leave"])
 @pytest.mark.parametrize("policy", ["keep", "selective", "full", "offload"])
 @pytest.mark.parametrize(("sizes", "method"), [(WIDE_MLP, "full"), (WIDE_MLP, "lora"), (WIDE_HEAD, "full")])
 def test_the_peak_of_a_step(sizes: dict[str, Any], method: str, policy: str, gradients: str) -> None:
@@ -285,18 +286,22 @@ def test_the_peak_of_a_step(sizes: dict[str, Any], method: str, policy: str, gra
     model.set_activation_policy(policy)
     if method == "lora":
         new_adapter(model, AdapterConfig(base=None, r=4, alpha=8), targets=["all-linear"], seed=0)
-    away = gradients == "offloaded"
+    away = gradients in ("offloaded", "leave")
     if away and policy in ("full", "offload"):
         model.host_weights = HostWeights(model.layers, torch.device("cpu"))
-    optimizer = AdamW(model, decay=set(), offload=offloaded(model) if away else ())
-    inside = away or gradients == "in backward"
+    inside, several = gradients in ("in backward", "offloaded"), gradients in ("add up", "leave")
+    optimizer = AdamW(
+        model, decay=set(), offload=offloaded(model) if away else (), gradients=not inside,
+        host_weights=model.host_weights,
+    )  # fmt: skip
     ids = torch.randint(hf["vocab_size"], (1, 96), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(ids, ids, torch.tensor([0, 50, 96], dtype=torch.int32), [0, 1], 94, 96)
 
     def step() -> None:
-        updates = UpdatesInBackward(optimizer, 1e-3, model.host_weights)
+        updates, leave = UpdatesInBackward(optimizer, 1e-3), optimizer.host_gradients
         if not inside:
-            accumulate(model, [batch] * (2 if gradients == "add up" else 1))
+            with nullcontext() if leave is None else leave.leaving():
+                accumulate(model, [batch] * (2 if several else 1))
         else:
             with updates.attached():
                 accumulate(model, [batch], before_backward=updates.begin)
@@ -306,7 +311,7 @@ def test_the_peak_of_a_step(sizes: dict[str, Any], method: str, policy: str, gra
     with Peak() as measured:
         step()
     found = plan(
-        model, optimizer, tokens=96, loss_tokens=94, in_backward=inside, accumulates=gradients == "add up",
+        model, optimizer, tokens=96, loss_tokens=94, in_backward=inside, accumulates=several,
     )  # fmt: skip
     most = found.activations + found.gradients
     # What waits on the host is in the same memory here; some of it may have come back.
@@ -325,11 +330,15 @@ def test_what_lies_on_the_host(variant: str, monkeypatch: pytest.MonkeyPatch) ->
     before = plan(model, AdamW(model, decay=set(), variant=variant), tokens=64, loss_tokens=64, in_backward=True)
     with Storages() as storages:
         model.host_weights = HostWeights(model.layers, torch.device("cpu"))
-        optimizer = AdamW(model, decay=set(), variant=variant, offload=offloaded(model))
+        optimizer = AdamW(model, decay=set(), variant=variant, offload=offloaded(model), gradients=True)
     found = plan(model, optimizer, tokens=64, loss_tokens=64, in_backward=True, offload_params=True)
     matrices = sum(m.nbytes for layer in model.layers for m in layer.modules() if isinstance(m, Linear))
     places = found.weights - (before.weights - matrices)
+    trained = sum(p.nbytes for p in optimizer.params.values() if p.dim() == 2)
     assert found.host == before.host + matrices + optimizer.host_nbytes
+    assert optimizer.host_nbytes == trained + sum(
+        bytes_held(variant, p.dtype, p.numel()) for p in optimizer.params.values() if p.dim() == 2
+    )
     assert storages.alive() == found.host + found.optimizer + places
     assert (found.activations, found.gradients) == (before.activations, before.gradients)
     assert places == 2 * matrices // len(model.layers)
@@ -352,7 +361,7 @@ from afina.engine.lora import new_adapter
 from afina.engine.model_config import ModelConfig
 from afina.engine.memory import plan
 from afina.engine.model import GPT
-from afina.engine.optim import AdamW
+from afina.engine.optim import AdamW, bytes_held
 from afina.engine.train import accumulate
 from afina.loaders.weights.peft import AdapterConfig
 from afina.loaders.data.batches import MicroBatch

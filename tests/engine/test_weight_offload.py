@@ -33,16 +33,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim_offload, "CHUNK", 1024)
 
 
-def made(name: str, variant: str, dtype: str, *, away: bool, policy: str = "full") -> tuple[GPT, AdamW]:
+def made(
+    name: str, variant: str, dtype: str, *, away: bool, policy: str = "full", gradients: bool = False
+) -> tuple[GPT, AdamW]:
     folder = str(hf_models.saved(name).folder)
     model = load_model(folder, device="cpu", dtype=dtype, offload_params=away).train()
     model.set_activation_policy(policy)
     names = offloaded(model) if away else ()
-    return model, AdamW(model, decay=model.decay_parameters(), variant=variant, offload=names)
+    decay, host = model.decay_parameters(), model.host_weights
+    return model, AdamW(model, decay=decay, variant=variant, offload=names, gradients=gradients, host_weights=host)
 
 
 def step(model: GPT, optimizer: AdamW) -> tuple[float, float]:
-    updates = UpdatesInBackward(optimizer, 1e-3, model.host_weights)
+    updates = UpdatesInBackward(optimizer, 1e-3)
     with updates.attached():
         loss = accumulate(model, [batch()], before_backward=updates.begin)
     return float(loss), float(updates.norm())
@@ -135,8 +138,7 @@ def test_weights_in_four_bits_are_refused() -> None:
     [
         ({"activation_policy": "keep"}, "activation_policy is keep: set activation_policy to full or offload"),
         ({"method": "qlora"}, "but method is qlora, .*: set offload_params to false"),
-        ({"offload_optimizer": True}, "but optim_in_backward is false: set optim_in_backward to true"),
-        ({"optim_in_backward": True, "max_grad_norm": 0}, "offload_optimizer is false: set offload_optimizer to true"),
+        ({}, "offload_optimizer is false: set offload_optimizer to true"),
         ({"offload_param": False}, "two different values"),
     ],
 )
@@ -206,11 +208,11 @@ def test_on_a_gpu(variant: str) -> None:
         model.set_activation_policy("offload")
         optimizer = AdamW(
             model, decay=model.decay_parameters(), variant=variant, offload=offloaded(model) if away else (),
-            device=torch.device("cuda", torch.cuda.current_device()),
+            device=torch.device("cuda", torch.cuda.current_device()), host_weights=model.host_weights,
         )  # fmt: skip
         losses = []
         for _ in range(5):
-            updates = UpdatesInBackward(optimizer, 1e-3, model.host_weights)
+            updates = UpdatesInBackward(optimizer, 1e-3)
             ids = torch.randint(1000, (1, 200), generator=torch.Generator().manual_seed(0)).cuda()
             with updates.attached():
                 loss = model.loss(ids, ids.cpu())
