@@ -4,6 +4,10 @@
 So no more than a matrix's gradient is on the device, and still all of them are known before a weight moves: their norm
 clips them, a step that is not finite is skipped as a whole, and several micro-batches add up. What a later one adds to
 comes to the device in parts, is added to the new gradient there, and the sum leaves: the bits of gradients that stay.
+
+The gradient before the last one may still be on its way: the computation waits for it when the next one leaves, so that
+there are never more than two, whatever the link. (Left to the allocator, memory that is being copied would be free only
+when the host learns of it, and the host is far ahead.)
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ class HostGradients:
         self.size, self.next = size, 0
         self.last: _Room | None = None
         self.left: dict[str, Event] = {}
+        self.flying: tuple[Event, Tensor] | None = None
         self.norms: dict[str, Tensor] = {}  # of those that are there in this step
         self.scale: Tensor | None = None  # what clips them
 
@@ -60,6 +65,13 @@ class HostGradients:
         finally:
             for hook in hooks:
                 hook.remove()
+            self.land()
+
+    def land(self) -> None:
+        """What is computed next begins when no gradient is on its way any more, and no memory is held for one."""
+        if self.flying is not None:
+            self.link.wait(self.flying[0])
+            self.flying = None
 
     @torch.no_grad()
     def _take(self, name: str, parameter: Tensor) -> None:
@@ -72,9 +84,9 @@ class HostGradients:
                 stop = min(start + self.size, grad.numel())
                 flat[start:stop] += self._bring(name, start, stop)
         self.norms[name] = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        self.land()
         self.left[name] = self.link.to_host([(self.memory[name].tensor, grad)])
-        if self.link.out is not None:
-            grad.record_stream(self.link.out)  # Its memory is not used anew before the copy has been made.
+        self.flying = self.left[name], grad
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """These elements of a gradient on the device, clipped, until the next but three is asked for."""

@@ -99,11 +99,14 @@ def plan(
     aside = model.adapter.inactive.values() if model.adapter else ()  # the base's, of what an adapter trained whole
     quantized = sum(layer.nbytes for layer in layers if layer.frozen_format is not None)
     walk = _Walk(model, tokens, loss_tokens, lean_loss, backend, longest)
-    leave = in_backward or optimizer.host_gradients is not None
+    leave = optimizer.host_gradients is not None and not in_backward
     activations, gradients = walk.peak(
-        set(optimizer.params.values()), in_backward=leave, accumulates=accumulates and not leave
+        set(optimizer.params.values()),
+        in_backward=in_backward,
+        accumulates=accumulates and not in_backward,
+        leave=leave,
     )
-    if not in_backward and leave:  # those of norms and biases stay
+    if leave:  # those of norms and biases stay
         gradients += _nbytes(p for name, p in optimizer.params.items() if name not in optimizer.on_host)
     away = sum(weight_offload.layer_bytes(model.layers)) if offload_params else 0
     places = weight_offload.device_bytes(model.layers) if offload_params else 0
@@ -204,12 +207,15 @@ class _Walk:
         """What waits in the host's memory then: the inputs of all layers but the last."""
         return sum(self.inputs[:-1]) if self.offload else 0
 
-    def peak(self, learns: set[nn.Parameter], *, in_backward: bool, accumulates: bool) -> tuple[int, int]:
+    def peak(
+        self, learns: set[nn.Parameter], *, in_backward: bool, accumulates: bool, leave: bool = False
+    ) -> tuple[int, int]:
         """Activations and gradients when they take most together, where ``learns`` is trained.
 
         Gradients stay until the step ends, and where micro-batches add to them, all are there from the second one on,
         with the new ones. With ``in_backward`` there is one matrix's at a time, and that of a tied head, made with the
-        loss, which waits for the embedding's.
+        loss, which waits for the embedding's. Where gradients ``leave`` for the host it is the same, and the one before is
+        still on its way.
         """
         model = self.model
         head = model.head_weight
@@ -228,6 +234,7 @@ class _Walk:
         # Activations; gradients that are new then, or of the head that waits; those of what the pass has been through.
         moments = [(self.kept() + max(dense, logits), _nbytes({head} & learns), 0)]
         waiting = _nbytes({head} & learns) if model.config.tie_embeddings else 0
+        flying = _nbytes({head} & learns) - waiting if leave else 0
         done = _nbytes(({head} | set(model.norm.parameters())) & learns) - waiting
         for i in reversed(range(len(model.layers))):
             layer = model.layers[i]
@@ -235,13 +242,17 @@ class _Walk:
             below = self.inputs[max(0, i - 1) if self.offload else 0 : i] if self.recompute else self.layers[:i]
             held = sum(below) + (self.again if self.recompute else self.layers)[i] + _size(self.tables_held)
             if self.layers[i]:
+                down = _nbytes(learns & set(layer.mlp.down.parameters())) if leave else 0
                 moments += [
-                    (held + own, waiting + new, done + before) for own, new, before in self._backward(layer, i, learns)
+                    (held + own, waiting + new + away, done + before)
+                    for (own, new, before), away in zip(self._backward(layer, i, learns), (flying, down, down))
                 ]
+                flying = _nbytes(learns & set(layer.attn.qkv.parameters())) if leave else 0
             done += _nbytes(set(layer.parameters()) & learns)
         embeddings = {model.embed.weight, *([model.pos_embed.weight] if model.config.learned_positions else [])}
-        moments.append((0, waiting + max(_nbytes({p} & learns) for p in embeddings), done))
-        if accumulates:
+        moments.append((0, waiting + flying + max(_nbytes({p} & learns) for p in embeddings), done))
+        in_backward = in_backward or leave
+        if accumulates and not leave:
             return max(kept + new for kept, new, _ in moments), _nbytes(learns)
         kept, new, stay = max(moments, key=lambda moment: sum(moment[: 2 if in_backward else 3]))
         return kept, new if in_backward else new + stay

@@ -428,8 +428,14 @@ class Run:
     def _update(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
         """Move the weights, by gradients that add up first; the loss and the gradient's norm, fp32 (2,)."""
         away = self.optimizer.host_gradients
+
+        def poll() -> None:
+            self._poll()
+            if away is not None:
+                away.land()
+
         with contextlib.nullcontext() if away is None else away.leaving():
-            loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)
+            loss = accumulate(self.model, micro_batches, self.objective, poll=poll)
         self._settle()  # the last step, of which the optimizer must know whether it was skipped
         figures = torch.stack([loss, self.optimizer.clip_(self.config.max_grad_norm)])
         self.optimizer.step(lr, skip=~figures.isfinite().all())

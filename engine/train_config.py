@@ -142,7 +142,7 @@ class TrainConfig(Settings):
     )
     offload_optimizer: bool = setting(
         False,
-        "keep what AdamW holds in the host's memory, and gradients until all are there; each weight moves on the device",
+        "keep what AdamW holds in the host's memory, gradients too; each weight moves on the device all the same",
     )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", limit=BETA)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", limit=BETA)

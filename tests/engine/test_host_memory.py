@@ -46,6 +46,9 @@ class LateLink(HostLink):
             super().to_host(pairs)
         self.done = max(self.done, event)
 
+    def wait(self, event: Any) -> None:
+        self._finish(event or 0)
+
     def drain(self) -> None:
         self._finish(len(self.waiting))
 

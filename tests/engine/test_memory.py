@@ -301,7 +301,7 @@ def test_the_peak_of_a_step(sizes: dict[str, Any], method: str, policy: str, gra
         updates, leave = UpdatesInBackward(optimizer, 1e-3), optimizer.host_gradients
         if not inside:
             with nullcontext() if leave is None else leave.leaving():
-                accumulate(model, [batch] * (2 if several else 1))
+                accumulate(model, [batch] * (2 if several else 1), poll=leave and leave.land)
         else:
             with updates.attached():
                 accumulate(model, [batch], before_backward=updates.begin)
