@@ -214,8 +214,8 @@ class _Walk:
 
         Gradients stay until the step ends, and where micro-batches add to them, all are there from the second one on,
         with the new ones. With ``in_backward`` there is one matrix's at a time, and that of a tied head, made with the
-        loss, which waits for the embedding's. Where gradients ``leave`` for the host it is the same, and the one before is
-        still on its way.
+        loss, which waits for the embedding's. Where gradients ``leave`` for the host it is the same, and the one
+        before is still on its way.
         """
         model = self.model
         head = model.head_weight
