@@ -75,6 +75,21 @@ def test_the_bits_of_gradients_that_stay(link: None, name: str, variant: str, dt
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
+def test_no_part_comes_before_its_gradient_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of the copies is ahead of the computation, so it must wait itself."""
+    monkeypatch.setattr(gradient_offload, "HostLink", LateLink)
+    model, optimizer = made("llama", "adamw", "float32", away=True, gradients=True)
+    away, waited = optimizer.host_gradients, list[list[Any]]()
+    assert away is not None
+    real = away.link.to_device
+    monkeypatch.setattr(
+        away.link, "to_device", lambda pairs, *, after: waited.append([*after]) or real(pairs, after=after)
+    )
+    step(model, optimizer, batches())
+    assert len(waited) > len(away.params)
+    assert all(isinstance(left, int) for _, left in waited)
+
+
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     """Of the first layer, below all others, whose gradients have left by then."""
     model, optimizer = made("llama", "adamw", "float32", away=True, gradients=True)
