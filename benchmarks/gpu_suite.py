@@ -81,7 +81,7 @@ SECOND = (
     beside("cross_entropy", 40, "torch-linear"),
     beside("norm", 25, "torch"),
     beside("adamw", 25, "torch-fused"),
-    beside("decode", 25, "flash"),
+    Stage("decode", 25, gpu_arguments=("--providers", "afina", "flash")),  # a CPU has no flash, and takes what it has
     Stage(
         "tune",
         80,
