@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,30 @@ class Slots:
     lengths: Tensor  # (B,) int32: tokens in each row afterwards
     cu_seqlens: Tensor | None
     longest: int  # no row is longer afterwards
+
+    @property
+    def totals(self) -> Tensor:
+        """How long the row of each token is afterwards, int64, shaped like the input ids."""
+        return self.lengths.long()[self.rows]
+
+
+class Cache(Protocol):
+    """What ``GPT.hidden`` asks of a cache: ``slots`` says where new tokens go, ``attend`` stores a layer's keys and
+    values and attends to all that is stored, ``advance`` counts the new tokens once all layers have stored them. Where
+    ``outdated`` says that what is stored does not hold any more, ``restart`` gives what is to be computed again.
+
+    The slots that it makes have ``positions`` and ``totals``, shaped like the ids, and ``longest``.
+    """
+
+    def slots(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Any: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Any, **options: Any) -> Tensor: ...
+
+    def advance(self, input_ids: Tensor, slots: Any) -> None: ...
+
+    def outdated(self, slots: Any) -> bool: ...
+
+    def restart(self, input_ids: Tensor, slots: Any) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class KVCache:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from afina.engine.kv_cache import KVCache, Slots
+from afina.engine.kv_cache import Cache
 from afina.engine.linear import Linear, Recompute
 from afina.engine.model_config import ModelConfig
 from afina.engine.offload import HostCopies
@@ -46,8 +46,8 @@ class ForwardContext:
 
     tables: list[tuple[Tensor, Tensor]]  # cos, sin of each RoPE: fp32 (T, dim / 2) or (B, T, dim / 2)
     cu_seqlens: Tensor | None
-    cache: KVCache | None
-    slots: Slots | None
+    cache: Cache | None
+    slots: Any  # those of the cache
     attention_backend: str | None  # as attention() takes it
 
 
@@ -257,7 +257,7 @@ class GPT(nn.Module):
         """(V, C): the output matrix, which is the embedding itself where the config ties them."""
         return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
-    def forward(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """input_ids (B, T) int64 -> logits (B, T, V); arguments as for ``hidden``."""
         return self.logits(self.hidden(input_ids, cu_seqlens=cu_seqlens, cache=cache))
 
@@ -271,7 +271,7 @@ class GPT(nn.Module):
         input_ids: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> the hidden states after the final norm (B, T, C), or (n, C) for the flat
@@ -279,7 +279,7 @@ class GPT(nn.Module):
 
         ``cu_seqlens`` int32 (n + 1,): input_ids is (1, T), n documents one after the other that do not see each other.
         On the CPU, whatever the model's device, it is checked without waiting for the GPU.
-        ``cache``: the tokens continue what the cache holds, and are added to it (see ``KVCache``); no gradient.
+        ``cache``: the tokens continue what the cache holds, and are added to it (see ``kv_cache.Cache``); no gradient.
         Raises ``ConfigError`` where learned positions do not reach, ``ValueError`` for shapes that do not fit.
         """
         if input_ids.dim() != 2 or (cu_seqlens is not None and input_ids.shape[0] != 1):
@@ -302,14 +302,14 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         cu_seqlens: Tensor | None,
-        cache: KVCache | None,
-        slots: Slots | None,
+        cache: Cache | None,
+        slots: Any,
         wanted: Tensor | None,
     ) -> Tensor:
         """``wanted`` is what ``hidden`` calls positions; here they are where each token stands in its document."""
         tokens = input_ids.shape[1]
         if slots is not None:
-            positions, lengths, longest = slots.positions, slots.lengths.long()[slots.rows], slots.longest
+            positions, lengths, longest = slots.positions, slots.totals, slots.longest
         elif cu_seqlens is not None:
             _, positions, lengths = packed_positions(cu_seqlens.to(input_ids.device, non_blocking=True), tokens)
             longest = tokens
@@ -328,7 +328,10 @@ class GPT(nn.Module):
                     "positions: lower max_length"
                 )
             residual = residual + self.pos_embed(positions)
-        tables = [table(positions, lengths) for table in self.ropes]
+        if slots is None:
+            tables = [table(positions, lengths) for table in self.ropes]
+        else:
+            tables = [table.looked_up(positions, lengths, longest) for table in self.ropes]
         context = ForwardContext(tables, cu_seqlens, cache, slots, self.attention_backend)
         branch: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

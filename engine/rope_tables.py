@@ -14,6 +14,8 @@ from torch import Tensor
 
 from afina.engine.model_config import RopeConfig
 
+BLOCK = 512  # positions whose angles are turned into a table at a time
+
 
 def inverse_frequencies(rope: RopeConfig, *, long: bool = False) -> Tensor:
     """The angle a position adds to each pair of dimensions: float32 (dim / 2,), on the CPU.
@@ -63,6 +65,7 @@ class RopeTables:
     def __init__(self, rope: RopeConfig) -> None:
         self.rope = rope
         self._inv_freq: dict[tuple[torch.device, bool], Tensor] = {}
+        self._made: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def inv_freq(self, device: torch.device, *, long: bool = False) -> Tensor:
         key = (device, long)
@@ -83,6 +86,28 @@ class RopeTables:
         if self.rope.attention_factor == 1.0:
             return angles.cos(), angles.sin()
         return angles.cos() * self.rope.attention_factor, angles.sin() * self.rope.attention_factor
+
+    def looked_up(self, positions: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """The same from tables, so that the numbers of a position do not depend on the others that are asked for:
+        vector code and what it leaves over may round a cosine differently. No position is ``longest`` or more."""
+        cos, sin = (table[positions] for table in self._tables(positions.device, longest, False))
+        if self.rope.kind == "longrope" and longest > self.rope.original_max_positions:
+            long = (lengths > self.rope.original_max_positions)[..., None]
+            more = (table[positions] for table in self._tables(positions.device, longest, True))
+            cos, sin = (torch.where(long, far, near) for far, near in zip(more, (cos, sin)))
+        return cos, sin
+
+    def _tables(self, device: torch.device, longest: int, long: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin (n, dim / 2) of the positions up to ``longest`` at least, made BLOCK positions at a time."""
+        cos, sin = self._made.get((device, long), (None, None))
+        while cos is None or sin is None or len(cos) < longest:
+            first = 0 if cos is None else len(cos)
+            at = torch.arange(first, first + BLOCK, device=device)[:, None].float()
+            angles = at * self.inv_freq(device, long=long)
+            more = [f(angles) * self.rope.attention_factor for f in (torch.cos, torch.sin)]
+            cos, sin = more if cos is None or sin is None else map(torch.cat, ((cos, more[0]), (sin, more[1])))
+            self._made[device, long] = cos, sin
+        return cos, sin
 
 
 def packed_positions(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,9 @@ BETA: Limit = ("from 0 to below 1", lambda v: 0 <= v < 1)
 RATE: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
 ALPHA: Limit = ("above 0 and at most 1e6", lambda v: 0 < v <= 1e6)
 SEED: Limit = ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
+PENALTY: Limit = ("from -2 to 2", lambda v: -2 <= v <= 2)
+BIASES: Limit = ("with numbers from -100 to 100", lambda v: all(-100 <= x <= 100 for x in v.values()))
+TOP_LOGPROBS: Limit = ("from 0 to 20", lambda v: 0 <= v <= 20)
 LENGTH: Limit = ("2 or more", lambda v: v >= 2)
 DEVICE: Limit = ("auto, cpu, cuda or cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", v) is not None)
 
@@ -50,6 +53,10 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+class TokenBiases(dict[int, float]):
+    """The type by which ``kinds`` tells numbers of tokens from columns, which are a dict too."""
+
+
 class Settings:
     """Base of a frozen dataclass of settings: values are checked and take their field's type when it is made."""
 
@@ -69,12 +76,12 @@ def fields(owner: type) -> dict[str, dataclasses.Field[Any]]:
 
 @cache
 def kinds(owner: type) -> dict[str, type]:
-    """The type of each setting (str, int, float, bool, dict, tuple), without its "or None"."""
+    """The type of each setting (str, int, float, bool, dict, TokenBiases, tuple), without its "or None"."""
     found = {}
     for name, hint in typing.get_type_hints(owner).items():
         if typing.get_origin(hint) is types.UnionType:
             hint = next(a for a in typing.get_args(hint) if a is not type(None))
-        found[name] = typing.get_origin(hint) or hint
+        found[name] = TokenBiases if hint == dict[int, float] else typing.get_origin(hint) or hint
     return found
 
 
@@ -100,9 +107,11 @@ def flag_help(owner: type, name: str) -> dict[str, str]:
     """The ``help`` and ``metavar`` of argparse for a setting."""
     f, kind = fields(owner)[name], kinds(owner)[name]
     shown = ",".join(f.default) if isinstance(f.default, tuple) else str(f.default).lower()
-    default = "" if f.default in (None, ()) or kind is dict else f" [{shown}]"
+    default = "" if f.default in (None, ()) or issubclass(kind, dict) else f" [{shown}]"
     also = f"; also {', '.join(f.metadata['aliases'])}" if f.metadata["aliases"] else ""
-    metavar = {int: "N", float: "X", dict: "PAIRS", bool: "BOOL", tuple: "TEXT"}.get(kind, name.upper())
+    metavar = {int: "N", float: "X", dict: "PAIRS", TokenBiases: "PAIRS", bool: "BOOL", tuple: "TEXT"}.get(
+        kind, name.upper()
+    )
     return {
         "help": (f.metadata["help"] + default + also).replace("%", "%%"),
         "metavar": "|".join(f.metadata["choices"]) or metavar,
@@ -175,8 +184,23 @@ def _to_columns(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _to_biases(value: Any) -> dict[int, float]:
+    if isinstance(value, str):
+        parts = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {token.strip(): number.strip() for token, _, number in parts}
+        if len(value) != len(parts):
+            raise ValueError
+    if not isinstance(value, Mapping):
+        raise TypeError
+    found = {_to_int(token): _to_float(number) for token, number in value.items()}
+    if len(found) != len(value) or any(token < 0 for token in found):
+        raise ValueError
+    return found
+
+
 _CONVERT: dict[type, Callable[[Any], Any]] = {
-    str: _to_text, bool: _to_bool, float: _to_float, int: _to_int, dict: _to_columns, tuple: _to_texts
+    str: _to_text, bool: _to_bool, float: _to_float, int: _to_int, dict: _to_columns, tuple: _to_texts,
+    TokenBiases: _to_biases,
 }  # fmt: skip
 _EXPECTED = {
     str: "text",
@@ -185,4 +209,5 @@ _EXPECTED = {
     int: "a whole number",
     dict: "pairs like prompt=question,completion=answer",
     tuple: "texts that are not empty",
+    TokenBiases: "token ids and numbers like 42=-100,7=2.5",
 }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afina.engine.generate import REPLACEMENT
+from afina.engine.text_stream import REPLACEMENT
 from afina.loaders.text.tokenizer import BYTE_LETTERS
 
 if TYPE_CHECKING:

@@ -10,6 +10,8 @@ at once, and few sequences have too few heads for that. So the keys of a sequenc
 https://pytorch.org/blog/flash-decoding/): a program goes through one range of them with an online softmax and leaves
 its maximum m, its l = sum exp(s - m) and its output o, not yet divided by l. A second kernel adds these up:
     M = max m_i       out = sum_i exp(m_i - M) o_i / sum_i exp(m_i - M) l_i
+With `starts` the cache is one pool of tokens: row b's are starts[b] and those that follow.
+
 The number of ranges follows from shapes alone, so that nothing waits for `lengths` to come to the CPU. Where the ranges
 of a row begin follows from its length, which the kernel reads.
 """
@@ -80,7 +82,7 @@ def decode_attention_reference(
 
 @jit(do_not_specialize=["room", "window"])
 def _decode_split(
-    q, k, v, lengths, out, parts, room, window, sizes, scores, HEADS: tl.constexpr, DIM: tl.constexpr,
+    q, k, v, starts, lengths, out, parts, room, window, sizes, scores, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One range of the keys of a row and key head, for HEADS of the query heads that share it. q, k and v are Views.
@@ -111,8 +113,10 @@ def _decode_split(
     size = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), BLOCK) * BLOCK
     start = end - count + tl.program_id(1) * size
     stop = tl.minimum(start + size, end)
-    keys = k.ptr + row * k.stride_batch + key_head.to(tl.int64) * k.stride_head + column[None, :]
-    values = v.ptr + row * v.stride_batch + key_head.to(tl.int64) * v.stride_head + column[:, None]
+    first_key = row * k.stride_batch if starts is None else tl.load(starts + row) * k.stride_token
+    first_value = row * v.stride_batch if starts is None else tl.load(starts + row) * v.stride_token
+    keys = k.ptr + first_key + key_head.to(tl.int64) * k.stride_head + column[None, :]
+    values = v.ptr + first_value + key_head.to(tl.int64) * v.stride_head + column[:, None]
 
     m_i = tl.full((HEADS,), LOWEST, tl.float32)
     l_i = tl.zeros((HEADS,), tl.float32)
@@ -192,12 +196,13 @@ def _triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    starts: Tensor | None,
     lengths: Tensor,
     softcap: float | None,
     window: int | None,
     scale: float,
 ) -> Tensor:
-    (batch, heads, dim), (room, key_heads) = q.shape, k.shape[1:3]
+    (batch, heads, dim), (room, key_heads) = q.shape, k.shape[-3:-1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
@@ -214,15 +219,20 @@ def _triton(
         o = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
         parts = Parts(o, torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device))
     launch(
-        _decode_split, (work, splits), View(q, q.stride(0), 0, q.stride(1)), View(k, *k.stride()[:3]),
-        View(v, *v.stride()[:3]), lengths.contiguous(), out, parts, room, None if window is None else span,
-        Sizes(key_heads, group, dim), Scores(float(scale), None if softcap is None else float(softcap)), HEADS=HEADS,
-        DIM=columns, UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **row,
+        _decode_split, (work, splits), View(q, q.stride(0), 0, q.stride(1)), _view(k), _view(v),
+        None if starts is None else starts.contiguous(), lengths.contiguous(), out, parts, room,
+        None if window is None else span, Sizes(key_heads, group, dim),
+        Scores(float(scale), None if softcap is None else float(softcap)), HEADS=HEADS, DIM=columns,
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **row,
     )  # fmt: skip
     if parts is not None:
         row = config("decode_combine", q.device)
         launch(_decode_combine, (batch * heads,), parts, out, splits, dim, DIM=columns, **row)
     return out
+
+
+def _view(cache: Tensor) -> View:
+    return View(cache, *(cache.stride()[:3] if cache.dim() == 4 else (0, *cache.stride()[:2])))
 
 
 @lru_cache(maxsize=256)
@@ -236,6 +246,35 @@ def _splits(work: int, slots: int, tiles: int) -> int:
     return min(range(1, max(1, most) + 1), key=lambda splits: (cdiv(work * splits, slots) / splits, splits))
 
 
+def _row_by_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    softcap: float | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Attention to a pool in torch, where each row's products have the shapes that they have without the others."""
+    wide, room, kv_heads = wide_dtype(q.dtype), k.shape[0], k.shape[1]
+    rows = (q.to(wide) * scale).unflatten(1, (kv_heads, -1))  # (B, Hkv, G, D)
+    keys, values = k.permute(1, 2, 0), v.transpose(0, 1)  # (Hkv, D, N), (Hkv, N, D)
+    out = torch.zeros_like(rows)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
+        if length == 0:
+            continue
+        if start < 0 or length < 0 or start + length > room:
+            raise ValueError(f"lengths: expected rows within the pool's {room}, found {length} from {start} on")
+        count = length if window is None else min(window, length)
+        first = start + length - count
+        scores = torch.bmm(rows[row], keys.narrow(2, first, count).to(wide))
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        torch.bmm(torch.softmax(scores, -1), values.narrow(1, first, count).to(wide), out=out[row])
+    return out.flatten(1, 2).to(q.dtype)
+
+
 @torch.no_grad()
 def decode_attention(
     q: Tensor,
@@ -243,6 +282,7 @@ def decode_attention(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    starts: Tensor | None = None,
     softcap: float | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -250,6 +290,9 @@ def decode_attention(
 ) -> Tensor:
     """q (B, Hq, D), k_cache and v_cache (B, S, Hkv, D), lengths (B,) int32 in [0, S] -> (B, Hq, D), without a gradient.
 
+    With `starts` (B,) int64 the caches are pools (N, Hkv, D) and row b's tokens are starts[b] up to starts[b] +
+    lengths[b]. The torch path then computes each row by itself, in the order that its own length gives: a row's bits do
+    not depend on the rows beside it.
     The cache may hold anything past a row's length. A row of length 0 gives 0. scale defaults to D ** -0.5.
     Raises ValueError for shapes, dtypes, devices or options that do not fit. The torch path also raises it for lengths
     outside [0, S]. Triton takes those as the nearest of 0 and S, because a look at them would make the CPU wait for
@@ -259,9 +302,10 @@ def decode_attention(
     if q.dim() != 3:
         raise ValueError(f"q: expected (B, Hq, D), found {tuple(q.shape)}")
     batch, heads, dim = q.shape
-    fits = k_cache.dim() == 4 and (k_cache.shape[0], k_cache.shape[3]) == (batch, dim)
-    if not fits or k_cache.shape[2] == 0 or heads % k_cache.shape[2]:
-        raise ValueError(f"k_cache: expected (B, S, Hkv, D) to fit q {tuple(q.shape)}, found {tuple(k_cache.shape)}")
+    layout, lead = ("(B, S, Hkv, D)", (batch,)) if starts is None else ("(N, Hkv, D)", ())
+    fits = k_cache.dim() == len(lead) + 3 and (*k_cache.shape[:-3], k_cache.shape[-1]) == (*lead, dim)
+    if not fits or k_cache.shape[-2] == 0 or heads % k_cache.shape[-2]:
+        raise ValueError(f"k_cache: expected {layout} to fit q {tuple(q.shape)}, found {tuple(k_cache.shape)}")
     check_shape("v_cache", v_cache, k_cache.shape)
     check_like("k_cache", k_cache, "q", q)
     check_like("v_cache", v_cache, "q", q)
@@ -270,6 +314,8 @@ def decode_attention(
         raise ValueError(f"lengths: expected torch.int32, found {lengths.dtype}")
     if lengths.device != q.device:
         raise ValueError(f"lengths: expected on q's device {q.device}, found on {lengths.device}")
+    if starts is not None and (starts.shape != (batch,) or starts.dtype != torch.int64 or starts.device != q.device):
+        raise ValueError(f"starts: expected int64 ({batch},) on {q.device}, found {starts.dtype} {tuple(starts.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, found {window}")
     if softcap is not None and softcap <= 0:
@@ -278,9 +324,11 @@ def decode_attention(
     if backend == "triton" and dim > MAX_HEAD_DIM:
         raise ValueError(f"q: backend 'triton' takes heads of at most {MAX_HEAD_DIM} dimensions, found {dim}")
     if choose("decode_attention", backend, q) == "triton" and dim <= MAX_HEAD_DIM:
-        return _triton(q, k_cache, v_cache, lengths, softcap, window, scale)
+        return _triton(q, k_cache, v_cache, starts, lengths, softcap, window, scale)
     if batch == 0:
         return torch.zeros_like(q)
+    if starts is not None:
+        return _row_by_row(q, k_cache, v_cache, starts, lengths, softcap, window, scale)
     low, high = (int(x) for x in torch.aminmax(lengths))
     if low < 0 or high > k_cache.shape[1]:
         raise ValueError(f"lengths: expected in [0, {k_cache.shape[1]}], found {low} to {high}")

@@ -652,18 +652,18 @@ def test_wrong_rows_to_generate(
 def test_a_failure_in_the_middle_leaves_no_output(
     model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from afina.engine.generate import Decoding
+    from afina.engine.batcher import Batcher
 
     calls = []
 
-    def fail(self: Any) -> None:
+    def fail(self: Any) -> Any:
         calls.append(1)
         if len(calls) > 5:
             raise OSError(28, "No space left on device")
-        real(self)
+        return real(self)
 
-    real = Decoding.step
-    monkeypatch.setattr(Decoding, "step", fail)
+    real = Batcher.step
+    monkeypatch.setattr(Batcher, "step", fail)
     out = tmp_path / "out.jsonl"
     argv = ["generate", model, "--data", rows, "--output", str(out), "--max_new_tokens", "2", "--batch_size", "4"]
     before = snapshot(tmp_path)

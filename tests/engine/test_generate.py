@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from metaspace import SCHEMES, metaspace_files
 from tiny_model import tiny_model, tiny_tokenizer
 
-from afina.engine import generate as module
-from afina.engine.generate import Decoding, encode_prompt, filtered, generate, generate_batch, next_tokens, stream
+from afina.engine import batcher as module
+from afina.engine.batcher import Batcher, Row
+from afina.engine.generate import encode_prompt, generate, generate_batch, stream
 from afina.engine.model import GPT
+from afina.engine.sampler import filtered, next_tokens
 from afina.engine.sampling import Sampling
 from afina.errors import ConfigError, DataError
 from afina.loaders.text.render import Example, render_prompt
@@ -52,10 +54,17 @@ def plain_greedy(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> l
 
 
 def ids_of(model: GPT, tokenizer: Tokenizer, prompts: list[Any], **sampling: Any) -> list[list[int]]:
-    batch = Decoding(model, tokenizer, [encode_prompt(model, tokenizer, p) for p in prompts], Sampling(**sampling))
-    while batch.alive:
-        batch.step()
-    return batch.new
+    return [
+        row.new for row in finished(model, tokenizer, [encode_prompt(model, tokenizer, p) for p in prompts], sampling)
+    ]
+
+
+def finished(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], sampling: dict[str, Any]) -> list[Row]:
+    batcher = Batcher(model, tokenizer)
+    rows = [batcher.submit(ids, Sampling(**sampling)) for ids in prompts]
+    while not batcher.idle:
+        batcher.step()
+    return rows
 
 
 def test_a_batch_gives_each_row_the_tokens_of_the_plain_loop(model: GPT, tokenizer: Tokenizer) -> None:
@@ -75,13 +84,13 @@ def test_rows_that_end_leave_the_others_alone(
     expected = [row[: next((i for i, t in enumerate(row) if t in ends), 20)] for row in full]
     assert len({len(row) for row in expected}) >= 3
     sizes: list[int] = []
-    real = module.next_tokens
-    monkeypatch.setattr(module, "next_tokens", lambda logits, *rest: sizes.append(len(logits)) or real(logits, *rest))
+    real = Batcher._forward
+    monkeypatch.setattr(Batcher, "_forward", lambda self, rows: sizes.append(len(rows)) or real(self, rows))
     assert ids_of(model, tokenizer, PROMPTS, max_new_tokens=20) == expected
-    assert sizes[0] == 5
+    assert sizes[0] == sum(len(row) > 0 for row in expected) >= 4
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < 5
-    assert sum(sizes) == sum(min(len(row) + 1, 20) for row in expected)  # no work for a row that has ended
+    assert sizes[-1] < 4
+    assert sum(sizes) == sum(min(len(row), 19) for row in expected)  # no work for a row that has ended
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 32])
@@ -185,10 +194,18 @@ def test_the_penalty_counts_prompt_and_new_tokens(model: GPT, tokenizer: Tokeniz
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *rows: list[int]) -> None:
     """Make generation choose these tokens, whatever the model says."""
-    steps = [iter(row) for row in rows]
-    monkeypatch.setattr(
-        module, "next_tokens", lambda logits, *rest: torch.tensor([next(step) for step in steps[: len(logits)]])
-    )
+    scripts = iter(rows)
+
+    class Scripted:
+        plain = False
+
+        def __init__(self, *args: Any) -> None:
+            self.tokens = iter(next(scripts))
+
+        def choose(self, logits: torch.Tensor) -> int:
+            return next(self.tokens)
+
+    monkeypatch.setattr(module, "Chooser", Scripted)
 
 
 def test_stop_strings_are_cut_with_all_that_follows(
@@ -211,11 +228,10 @@ def test_stop_strings_are_cut_with_all_that_follows(
 def test_a_stop_string_ends_the_work(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokenizer.encode(" one two three four", add_special=False)
     scripted(monkeypatch, ids)
-    batch = Decoding(model, tokenizer, [[5]], Sampling(stop=(" two",), max_new_tokens=len(ids)))
-    while batch.alive:
-        batch.step()
-    assert len(batch.new[0]) < len(ids)
-    assert tokenizer.decode(batch.new[0]).endswith(" two")
+    (row,) = finished(model, tokenizer, [[5]], {"stop": (" two",), "max_new_tokens": len(ids)})
+    assert len(row.new) < len(ids)
+    assert tokenizer.decode(row.new).endswith(" two")
+    assert row.finish_reason == "stop"
 
 
 def test_control_tokens_stop_and_stay_out_of_the_text(
@@ -298,7 +314,7 @@ def test_chat_messages_go_through_the_template(model: GPT, tokenizer: Tokenizer)
     assert render_prompt(tokenizer, "one two ") == "one two"
 
 
-def test_the_context_is_respected(model: GPT, tokenizer: Tokenizer) -> None:
+def test_the_context_is_respected(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = model.config.max_positions
     long = " one two three" * 40
     with pytest.raises(DataError, match=rf"the prompt has \d+ tokens and the model reads {limit} at most"):
@@ -311,11 +327,9 @@ def test_the_context_is_respected(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=f"has {limit} tokens"):
         encode_prompt(model, tokenizer, "<|user|>" * limit)
     near = [7] * (limit - 3)
-    batch = Decoding(model, tokenizer, [near, [7, 8]], Sampling(max_new_tokens=10))
-    batch.ends = set()
-    while batch.alive:
-        batch.step()
-    assert [len(new) for new in batch.new] == [3, 10]
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    rows = finished(model, tokenizer, [near, [7, 8]], {"max_new_tokens": 10})
+    assert [len(row.new) for row in rows] == [3, 10]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +343,12 @@ def test_the_context_is_respected(model: GPT, tokenizer: Tokenizer) -> None:
         ("top_p", 1.1, "at most 1"),
         ("min_p", 2, "from 0 to 1"),
         ("repetition_penalty", 0, "above 0"),
+        ("presence_penalty", 2.1, "from -2 to 2"),
+        ("frequency_penalty", -3, "from -2 to 2"),
+        ("logit_bias", {3: 101}, "from -100 to 100"),
+        ("logit_bias", {-3: 1}, "token ids and numbers"),
+        ("logit_bias", "3", "token ids and numbers"),
+        ("logprobs", 21, "from 0 to 20"),
         ("stop", "", "not empty"),
         ("stop", [3], "not empty"),
         ("seed", -1, "from 0"),

@@ -1,0 +1,388 @@
+"""Continuous batching: rows join a running batch when they come and leave it when they are done.
+
+``Batcher.step`` is one iteration. Prompts are prefilled in chunks, a few in each step, so that a long one does not stop
+the others; then every row that is decoding gets one token. A row's chunks, and the sizes of all that is computed of it,
+follow from the row alone (``row_exact``), so on a CPU its text is the same, bit for bit, in any company.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from afina.engine.kv_pool import CPU_BYTES, ChunkCache, KVPool, Span, StepCache
+from afina.engine.row_exact import exact_sizes, padded
+from afina.engine.sampler import Chooser, TokenLogprob, logprobs_of
+from afina.engine.sampling import Sampling
+from afina.engine.text_stream import TextStream
+from afina.errors import AfinaError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from afina.engine.model import GPT
+    from afina.loaders.text.tokenizer import Tokenizer
+
+ECHOED = 32  # prompt positions whose logits exist at a time
+
+
+class Row:
+    """A prompt being continued. What a user may read grows with each step and is never taken back.
+
+    ``new``: the tokens so far. ``logprobs``: one each, if the sampling asks for them, and ``prompt_logprobs`` those of
+    the prompt. ``finish_reason``: None while it goes on, then "stop" (an end token or a stop string), "length",
+    "cancelled" or "error", whose ``error`` says what. ``cached_tokens``: how many of the prompt's were not computed but
+    copied. ``submitted``, ``first_token`` and ``last_token`` are times of ``time.perf_counter``.
+    """
+
+    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer, limit: int, echo: bool) -> None:
+        self.prompt, self.sampling, self.limit, self.echo = prompt, sampling, limit, echo
+        self.new: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] | None = [] if echo else None
+        self.prompt_tokens, self.cached_tokens = len(prompt), 0
+        self.submitted = time.perf_counter()
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self._lock = threading.Lock()
+        self._stream = TextStream(tokenizer, prompt, sampling.stop)
+        self._taken = 0
+        # A stop string may be a control token, which the text does not show.
+        self.ends = {*tokenizer.eos_ids, *(tokenizer.token_id(s) for s in sampling.stop)}
+        # What the batcher keeps of it.
+        self.span: Span | None = None
+        self.chooser: Chooser | None = None
+        self.filling: list[int] = prompt  # what is to be computed before the next token is chosen
+        self.done = 0  # how many tokens are in the cache
+        self.keys: list[tuple[int, bytes]] = []  # the boundaries of the chunks of ``filling``
+        self.cancelled = False
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from logits (1, V)."""
+        assert self.chooser is not None
+        return self.chooser.choose(logits)
+
+    @property
+    def text(self) -> str:
+        """All of the text that is certain so far: never half a character nor a part of a stop string."""
+        with self._lock:
+            self._catch_up()
+            return self._stream.text(final=self.finish_reason is not None)
+
+    def _catch_up(self) -> bool:
+        while self._taken < len(self.new) and not self._stream.stopped:
+            self._stream.add(self.new[self._taken])
+            self._taken += 1
+        return self._stream.stopped
+
+    def offset(self) -> int:
+        """How long the text of all tokens so far is."""
+        with self._lock:
+            self._catch_up()
+            return len(self._stream.text(final=True))
+
+    def stopped(self) -> bool:
+        """Whether the text holds a stop string."""
+        if not self.sampling.stop:
+            return False
+        with self._lock:
+            return self._catch_up()
+
+
+class Batcher:
+    """Runs the rows that are submitted; ``submit`` and ``cancel`` may be called from any thread, ``step`` from one.
+
+    ``max_rows`` decode at a time. The keys and values of all rows take ``cache_bytes`` at most, from the beginning: by
+    default 1 GiB (on a GPU half of what is free there), and no more than ``max_rows`` of the longest rows need. A row
+    reserves room for its prompt and ``max_new_tokens`` of it. ``max_length`` is the longest row, prompt and text
+    together: the model's context, if the cache has so much room.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        max_rows: int = 32,
+        max_length: int | None = None,
+        cache_bytes: int | None = None,
+        prefill_chunk: int = 256,
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.prefill_chunk = max_rows, prefill_chunk
+        self.device, dtype = model.embed.weight.device, model.embed.weight.dtype
+        context = model.config.max_positions
+        each = KVPool.token_bytes(model.config, dtype)
+        longest = context if max_length is None else min(max_length, context)
+        bound = _default_bytes(self.device) if cache_bytes is None else cache_bytes
+        tokens = min(bound // each - 1, max_rows * longest)
+        if tokens < 2:
+            raise ConfigError(
+                f"cache_bytes is {bound}; expected {3 * each} or more: a token of this model takes {each}"
+            )
+        self.max_length = min(longest, tokens)
+        self.pool = KVPool(model.config, tokens, self.device, dtype)
+        self.sizes = exact_sizes(model, max_rows)
+        self.long_after = min(
+            (rope.original_max_positions for rope in model.config.ropes if rope.kind == "longrope"), default=context
+        )
+        self._waiting: deque[Row] = deque()
+        self._filling: list[Row] = []
+        self._decoding: list[Row] = []
+        self._lock = threading.Lock()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the keys and values take: the bound, reserved from the beginning."""
+        return self.pool.nbytes
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have no place yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Rows that have a place: their prompts are being prefilled, or they decode."""
+        return len(self._filling) + len(self._decoding)
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self.running
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, *, echo_logprobs: bool = False) -> Row:
+        """Queue a prompt. ``echo_logprobs``: the row's ``prompt_logprobs`` are wanted too.
+
+        Raises DataError where it is empty or longer than rows may be, or holds or favours ids that the model lacks.
+        """
+        ids, vocab = list(prompt), self.model.config.vocab_size
+        if not ids:
+            raise DataError("the prompt is empty; expected at least one token to continue")
+        if len(ids) >= self.max_length:
+            reads = "the model reads" if self.max_length == self.model.config.max_positions else "a row holds"
+            raise DataError(f"the prompt has {len(ids)} tokens and {reads} {self.max_length} at most: shorten it")
+        wrong = next((token for token in (*ids, *sampling.logit_bias) if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise DataError(f"token {wrong} does not exist: the model knows those from 0 to {vocab - 1}")
+        row = Row(
+            ids, sampling, self.tokenizer, min(sampling.max_new_tokens, self.max_length - len(ids)), echo_logprobs
+        )
+        with self._lock:
+            self._waiting.append(row)
+        return row
+
+    def cancel(self, row: Row) -> None:
+        """Stop a row; its place is free after the running step. Nothing happens to one that is done."""
+        row.cancelled = True
+
+    @torch.no_grad()
+    def step(self) -> list[Row]:
+        """One iteration: chunks of prompts, as many as fit into ``prefill_chunk`` tokens (one at least), then a token
+        for each row that decodes. Returns the rows that have something new: tokens, or their end."""
+        changed = self._drop_cancelled()
+        self._admit()
+        decoding = list(self._decoding)
+        changed += self._prefill()
+        changed += self._decode(decoding)
+        return changed
+
+    def _drop_cancelled(self) -> list[Row]:
+        with self._lock:
+            gone = [row for row in self._waiting if row.cancelled]
+            for row in gone:
+                self._waiting.remove(row)
+        gone += [row for row in (*self._filling, *self._decoding) if row.cancelled]
+        for row in gone:
+            self._finish(row, "cancelled")
+        return gone
+
+    def _admit(self) -> None:
+        """Give places to rows in the order in which they came."""
+        while self._waiting and self.running < self.max_rows:
+            row = self._waiting[0]
+            span = self.pool.take(len(row.prompt) + row.limit)
+            if span is None:
+                return
+            with self._lock:
+                self._waiting.popleft()
+            row.span, row.chooser = span, Chooser(row.prompt, row.sampling, self.model.config.vocab_size, self.device)
+            row.keys = list(self._boundaries(row.filling))
+            self._filling.append(row)
+
+    def _boundaries(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Where the chunks of ``ids`` end, each with a digest of what decides the numbers of its tokens: their ids and
+        those before, the boundaries, LongRoPE's angles, and the adapter that computes them."""
+        digest = hashlib.blake2b(repr((len(ids) > self.long_after, id(self.model.adapter))).encode(), digest_size=16)
+        for first in range(0, len(ids), self.prefill_chunk):
+            chunk = ids[first : first + self.prefill_chunk]
+            digest.update(repr(chunk).encode())
+            yield first + len(chunk), digest.digest()
+
+    def _prefill(self) -> list[Row]:
+        changed, spent = [], 0
+        for row in list(self._filling):
+            count = row.keys[0][0] - row.done
+            if spent and spent + count > self.prefill_chunk:
+                break
+            try:
+                hidden, computed = self._chunk(row)
+                spent += computed
+                if hidden is None:
+                    continue
+                self._filling.remove(row)
+                self._decoding.append(row)
+                logits = self._logits(hidden[None])
+                self._append(row, row.choose(logits), logits)
+                changed.append(row)
+            except (AfinaError, RuntimeError, ValueError, MemoryError) as problem:
+                self._fail(row, problem)
+                changed.append(row)
+        return changed
+
+    def _chunk(self, row: Row) -> tuple[Tensor | None, int]:
+        """Copy what is known of a row's prompt, and compute one chunk of the rest -> the hidden state (C,) of the
+        prompt's last token if that is reached, and how many tokens were computed."""
+        hidden = None if row.echo else self._copied(row)
+        if not row.keys or row.span is None:
+            return hidden, 0
+        (end, key), *row.keys = row.keys
+        count = end - row.done
+        ids = torch.tensor([row.filling[row.done : end]], device=self.device)
+        cache = ChunkCache(self.pool, row.span, row.done, len(row.filling))
+        if row.echo:
+            states = self.model.hidden(ids, cache=cache)[0]
+            self._echo(row, states)
+        else:
+            states = self.model.hidden(ids, cache=cache, positions=torch.tensor([count - 1], device=self.device))
+        row.done = end
+        self.pool.record(row.span, key)
+        if not row.keys:
+            row.span.last = states[-1].clone()
+        return row.span.last, count
+
+    def _copied(self, row: Row) -> Tensor | None:
+        """Copy the longest beginning of a row's prompt that another row has computed, chunk by chunk as this one would;
+        the hidden state (C,) of the last token if that is all."""
+        first, source, span = row.done, None, row.span
+        assert span is not None
+        while row.keys and (found := self.pool.find(row.keys[0][1], whole=len(row.keys) == 1)) is not None:
+            source = found
+            (row.done, key), *row.keys = row.keys
+            self.pool.record(span, key)
+        if source is None:
+            return None
+        self.pool.copy(source, span, first, row.done)
+        row.cached_tokens += row.done - first
+        span.last = None if row.keys else source.last
+        return span.last
+
+    def _echo(self, row: Row, states: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens that ``states`` (t, C), the latest chunk's, predict."""
+        found = row.prompt_logprobs
+        if found is None or len(found) == len(row.prompt):
+            return
+        if not found:
+            found.append(TokenLogprob(row.prompt[0], None, [], 0))
+        for part in states.split(ECHOED):
+            tokens = row.prompt[len(found) : len(found) + len(part)]
+            scores = logprobs_of(self.model.logits(part[: len(tokens)]), tokens, row.sampling.logprobs or 0)
+            for token, (logprob, top) in zip(tokens, scores, strict=True):
+                found.append(TokenLogprob(token, logprob, top, len(self.tokenizer.decode(row.prompt[: len(found)]))))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden (n, C) -> logits (n, V), computed in a batch of a size that is exact."""
+        filled = hidden.new_zeros(padded(len(hidden), self.sizes), 1, hidden.shape[-1])
+        filled[: len(hidden), 0] = hidden
+        return self.model.logits(filled)[: len(hidden), 0]
+
+    def _decode(self, rows: list[Row]) -> list[Row]:
+        """One token more for each of these rows."""
+        changed: list[Row] = []
+        rows = [row for row in rows if not self._restarts(row)]
+        for first in range(0, len(rows), self.sizes[-1]):
+            changed += self._decode_batch(rows[first : first + self.sizes[-1]])
+        return changed
+
+    def _restarts(self, row: Row) -> bool:
+        """Whether the next token makes a row so long that LongRoPE turns all of its positions by other angles: then
+        everything is computed again."""
+        if row.done != self.long_after or len(row.filling) > self.long_after:
+            return False
+        if row.span is not None:
+            self.pool.forget(row.span)
+        row.filling, row.done = [*row.prompt, *row.new], 0
+        row.keys = list(self._boundaries(row.filling))
+        self._decoding.remove(row)
+        self._filling.append(row)
+        return True
+
+    def _decode_batch(self, rows: list[Row]) -> list[Row]:
+        try:
+            logits = self._forward(rows)
+        except (RuntimeError, MemoryError) as problem:
+            if len(rows) == 1:
+                self._fail(rows[0], problem)
+                return rows
+            return [row for each in rows for row in self._decode_batch([each])]
+        best = logits.argmax(-1).tolist() if any(row.chooser.plain for row in rows if row.chooser) else []
+        for i, row in enumerate(rows):
+            row.done += 1
+            try:
+                plain = row.chooser is not None and row.chooser.plain
+                each = logits[i : i + 1]
+                self._append(row, best[i] if plain else row.choose(each), each)
+            except (AfinaError, RuntimeError, ValueError, MemoryError) as problem:
+                self._fail(row, problem)
+        return rows
+
+    def _forward(self, rows: list[Row]) -> Tensor:
+        size = padded(len(rows), self.sizes)
+        ids = torch.tensor([row.new[-1] for row in rows] + [0] * (size - len(rows)), device=self.device)
+        spans = [(row.span, row.done) for row in rows if row.span is not None]
+        cache = StepCache.of(self.pool, spans, size, self.device)
+        return self.model(ids[:, None], cache=cache)[: len(rows), 0]
+
+    def _append(self, row: Row, token: int, logits: Tensor) -> None:
+        """A row's next token is chosen, from logits (1, V)."""
+        row.last_token = time.perf_counter()
+        if row.first_token is None:
+            row.first_token = row.last_token
+        if token in row.ends:
+            self._finish(row, "stop")
+            return
+        if row.sampling.logprobs is not None:
+            ((logprob, top),) = logprobs_of(logits, [token], row.sampling.logprobs)
+            row.logprobs.append(TokenLogprob(token, logprob, top, row.offset()))
+        row.new.append(token)
+        if row.stopped():
+            self._finish(row, "stop")
+        elif len(row.new) >= row.limit:
+            self._finish(row, "length")
+
+    def _fail(self, row: Row, problem: Exception) -> None:
+        row.error = problem
+        self._finish(row, "error")
+
+    def _finish(self, row: Row, reason: str) -> None:
+        row.finish_reason = reason
+        for rows in (self._filling, self._decoding):
+            if row in rows:
+                rows.remove(row)
+        if row.span is not None:
+            self.pool.give_back(row.span, keep=reason != "error")
+            row.span = None
+        row.chooser = None
+
+
+def _default_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BYTES

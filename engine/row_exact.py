@@ -1,0 +1,92 @@
+"""How many rows a decoding step may have, so that a row's numbers are the same bits whatever the other rows are.
+
+A product of matrices chooses its code by its sizes: one row is a product of matrix and vector, whose sums go in another
+order than those of sixteen rows, and the rows that fill no whole tile have code of their own. Which numbers of rows
+give the same bits, no library promises. So it is measured, once for a model: each kind of layer computes the same rows
+in batches of several sizes, and a batch is filled up to one of those sizes that agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from afina.engine.linear import Linear
+from afina.engine.model import GPT, Layer
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def padded(count: int, sizes: Sequence[int]) -> int:
+    """The least of ``sizes`` that holds ``count`` rows, or the largest."""
+    return next((size for size in sizes if size >= count), sizes[-1])
+
+
+_measured: WeakKeyDictionary[GPT, dict[object, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
+    """The numbers of rows up to about ``most``, rising, among which a row's bits do not depend on which is taken, nor
+    on its place. On a GPU all of ``SIZES``: nothing is promised there. Measured once for a model, its adapter and the
+    number of threads."""
+    top = padded(most, SIZES)
+    known = _measured.setdefault(model, {})
+    key = top, torch.get_num_threads(), *_functions(model)
+    if key not in known:
+        known[key] = _measure(model, [size for size in SIZES if size <= top])
+    return known[key]
+
+
+@torch.no_grad()
+def _measure(model: GPT, sizes: list[int]) -> tuple[int, ...]:
+    if model.embed.weight.device.type != "cpu":
+        return tuple(sizes)
+    agree = set(sizes)
+    for function, width in _functions(model).values():
+        agree &= _agreeing(function, width, sorted(agree), model.embed.weight.dtype)
+        if sizes[-1] not in agree:
+            return (1,)
+    return tuple(sorted(agree))
+
+
+def _functions(model: GPT) -> dict[object, tuple[Callable[[Tensor], Tensor], int]]:
+    """What is computed of each row alone, with the width of its input: one of each kind, by what makes it one."""
+    found: dict[object, tuple[Callable[[Tensor], Tensor], int]] = {}
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        attn, mlp = layer.attn, layer.mlp
+        parts = [attn.qkv, attn.o, mlp.gate_up if mlp.gated else mlp.up, mlp.down]
+        key = tuple(_kind(part) for part in parts)
+        if key in found:
+            continue
+        found[key] = mlp, parts[2].in_features
+        for part in parts[:2]:
+            found[_kind(part)] = part, part.in_features
+    width = model.config.hidden_size
+    found["head"] = (lambda x: model.logits(model.norm.add(x, x)[0])), width
+    return found
+
+
+def _kind(layer: Linear) -> tuple[object, ...]:
+    adapted = None if layer.lora is None else (tuple(layer.lora.parts), layer.lora.magnitude is not None)
+    return layer.in_features, layer.out_features, layer.bias is not None, layer.frozen_format, adapted
+
+
+def _agreeing(function: Callable[[Tensor], Tensor], width: int, sizes: Sequence[int], dtype: torch.dtype) -> set[int]:
+    """The sizes with which ``function`` gives each row the bits that it has in the largest batch; none, not even the
+    largest, where there the place of a row matters."""
+    top = sizes[-1]
+    x = torch.randn(top, 1, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = function(x)
+    moved = function(x.roll(top // 2 + 1, 0)).roll(-(top // 2 + 1), 0)
+    if not torch.equal(moved, expected):
+        return set()
+    found = {top}
+    for size in sizes[:-1]:
+        first = top - size
+        if torch.equal(function(x[first:].clone()), expected[first:]):
+            found.add(size)
+    return found

@@ -1,0 +1,285 @@
+"""Rows join and leave in any company, and the numbers of each are those that it has alone, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hf_models import parametrize, saved
+from tiny_model import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from afina.engine.batcher import Batcher, Row
+from afina.engine.model import GPT
+from afina.engine.sampling import Sampling
+from afina.engine.weights import load_model
+from afina.errors import ConfigError, DataError
+from afina.loaders.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> GPT:
+    return tiny_model(tokenizer)
+
+
+class Watched(Batcher):
+    """Keeps the logits from which each row's tokens were chosen."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen: dict[Row, list[Tensor]] = {}
+
+    def _append(self, row: Row, token: int, logits: Tensor) -> None:
+        self.seen.setdefault(row, []).append(logits[0].clone())
+        super()._append(row, token, logits)
+
+
+def run(batcher: Batcher) -> None:
+    while not batcher.idle:
+        batcher.step()
+
+
+def prompts_of(count: int, vocab: int, *, longest: int, seed: int = 0) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=draw).tolist()
+    return [torch.randint(0, vocab, (n,), generator=draw).tolist() for n in lengths]
+
+
+def sampling_of(number: int) -> Sampling:
+    """Settings that differ from row to row."""
+    choices: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.2, "top_p": 0.9, "seed": number},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"temperature": 0.8, "top_k": 20, "min_p": 0.01, "frequency_penalty": 0.7, "logit_bias": {3: 2.0}},
+    ]
+    return Sampling(max_new_tokens=5 + 3 * (number % 5), **choices[number % 4])
+
+
+@parametrize("llama", "gemma2", "gpt2", "phi3-longrope", "qwen3")
+def test_a_row_alone_and_in_company(name: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows beside it come and go, are prefilled in chunks and cancelled, and begin as it does."""
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    model = load_model(saved(name).folder)
+    prompts = prompts_of(9, 61, longest=30)
+    prompts[3] = prompts[0][:8] + prompts[3]
+    prompts[4] = list(prompts[0])
+    alone = []
+    for number, prompt in enumerate(prompts):
+        batcher = Watched(model, tokenizer, max_rows=5, prefill_chunk=8, max_length=48)
+        row = batcher.submit(prompt, sampling_of(number))
+        run(batcher)
+        alone.append((row, batcher.seen[row]))
+    batcher = Watched(model, tokenizer, max_rows=5, prefill_chunk=8, max_length=48)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        rows.append(batcher.submit(prompt, sampling_of(number)))
+        extra = batcher.submit(prompt[::-1], Sampling(max_new_tokens=9))
+        for step in range(2):
+            batcher.step()
+            if step and number % 2:
+                batcher.cancel(extra)
+    run(batcher)
+    assert any(row.cached_tokens for row in rows)
+    for row, (lonely, logits) in zip(rows, alone, strict=True):
+        assert row.new == lonely.new
+        assert row.finish_reason == "length"
+        assert len(batcher.seen[row]) == len(logits)
+        assert all(torch.equal(a, b) for a, b in zip(batcher.seen[row], logits))
+
+
+@parametrize("llama", "gemma2", "phi3-longrope")
+def test_logits_are_those_of_a_plain_forward_pass(
+    name: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the window, and past LongRoPE's original maximum (32), where all of a row is computed again."""
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    model = load_model(saved(name).folder)
+    batcher = Watched(model, tokenizer, prefill_chunk=7, max_length=48)
+    rows = [batcher.submit(ids, Sampling(max_new_tokens=20)) for ids in prompts_of(4, 61, longest=32, seed=2)]
+    rows.append(batcher.submit(list(range(40)), Sampling(max_new_tokens=8)))
+    run(batcher)
+    for row in rows:
+        for count, logits in enumerate(batcher.seen[row]):
+            with torch.no_grad():
+                expected = model(torch.tensor([row.prompt + row.new[:count]]))[0, -1]
+            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-4)
+
+
+def greedy(**options: Any) -> Sampling:
+    return Sampling(**{"max_new_tokens": 6, **options})
+
+
+def test_what_cannot_be_run_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
+    batcher = Batcher(model, tokenizer, max_length=20)
+    with pytest.raises(DataError, match="empty"):
+        batcher.submit([], greedy())
+    with pytest.raises(DataError, match="has 20 tokens and a row holds 20 at most"):
+        batcher.submit([1] * 20, greedy())
+    with pytest.raises(DataError, match="token 320 does not exist: the model knows those from 0 to 319"):
+        batcher.submit([320], greedy())
+    with pytest.raises(DataError, match="token 999 does not exist"):
+        batcher.submit([1], greedy(logit_bias={999: 1.0}))
+    with pytest.raises(ConfigError, match="max_rows is 0"):
+        Batcher(model, tokenizer, max_rows=0)
+    with pytest.raises(ConfigError, match="cache_bytes is 100; expected 768 or more: a token of this model takes 256"):
+        Batcher(model, tokenizer, cache_bytes=100)
+    assert batcher.idle
+
+
+def test_the_cache_keeps_its_bound(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows wait for room, in their order; what is left of others makes room; none is longer than the cache."""
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    batcher = Batcher(model, tokenizer, cache_bytes=50 * 256)
+    assert batcher.cache_bytes == 50 * 256
+    assert batcher.max_length == 49
+    rows = [batcher.submit([i + 1] * 14, greedy()) for i in range(6)]
+    most = 0
+    while not batcher.idle:
+        batcher.step()
+        most = max(most, batcher.running)
+        assert batcher.cache_bytes == batcher.pool.memory.nbytes == 50 * 256
+        assert all(a.stop <= b.start for a, b in zip(batcher.pool.spans, batcher.pool.spans[1:]))
+    assert most == 2  # of 20 tokens each
+    ended = [row.last_token for row in rows]
+    assert all(row.finish_reason == "length" for row in rows)
+    assert ended == sorted(ended, key=lambda at: at or 0.0)
+    big = batcher.submit([3] * 43, greedy())
+    run(batcher)
+    assert len(big.new) == 6
+
+
+def test_a_cancelled_row_frees_its_place(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    batcher = Batcher(model, tokenizer, max_rows=2)
+    first, second, third, fourth = (batcher.submit([i + 1, 2], greedy(max_new_tokens=30)) for i in range(4))
+    batcher.step()
+    assert (batcher.running, batcher.waiting) == (2, 2)
+    batcher.cancel(first)
+    batcher.cancel(fourth)
+    changed = batcher.step()
+    assert first in changed
+    assert fourth in changed
+    assert first.finish_reason == fourth.finish_reason == "cancelled"
+    assert len(first.new) == 1
+    assert (batcher.running, batcher.waiting) == (2, 0)
+    run(batcher)
+    assert len(second.new) == len(third.new) == 30
+    batcher.cancel(second)  # too late
+    batcher.step()
+    assert second.finish_reason == "length"
+
+
+def test_an_error_in_one_row_stops_no_other(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    batcher = Batcher(model, tokenizer)
+    good, early, late = (batcher.submit([i + 1, 2], greedy()) for i in range(3))
+    hidden, choose = GPT.hidden, Row.choose
+
+    def failing(self: GPT, ids: Tensor, **options: Any) -> Tensor:
+        if ids.shape[1] == 2 and ids[0, 0] == 2:
+            raise RuntimeError("no memory")
+        return hidden(self, ids, **options)
+
+    def refusing(self: Row, logits: Tensor) -> int:
+        if self is late and len(self.new) == 3:
+            raise ValueError("no such token")
+        return choose(self, logits)
+
+    monkeypatch.setattr(GPT, "hidden", failing)
+    monkeypatch.setattr(Row, "choose", refusing)
+    late.sampling = Sampling(max_new_tokens=6, temperature=1.0)
+    run(batcher)
+    assert (early.finish_reason, str(early.error)) == ("error", "no memory")
+    assert (late.finish_reason, str(late.error), len(late.new)) == ("error", "no such token", 3)
+    assert (good.finish_reason, len(good.new)) == ("length", 6)
+    assert batcher.idle
+
+
+def test_shared_beginnings_are_computed_once(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the boundaries of chunks, from rows that run and from rows that are done; whole prompts too."""
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    system, computed = list(range(20)), []
+    hidden = GPT.hidden
+
+    def counting(self: GPT, ids: Tensor, **options: Any) -> Tensor:
+        computed.append(ids.numel() if ids.shape[0] == 1 and ids.shape[1] > 1 else 0)
+        return hidden(self, ids, **options)
+
+    monkeypatch.setattr(GPT, "hidden", counting)
+    batcher = Batcher(model, tokenizer, prefill_chunk=8)
+    sampling = Sampling(max_new_tokens=5, temperature=1.0)
+    rows = [batcher.submit([*system, 30, 31], sampling.nth(n)) for n in range(3)]
+    run(batcher)
+    rows.append(batcher.submit([*system, 40, 41, 42], sampling))
+    rows.append(batcher.submit([7, *system[1:]], sampling))
+    run(batcher)
+    assert [row.cached_tokens for row in rows] == [0, 22, 22, 16, 0]
+    assert sum(computed) == 22 + 7 + 20
+    assert len({tuple(row.new) for row in rows[:3]}) == 3
+
+
+def test_log_probabilities(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the model's own distribution, whatever the sampling makes of it; of the prompt's tokens too."""
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    prompt = tokenizer.encode("the quick brown fox jumps over", add_special=False)
+    sampling = Sampling(max_new_tokens=7, temperature=2.0, top_k=3, repetition_penalty=1.5, logprobs=4)
+    batcher = Batcher(model, tokenizer, prefill_chunk=5)
+    other = batcher.submit(prompt, Sampling(max_new_tokens=3))
+    row = batcher.submit(prompt, sampling, echo_logprobs=True)
+    run(batcher)
+    assert other.logprobs == []
+    assert row.cached_tokens == 0
+    ids = prompt + row.new
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert row.prompt_logprobs is not None
+    found = row.prompt_logprobs + row.logprobs
+    assert [entry.token for entry in found] == ids
+    assert found[0].logprob is None
+    for at, entry in enumerate(found[1:]):
+        assert entry.logprob == pytest.approx(float(expected[at, ids[at + 1]]), abs=1e-4)
+        values, tokens = expected[at].topk(4)
+        assert [token for token, _ in entry.top] == tokens.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+    for entry in row.logprobs:
+        piece = tokenizer.decode([entry.token], skip_special=True)
+        assert "\ufffd" in piece or row.text[entry.offset :].startswith(piece)
+    assert [e.offset for e in row.prompt_logprobs] == [len(tokenizer.decode(prompt[:n])) for n in range(len(prompt))]
+
+
+def test_penalties_and_bias(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    prompt = [5, 6, 7]
+
+    def tokens(**options: Any) -> list[int]:
+        batcher = Batcher(model, tokenizer)
+        row = batcher.submit(prompt, Sampling(max_new_tokens=12, **options))
+        run(batcher)
+        return row.new
+
+    def plain(frequency: float, presence: float, bias: dict[int, float]) -> list[int]:
+        new: list[int] = []
+        for _ in range(12):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + new]))[0, -1]
+            for token, number in bias.items():
+                logits[token] += number
+            for token in set(new):
+                logits[token] -= frequency * new.count(token) + presence
+            new.append(int(logits.argmax()))
+        return new
+
+    free = tokens()
+    assert free == plain(0, 0, {})
+    for frequency, presence, bias in ((2.0, 0.0, {}), (0.0, 2.0, {}), (1.5, -0.5, {free[0]: -100.0, 9: 3.0})):
+        found = tokens(frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias)
+        assert found == plain(frequency, presence, bias)
+    assert free[0] not in tokens(logit_bias={free[0]: -100})
+    assert tokens(logit_bias={9: 100}) == [9] * 12
