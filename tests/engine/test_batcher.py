@@ -248,9 +248,9 @@ def test_log_probabilities(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest
         values, tokens = expected[at].topk(4)
         assert [token for token, _ in entry.top] == tokens.tolist()
         assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
-    for entry in row.logprobs:
-        piece = tokenizer.decode([entry.token], skip_special=True)
-        assert "\ufffd" in piece or row.text[entry.offset :].startswith(piece)
+    start = len(tokenizer.decode(prompt))
+    before = [tokenizer.decode(prompt + row.new[:n], skip_special=True).rstrip("\ufffd") for n in range(7)]
+    assert [entry.offset for entry in row.logprobs] == [len(text) - start for text in before]
     assert [e.offset for e in row.prompt_logprobs] == [len(tokenizer.decode(prompt[:n])) for n in range(len(prompt))]
 
 
