@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from afina.engine.kv_pool import CPU_BYTES, ChunkCache, KVPool, Span, StepCache
+from afina.engine.packed import PackedModel
 from afina.engine.row_exact import exact_sizes, padded
 from afina.engine.sampler import Chooser, TokenLogprob, logprobs_of
 from afina.engine.sampling import Sampling
@@ -132,7 +133,9 @@ class Batcher:
             )
         self.max_length = min(longest, tokens)
         self.pool = KVPool(model.config, tokens, self.device, dtype)
-        self.sizes = exact_sizes(model, max_rows)
+        self.packed = PackedModel(model)
+        with self.packed:
+            self.sizes = exact_sizes(model, max_rows)
         self.long_after = min(
             (rope.original_max_positions for rope in model.config.ropes if rope.kind == "longrope"), default=context
         )
@@ -192,8 +195,9 @@ class Batcher:
         changed = self._drop_cancelled()
         self._admit()
         decoding = list(self._decoding)
-        changed += self._prefill()
-        changed += self._decode(decoding)
+        with self.packed:
+            changed += self._prefill()
+            changed += self._decode(decoding)
         return changed
 
     def _drop_cancelled(self) -> list[Row]:

@@ -160,6 +160,15 @@ class QuantizedWeight(Protocol):
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor: ...
 
 
+class PackedWeight(Protocol):
+    """A layer's computation from a weight in another layout: see ``packed.PackedLinear``."""
+
+    @property
+    def weight(self) -> Any: ...
+
+    def __call__(self, layer: Linear, x: Tensor) -> Tensor: ...
+
+
 class Linear(nn.Module):
     """y = x W^T + b: x (..., C) -> (..., O).
 
@@ -175,6 +184,7 @@ class Linear(nn.Module):
         self.quantized: QuantizedWeight | None = None
         self.lora: Lora | None = None
         self.fp8 = False  # in training, while W is a parameter
+        self.packed: PackedWeight | None = None  # used without gradient, also where neither of the two is there
         self.recompute: bool | None = None  # None: with an adapter (see ``recomputes``)
 
     def hold(self, weight: nn.Parameter | QuantizedWeight | None) -> None:
@@ -186,6 +196,8 @@ class Linear(nn.Module):
         """W (O, C): the parameter as it is, or dequantised to ``dtype``."""
         if self.quantized is not None:
             return self.quantized.dense(dtype)
+        if self.weight is None and self.packed is not None:
+            return self.packed.weight.dense()
         assert self.weight is not None
         return self.weight
 
@@ -193,14 +205,15 @@ class Linear(nn.Module):
         """The rows ``start:stop`` of ``dense(dtype)``, which are those of one or several of the file's matrices."""
         if self.quantized is not None:
             return self.quantized.rows(start, stop, dtype)
-        assert self.weight is not None
-        return self.weight[start:stop]
+        return self.dense(dtype)[start:stop]
 
     @property
     def nbytes(self) -> int:
         """Bytes of W as it is held."""
         held = self.weight if self.quantized is None else self.quantized
-        assert held is not None
+        if held is None:
+            assert self.packed is not None
+            return self.packed.weight.nbytes
         return held.nbytes
 
     def workspace_bytes(self, dtype: torch.dtype) -> int:
@@ -220,6 +233,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
         """``recompute`` computes x a second time, in the backward pass, so that x itself need not be kept."""
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self.packed(self, x)
         lora = self.lora
         if not torch.is_grad_enabled() or not self.recomputes():
             recompute = None

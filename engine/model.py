@@ -215,6 +215,7 @@ class GPT(nn.Module):
         self.activation_policy = "auto"
         self.attention_backend: str | None = None
         self.host_weights: HostWeights | None = None
+        self.packed_head: Callable[[Tensor], Tensor] | None = None  # the head's product, without gradient
         device = torch.device("cpu" if device is None else device)
         # On meta first: the layers' own initialisation would cost time and draw from the global random state.
         with torch.device("meta"):
@@ -263,7 +264,11 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C), after the final norm -> logits (..., V)."""
-        logits, cap = F.linear(hidden, self.head_weight), self.config.logit_softcap
+        packed, cap = self.packed_head, self.config.logit_softcap
+        if packed is None or torch.is_grad_enabled():
+            logits = F.linear(hidden, self.head_weight)
+        else:
+            logits = packed(hidden)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def hidden(

@@ -72,7 +72,14 @@ def _functions(model: GPT) -> dict[object, tuple[Callable[[Tensor], Tensor], int
 
 def _kind(layer: Linear) -> tuple[object, ...]:
     adapted = None if layer.lora is None else (tuple(layer.lora.parts), layer.lora.magnitude is not None)
-    return layer.in_features, layer.out_features, layer.bias is not None, layer.frozen_format, adapted
+    return (
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        layer.frozen_format,
+        layer.packed is None,
+        adapted,
+    )
 
 
 def _agreeing(function: Callable[[Tensor], Tensor], width: int, sizes: Sequence[int], dtype: torch.dtype) -> set[int]:

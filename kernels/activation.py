@@ -116,9 +116,7 @@ class _TorchGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.gelu = gelu
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        return _activate(gate, out, gelu).mul_(up)
+        return _torch_glu(gate_up, gelu)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
@@ -133,6 +131,12 @@ class _TorchGLU(torch.autograd.Function):
         else:
             torch.ops.aten.silu_backward.grad_input(dactivated, gate, grad_input=dgate)
         return grad, None
+
+
+def _torch_glu(gate_up: Tensor, gelu: bool) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return _activate(gate, out, gelu).mul_(up)
 
 
 def _activate(gate: Tensor, out: Tensor, gelu: bool) -> Tensor:
@@ -160,5 +164,6 @@ def _glu(gate_up: Tensor, gelu: bool, backend: str | None) -> Tensor:
     check_floating("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected (..., 2 I), found {tuple(gate_up.shape)}")
-    function = _TritonGLU if choose("glu", backend, gate_up) == "triton" else _TorchGLU
-    return function.apply(gate_up, gelu)
+    if choose("glu", backend, gate_up) == "triton":
+        return _TritonGLU.apply(gate_up, gelu)
+    return _TorchGLU.apply(gate_up, gelu) if torch.is_grad_enabled() else _torch_glu(gate_up, gelu)

@@ -258,21 +258,25 @@ def _row_by_row(
 ) -> Tensor:
     """Attention to a pool in torch, where each row's products have the shapes that they have without the others."""
     wide, room, kv_heads = wide_dtype(q.dtype), k.shape[0], k.shape[1]
-    rows = (q.to(wide) * scale).unflatten(1, (kv_heads, -1))  # (B, Hkv, G, D)
+    rows = (q.to(wide) * scale).unflatten(1, (kv_heads, -1)).unbind()  # (Hkv, G, D) each
     keys, values = k.permute(1, 2, 0), v.transpose(0, 1)  # (Hkv, D, N), (Hkv, N, D)
-    out = torch.zeros_like(rows)
-    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
+    found = []
+    for row, start, length in zip(rows, starts.tolist(), lengths.tolist()):
         if length == 0:
+            found.append(torch.zeros_like(row))
             continue
         if start < 0 or length < 0 or start + length > room:
             raise ValueError(f"lengths: expected rows within the pool's {room}, found {length} from {start} on")
         count = length if window is None else min(window, length)
         first = start + length - count
-        scores = torch.bmm(rows[row], keys.narrow(2, first, count).to(wide))
+        k_row, v_row = keys.narrow(2, first, count), values.narrow(1, first, count)
+        if k.dtype != wide:
+            k_row, v_row = k_row.to(wide), v_row.to(wide)
+        scores = torch.bmm(row, k_row)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        torch.bmm(torch.softmax(scores, -1), values.narrow(1, first, count).to(wide), out=out[row])
-    return out.flatten(1, 2).to(q.dtype)
+        found.append(torch.bmm(torch.softmax(scores, -1), v_row))
+    return torch.stack(found).flatten(1, 2).to(q.dtype)
 
 
 @torch.no_grad()

@@ -72,13 +72,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float) -> Any:
         total = x if residual is None else x + residual
-        rows = total.reshape(-1, x.shape[-1])
-        wide = rows.to(wide_dtype(x.dtype))
-        scale = _scale(weight, offset, wide.dtype)
-        mean_square = torch.linalg.vector_norm(wide, dim=1).square_().div_(max(1, rows.shape[1]))
-        rstd = mean_square.add_(eps).rsqrt_()
-        y = (wide * rstd.unsqueeze(1)).mul_(scale).to(x.dtype).view(x.shape)
-        ctx.save_for_backward(total, weight, rstd)
+        y, rstd = _rms(total, weight, eps, offset)
+        ctx.save_for_backward(total, weight, rstd.flatten())
         ctx.offset = offset
         return y if residual is None else (y, total)
 
@@ -99,6 +94,14 @@ class _RMSNorm(torch.autograd.Function):
                 t.add_(dtotal.reshape(-1, width))
             dx = t.to(total.dtype).view(total.shape)
         return dx, dweight, dx if ctx.needs_input_grad[2] else None, None, None
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x (..., C) -> y like x, and the rstd (..., 1) of its rows."""
+    wide = x.to(wide_dtype(x.dtype))
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(max(1, x.shape[-1]))
+    rstd = mean_square.add_(eps).rsqrt_()
+    return (wide * rstd).mul_(_scale(weight, offset, wide.dtype)).to(x.dtype), rstd
 
 
 def _scale(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
@@ -135,7 +138,11 @@ def rms_norm(
     _check(x, weight, None, residual)
     if choose("rms_norm", backend, x) == "triton" and x.numel():
         return _TritonNorm.apply(x, weight, None, residual, eps, weight_offset, False)
-    return _RMSNorm.apply(x, weight, residual, eps, weight_offset)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, residual, eps, weight_offset)
+    total = x if residual is None else x + residual
+    y, _ = _rms(total, weight, eps, weight_offset)
+    return y if residual is None else (y, total)
 
 
 @overload

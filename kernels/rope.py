@@ -19,7 +19,7 @@ from torch import Tensor
 
 from afina.kernels.backend import check_floating, check_shape, choose, wide_dtype
 from afina.kernels.norm import rms_norm
-from afina.kernels.rope_torch import TorchRope
+from afina.kernels.rope_torch import TorchRope, turn
 from afina.kernels.rope_triton import TritonRope
 from afina.kernels.saved import Saved
 
@@ -66,9 +66,17 @@ def rope(
     if q_weight is not None and k_weight is not None:
         q = rms_norm(q, q_weight, eps=eps, weight_offset=weight_offset, backend="torch")
         k = rms_norm(k, k_weight, eps=eps, weight_offset=weight_offset, backend="torch")
-    ones = cos.new_ones(1).expand(*cos.shape[:-1], q.shape[-1] - 2 * cos.shape[-1])
-    cos = torch.cat([cos, cos, ones], dim=-1).unsqueeze(-2).to(wide)
-    return TorchRope.apply(q, k, cos, sin.unsqueeze(-2).to(wide))
+    if not torch.is_grad_enabled():
+        return turn(q, k, _whole_heads(cos, q.shape[-1], wide), sin.unsqueeze(-2).to(wide))
+    return TorchRope.apply(q, k, _whole_heads(cos, q.shape[-1], wide), sin.unsqueeze(-2).to(wide))
+
+
+def _whole_heads(cos: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """cos (..., T, D_rot / 2) -> (..., T, 1, D), with 1 where nothing turns."""
+    parts = [cos, cos]
+    if dim > 2 * cos.shape[-1]:
+        parts.append(cos.new_ones(1).expand(*cos.shape[:-1], dim - 2 * cos.shape[-1]))
+    return torch.cat(parts, dim=-1).unsqueeze(-2).to(dtype)
 
 
 def saved(dtype: torch.dtype, head_dim: int, heads: int, backend: str, *, normed: bool) -> Saved:

@@ -18,13 +18,18 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return out.to(x.dtype)
 
 
+def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k, cos (..., T, 1, D), sin (..., T, 1, h) -> q, k, turned."""
+    return _turn(q, cos, sin, 1.0), _turn(k, cos, sin, 1.0)
+
+
 class TorchRope(torch.autograd.Function):
     """q, k, cos, sin -> q, k; cos (..., T, 1, D) and sin (..., T, 1, h) have the dtype of the products."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(q, cos, sin, 1.0), _turn(k, cos, sin, 1.0)
+        return turn(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

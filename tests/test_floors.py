@@ -137,6 +137,7 @@ TESTED_WITH = {
     "engine/task_results": "engine/test_tasks",
     "engine/rope_tables": "engine/test_model_config",
     "engine/kv_pool": "engine/test_batcher",
+    "engine/packed": "engine/test_batcher",
     "engine/row_exact": "engine/test_batcher",
     "engine/sampler": "engine/test_generate",
     "engine/sampling": "engine/test_generate",
