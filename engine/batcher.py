@@ -200,6 +200,10 @@ class Batcher:
             changed += self._decode(decoding)
         return changed
 
+    def forget(self) -> None:
+        """Give up what rows that are done have left for later ones; to be called when no row runs."""
+        self.pool.clear()
+
     def _drop_cancelled(self) -> list[Row]:
         with self._lock:
             gone = [row for row in self._waiting if row.cancelled]

@@ -84,6 +84,11 @@ class KVPool:
         if not keep or not span.keys:
             self._remove(span)
 
+    def clear(self) -> None:
+        """Give up what the spans of rows that are done hold."""
+        for span in [span for span in self.spans if not span.running]:
+            self._remove(span)
+
     def _hole(self, length: int) -> tuple[int, int] | None:
         start = 0
         for index, span in enumerate(self.spans):
