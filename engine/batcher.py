@@ -12,18 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from afina.engine.kv_pool import CPU_BYTES, ChunkCache, KVPool, Span, StepCache
+from afina.engine.decode_step import DecodeStep
+from afina.engine.kv_pool import CPU_BYTES, ChunkCache, KVPool, Span
 from afina.engine.packed import PackedModel
 from afina.engine.row_exact import exact_sizes, padded
 from afina.engine.sampler import Chooser, TokenLogprob, logprobs_of
 from afina.engine.sampling import Sampling
 from afina.engine.text_stream import TextStream
 from afina.errors import AfinaError, ConfigError, DataError
+from afina.kernels.backend import trusted
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
@@ -133,8 +136,9 @@ class Batcher:
             )
         self.max_length = min(longest, tokens)
         self.pool = KVPool(model.config, tokens, self.device, dtype)
+        self.step_of = DecodeStep(model, self.pool, self.max_length)
         self.packed = PackedModel(model)
-        with self.packed:
+        with self.packed, trusted() if self.device.type == "cpu" else nullcontext():
             self.sizes = exact_sizes(model, max_rows)
         self.long_after = min(
             (rope.original_max_positions for rope in model.config.ropes if rope.kind == "longrope"), default=context
@@ -197,7 +201,8 @@ class Batcher:
         decoding = list(self._decoding)
         with self.packed:
             changed += self._prefill()
-            changed += self._decode(decoding)
+            with trusted() if self.device.type == "cpu" else nullcontext():
+                changed += self._decode(decoding)
         return changed
 
     def forget(self) -> None:
@@ -354,11 +359,16 @@ class Batcher:
         return rows
 
     def _forward(self, rows: list[Row]) -> Tensor:
-        size = padded(len(rows), self.sizes)
-        ids = torch.tensor([row.new[-1] for row in rows] + [0] * (size - len(rows)), device=self.device)
-        spans = [(row.span, row.done) for row in rows if row.span is not None]
-        cache = StepCache.of(self.pool, spans, size, self.device)
-        return self.model(ids[:, None], cache=cache)[: len(rows), 0]
+        """The logits (n, V) behind the last token of each row."""
+        empty = [0] * (padded(len(rows), self.sizes) - len(rows))
+        starts = [row.span.start for row in rows if row.span is not None]
+        table = [
+            [row.new[-1] for row in rows] + empty,
+            starts + empty,
+            [row.done + 1 for row in rows] + empty,
+            [start + row.done for start, row in zip(starts, rows, strict=True)] + [self.pool.tokens] * len(empty),
+        ]
+        return self.step_of(torch.tensor(table))[: len(rows)]
 
     def _append(self, row: Row, token: int, logits: Tensor) -> None:
         """A row's next token is chosen, from logits (1, V)."""

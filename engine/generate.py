@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afina.engine.batcher import Batcher, Row
+from afina.engine.sampler import TokenLogprob
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
 from afina.loaders.text.render import Example, render_prompt
@@ -19,10 +20,11 @@ Prompt = str | Sequence[Mapping[str, Any]] | Example  # continued as it is; chat
 
 
 class Completion(NamedTuple):
-    """What a model wrote, and how many tokens it took."""
+    """What a model wrote, how many tokens it took, and how likely each was, if the sampling asks for that."""
 
     text: str
     tokens: int
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, tools: Tools | None = None, **sampling: Any) -> str:
@@ -64,22 +66,34 @@ def complete(
     for row in rows:
         while row.finish_reason is None:
             batcher.step()
-        yield Completion(_text(row), len(row.new))
+        yield Completion(_text(row), len(row.new), row.logprobs)
 
 
 def stream(
-    model: GPT, tokenizer: Tokenizer, prompt: Prompt, *, tools: Tools | None = None, **sampling: Any
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    tools: Tools | None = None,
+    batcher: Batcher | None = None,
+    **sampling: Any,
 ) -> Iterator[str]:
-    """``generate`` in pieces as they become certain: no half character, and no part of a stop string."""
-    batcher = Batcher(model, tokenizer, max_rows=1)
+    """``generate`` in pieces as they become certain: no half character, and no part of a stop string.
+
+    ``batcher``: one of this model to run in; what it remembers of earlier prompts is not computed again.
+    """
+    batcher = batcher or Batcher(model, tokenizer, max_rows=1)
     row = batcher.submit(encode_prompt(model, tokenizer, prompt, tools=tools), Sampling(**sampling))
     sent = ""
-    while row.finish_reason is None:
-        batcher.step()
-        text = _text(row)
-        if len(text) > len(sent) and text.startswith(sent):
-            yield text[len(sent) :]
-            sent = text
+    try:
+        while row.finish_reason is None:
+            batcher.step()
+            text = _text(row)
+            if len(text) > len(sent) and text.startswith(sent):
+                yield text[len(sent) :]
+                sent = text
+    finally:
+        batcher.cancel(row)
 
 
 def _text(row: Row) -> str:

@@ -9,7 +9,6 @@ to there and of where the boundaries before it were: only then would computing i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,20 +164,8 @@ class StepCache(ChunkCache):
 
     def __init__(self, pool: KVPool, starts: Tensor, lengths: Tensor, places: Tensor, longest: int) -> None:
         self.pool, self.starts, self.lengths, self.places = pool, starts, lengths.int(), places
-        self.positions = (lengths - 1).clamp_(min=0)[:, None]
+        self.positions = (lengths - 1).clamp(min=0)[:, None]
         self.totals, self.longest = lengths[:, None], longest
-
-    @classmethod
-    def of(cls, pool: KVPool, rows: Sequence[tuple[Span, int]], size: int, device: torch.device) -> StepCache:
-        """For rows (span, tokens in it so far), filled up to ``size`` rows."""
-        empty = size - len(rows)
-        table = [
-            [span.start for span, _ in rows] + [0] * empty,
-            [length + 1 for _, length in rows] + [0] * empty,
-            [span.start + length for span, length in rows] + [pool.tokens] * empty,
-        ]
-        starts, lengths, places = torch.tensor(table, device=device)
-        return cls(pool, starts, lengths, places, max(table[1]))
 
     def slots(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Places:
         return Places(self.positions, self.totals, self.longest)
@@ -187,4 +174,6 @@ class StepCache(ChunkCache):
         keys, values = self.pool.layers[layer]
         keys.index_copy_(0, self.places, k[:, 0])
         values.index_copy_(0, self.places, v[:, 0])
-        return decode_attention(q[:, 0], keys, values, self.lengths, starts=self.starts, **options)[:, None]
+        return decode_attention(
+            q[:, 0], keys, values, self.lengths, starts=self.starts, longest=self.longest, **options
+        )[:, None]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from afina.engine.model import GPT
 
 ROWS = 16  # the batch that the layout is chosen for
+LEAST = 1 << 18  # numbers of a weight from which on it pays: oneDNN's call takes as long as a product of that size
 
 
 class Packed:
@@ -86,9 +87,9 @@ class PackedModel:
         self.layers: list[tuple[Linear, PackedLinear]] = []
         self.head: Packed | None = None
         if packable(model):
-            plain = [m for m in model.modules() if isinstance(m, Linear) and m.packed is None and m.weight is not None]
-            self.layers = [(layer, PackedLinear(layer)) for layer in plain]
-            self.head = Packed(model.head_weight) if model.packed_head is None else None
+            self.layers = [(layer, PackedLinear(layer)) for _, layer in _worth_it(model)]
+            if model.packed_head is None and model.head_weight.numel() >= LEAST:
+                self.head = Packed(model.head_weight)
 
     def __enter__(self) -> None:
         for layer, packed in self.layers:
@@ -120,9 +121,15 @@ def release(model: GPT, *, keep: Collection[str] = ()) -> None:
     will exchange, and the embedding. The model generates and evaluates as before, and cannot train any more."""
     if not packable(model):
         return
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and layer.weight is not None and f"{name}.weight" not in keep:
+    for name, layer in _worth_it(model):
+        if f"{name}.weight" not in keep:
             layer.packed = PackedLinear(layer)
             layer.hold(None)
-    if not {"embed.weight", "head.weight"} & set(keep):
+    if model.head_weight.numel() >= LEAST and not {"embed.weight", "head.weight"} & set(keep):
         model.packed_head = Packed(model.head_weight)
+
+
+def _worth_it(model: GPT) -> list[tuple[str, Linear]]:
+    """The layers that packing makes faster, with their names."""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    return [(n, x) for n, x in linear if x.packed is None and x.weight is not None and x.weight.numel() >= LEAST]

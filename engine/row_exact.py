@@ -18,6 +18,7 @@ from afina.engine.linear import Linear
 from afina.engine.model import GPT, Layer
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+POWERS = tuple(2**n for n in range(9))
 
 
 def padded(count: int, sizes: Sequence[int]) -> int:
@@ -30,8 +31,10 @@ _measured: WeakKeyDictionary[GPT, dict[object, tuple[int, ...]]] = WeakKeyDictio
 
 def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
     """The numbers of rows up to about ``most``, rising, among which a row's bits do not depend on which is taken, nor
-    on its place. On a GPU all of ``SIZES``: nothing is promised there. Measured once for a model, its adapter and the
-    number of threads."""
+    on its place. Measured once for a model, its adapter and the number of threads. On a GPU nothing is promised: they
+    are powers of two there, of which each is one captured graph."""
+    if model.embed.weight.device.type == "cuda":
+        return tuple(size for size in POWERS if size < 2 * most)
     top = padded(most, SIZES)
     known = _measured.setdefault(model, {})
     key = top, torch.get_num_threads(), *_functions(model)
@@ -42,8 +45,6 @@ def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _measure(model: GPT, sizes: list[int]) -> tuple[int, ...]:
-    if model.embed.weight.device.type != "cpu":
-        return tuple(sizes)
     agree = set(sizes)
     for function, width in _functions(model).values():
         agree &= _agreeing(function, width, sorted(agree), model.embed.weight.dtype)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afina.kernels.backend import as_rows, check_floating, choose
+from afina.kernels.backend import as_rows, check_floating, choose, lean
 from afina.kernels.launch import cdiv, config, jit, launch, tl
 from afina.kernels.saved import Saved
 
@@ -161,9 +161,10 @@ def saved() -> Saved:
 
 
 def _glu(gate_up: Tensor, gelu: bool, backend: str | None) -> Tensor:
+    if lean.on:
+        return _torch_glu(gate_up, gelu)
     check_floating("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected (..., 2 I), found {tuple(gate_up.shape)}")
-    if choose("glu", backend, gate_up) == "triton":
-        return _TritonGLU.apply(gate_up, gelu)
-    return _TorchGLU.apply(gate_up, gelu) if torch.is_grad_enabled() else _torch_glu(gate_up, gelu)
+    function = _TritonGLU if choose("glu", backend, gate_up) == "triton" else _TorchGLU
+    return function.apply(gate_up, gelu)

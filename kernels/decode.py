@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from afina.kernels.attention_triton import View, tanh
-from afina.kernels.backend import check_floating, check_like, check_shape, choose, wide_dtype
+from afina.kernels.backend import check_floating, check_like, check_shape, choose, lean, wide_dtype
 from afina.kernels.launch import INTERPRETED, cdiv, config, jit, launch, power_of_two, tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -198,6 +198,7 @@ def _triton(
     v: Tensor,
     starts: Tensor | None,
     lengths: Tensor,
+    longest: int | None,
     softcap: float | None,
     window: int | None,
     scale: float,
@@ -212,6 +213,7 @@ def _triton(
     group = heads // key_heads
     columns = power_of_two(dim, 16)
     work = batch * key_heads * cdiv(group, HEADS)
+    room = room if longest is None else min(room, longest)
     span = room if window is None else min(room, window)
     splits = _splits(work, programs, cdiv(span, row["BLOCK"]))
     parts = None
@@ -287,6 +289,7 @@ def decode_attention(
     lengths: Tensor,
     *,
     starts: Tensor | None = None,
+    longest: int | None = None,
     softcap: float | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -296,12 +299,14 @@ def decode_attention(
 
     With `starts` (B,) int64 the caches are pools (N, Hkv, D) and row b's tokens are starts[b] up to starts[b] +
     lengths[b]. The torch path then computes each row by itself, in the order that its own length gives: a row's bits do
-    not depend on the rows beside it.
+    not depend on the rows beside it. `longest` says that no row is longer, which Triton divides its work by.
     The cache may hold anything past a row's length. A row of length 0 gives 0. scale defaults to D ** -0.5.
     Raises ValueError for shapes, dtypes, devices or options that do not fit. The torch path also raises it for lengths
     outside [0, S]. Triton takes those as the nearest of 0 and S, because a look at them would make the CPU wait for
     the GPU.
     """
+    if lean.on and starts is not None:
+        return _row_by_row(q, k_cache, v_cache, starts, lengths, softcap, window, scale or q.shape[-1] ** -0.5)
     check_floating("q", q)
     if q.dim() != 3:
         raise ValueError(f"q: expected (B, Hq, D), found {tuple(q.shape)}")
@@ -328,7 +333,7 @@ def decode_attention(
     if backend == "triton" and dim > MAX_HEAD_DIM:
         raise ValueError(f"q: backend 'triton' takes heads of at most {MAX_HEAD_DIM} dimensions, found {dim}")
     if choose("decode_attention", backend, q) == "triton" and dim <= MAX_HEAD_DIM:
-        return _triton(q, k_cache, v_cache, starts, lengths, softcap, window, scale)
+        return _triton(q, k_cache, v_cache, starts, lengths, longest, softcap, window, scale)
     if batch == 0:
         return torch.zeros_like(q)
     if starts is not None:

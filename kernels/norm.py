@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afina.kernels.backend import check_floating, check_shape, choose, wide_dtype
+from afina.kernels.backend import check_floating, check_shape, choose, lean, wide_dtype
 from afina.kernels.norm_triton import Affine, Statistics, launch_backward, launch_forward
 from afina.kernels.saved import Saved
 
@@ -98,10 +98,14 @@ class _RMSNorm(torch.autograd.Function):
 
 def _rms(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """x (..., C) -> y like x, and the rstd (..., 1) of its rows."""
-    wide = x.to(wide_dtype(x.dtype))
+    if x.dtype == weight.dtype == torch.float32:
+        wide, scale = x, weight + offset if offset else weight
+    else:
+        wide = x.to(wide_dtype(x.dtype))
+        scale = _scale(weight, offset, wide.dtype)
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(max(1, x.shape[-1]))
     rstd = mean_square.add_(eps).rsqrt_()
-    return (wide * rstd).mul_(_scale(weight, offset, wide.dtype)).to(x.dtype), rstd
+    return (wide * rstd).mul_(scale).to(x.dtype), rstd
 
 
 def _scale(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
@@ -135,14 +139,14 @@ def rms_norm(
     added to the weight (1.0 for Gemma). With `residual`, shaped and typed like x, the sum x + residual is normalised,
     and (y, x + residual) is returned. Raises ValueError for a wrong shape, dtype, device or backend.
     """
+    if lean.on:
+        total = x if residual is None else x + residual
+        y, _ = _rms(total, weight, eps, weight_offset)
+        return y if residual is None else (y, total)
     _check(x, weight, None, residual)
     if choose("rms_norm", backend, x) == "triton" and x.numel():
         return _TritonNorm.apply(x, weight, None, residual, eps, weight_offset, False)
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, residual, eps, weight_offset)
-    total = x if residual is None else x + residual
-    y, _ = _rms(total, weight, eps, weight_offset)
-    return y if residual is None else (y, total)
+    return _RMSNorm.apply(x, weight, residual, eps, weight_offset)
 
 
 @overload
@@ -168,6 +172,10 @@ def layer_norm(
 
     Everything else is as in `rms_norm`.
     """
+    if lean.on:
+        total = x if residual is None else x + residual
+        y = F.layer_norm(total, (x.shape[-1],), weight, bias, eps)
+        return y if residual is None else (y, total)
     _check(x, weight, bias, residual)
     if choose("layer_norm", backend, x) == "triton" and x.numel():
         return _TritonNorm.apply(x, weight, bias, residual, eps, 0.0, True)

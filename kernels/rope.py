@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afina.kernels.backend import check_floating, check_shape, choose, wide_dtype
+from afina.kernels.backend import check_floating, check_shape, choose, lean, wide_dtype
 from afina.kernels.norm import rms_norm
 from afina.kernels.rope_torch import TorchRope, turn
 from afina.kernels.rope_triton import TritonRope
@@ -57,6 +57,8 @@ def rope(
     Raises ValueError for shapes that do not fit, for D_rot > D, for wrong dtypes, for tensors on several devices, and
     for a backend that is unknown or cannot run.
     """
+    if lean.on and q_weight is None:
+        return turn(q, k, cos, sin)
     _check(q, k, cos, sin, q_weight, k_weight)
     wide = wide_dtype(q.dtype)
     if choose("rope", backend, q) == "triton" and q.numel() and k.numel():
@@ -66,17 +68,9 @@ def rope(
     if q_weight is not None and k_weight is not None:
         q = rms_norm(q, q_weight, eps=eps, weight_offset=weight_offset, backend="torch")
         k = rms_norm(k, k_weight, eps=eps, weight_offset=weight_offset, backend="torch")
-    if not torch.is_grad_enabled():
-        return turn(q, k, _whole_heads(cos, q.shape[-1], wide), sin.unsqueeze(-2).to(wide))
-    return TorchRope.apply(q, k, _whole_heads(cos, q.shape[-1], wide), sin.unsqueeze(-2).to(wide))
-
-
-def _whole_heads(cos: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """cos (..., T, D_rot / 2) -> (..., T, 1, D), with 1 where nothing turns."""
-    parts = [cos, cos]
-    if dim > 2 * cos.shape[-1]:
-        parts.append(cos.new_ones(1).expand(*cos.shape[:-1], dim - 2 * cos.shape[-1]))
-    return torch.cat(parts, dim=-1).unsqueeze(-2).to(dtype)
+    ones = cos.new_ones(1).expand(*cos.shape[:-1], q.shape[-1] - 2 * cos.shape[-1])
+    cos = torch.cat([cos, cos, ones], dim=-1).unsqueeze(-2).to(wide)
+    return TorchRope.apply(q, k, cos, sin.unsqueeze(-2).to(wide))
 
 
 def saved(dtype: torch.dtype, head_dim: int, heads: int, backend: str, *, normed: bool) -> Saved:

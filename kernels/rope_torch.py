@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from afina.kernels.backend import wide_dtype
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -19,8 +22,32 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k, cos (..., T, 1, D), sin (..., T, 1, h) -> q, k, turned."""
-    return _turn(q, cos, sin, 1.0), _turn(k, cos, sin, 1.0)
+    """Few tokens, without gradient: q, k, cos and sin as ``rope`` takes them -> q, k, turned.
+
+    As many calls as need be: they, and not the numbers, take the time. Angles are laid out once for all layers.
+    """
+    whole, signed = _laid_out(cos, sin, q.dtype)
+    found, width = [], whole.shape[-1]
+    for x in (q, k):
+        part = x if x.shape[-1] == width else x[..., :width]
+        turned = torch.mul(part, whole).addcmul_(torch.roll(part, width // 2, -1), signed)
+        if x.shape[-1] > width:
+            turned = torch.cat((turned, x[..., width:]), -1)
+        found.append(turned.to(x.dtype))
+    return found[0], found[1]
+
+
+_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _laid_out(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[cos, cos] and [-sin, sin] (..., T, 1, 2 h), which are made once for a tensor ``cos``."""
+    found = _layouts.get(cos)
+    if found is None:
+        wide = wide_dtype(dtype)
+        whole, signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        found = _layouts[cos] = whole.unsqueeze(-2).to(wide), signed.unsqueeze(-2).to(wide)
+    return found
 
 
 class TorchRope(torch.autograd.Function):
@@ -29,7 +56,7 @@ class TorchRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return turn(q, k, cos, sin)
+        return _turn(q, cos, sin, 1.0), _turn(k, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -136,6 +136,7 @@ TESTED_WITH = {
     "engine/questions": "engine/test_tasks",
     "engine/task_results": "engine/test_tasks",
     "engine/rope_tables": "engine/test_model_config",
+    "engine/decode_step": "engine/test_batcher",
     "engine/kv_pool": "engine/test_batcher",
     "engine/packed": "engine/test_batcher",
     "engine/row_exact": "engine/test_batcher",

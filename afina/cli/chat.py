@@ -10,6 +10,7 @@ from typing import Any
 from afina.cli.options import (
     Parser,
     Verb,
+    exchanged,
     model_options,
     open_adapted,
     sampling_of,
@@ -25,18 +26,22 @@ def add_options(parser: Parser) -> None:
     model_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     tools_option(parser)
-    sampling_options(parser)
+    sampling_options(parser, without=("logprobs",))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read messages from standard input until it ends; answers are printed as they are written."""
-    sampling = sampling_of(args)
+    sampling = sampling_of(args, without=("logprobs",))
     Sampling(**sampling)
     tools = tools_of(args)
+    from afina.engine.batcher import Batcher
     from afina.engine.generate import stream
     from afina.engine.lora import set_adapter
+    from afina.engine.packed import release
 
     model, tokenizer, adapters = open_adapted(args)
+    release(model, keep=exchanged(adapters))
+    batcher = Batcher(model, tokenizer, max_rows=1)
     person = sys.stdin.isatty()
     if person:
         with contextlib.suppress(ImportError):
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             asked = [*messages, {"role": "user" if result == line else "tool", "content": result}]
             answer = ""
             try:
-                for piece in stream(model, tokenizer, asked, tools=tools, **sampling):
+                for piece in stream(model, tokenizer, asked, tools=tools, batcher=batcher, **sampling):
                     print(piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:  # cuts the answer short, not the conversation

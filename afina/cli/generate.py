@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afina.cli.options import (
     Parser,
     Verb,
+    exchanged,
     model_options,
     open_adapted,
     option,
@@ -24,6 +25,10 @@ from afina.engine.sampling import Sampling
 from afina.engine.settings import checked
 from afina.engine.train_config import TrainConfig
 from afina.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from afina.engine.generate import Completion
+    from afina.loaders.text.tokenizer import Tokenizer
 
 
 def add_options(parser: Parser) -> None:
@@ -57,20 +62,25 @@ def _generate_one(args: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(**sampling_of(args))
     from afina.engine.generate import complete, encode_prompt
     from afina.engine.lora import set_adapter
+    from afina.engine.packed import release
 
     model, tokenizer, adapters = open_adapted(args)
+    release(model, keep=exchanged(adapters))
     prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
     ids = encode_prompt(model, tokenizer, prompt, tools=tools_of(args))
-    started, tokens, texts = time.perf_counter(), 0, {}
+    started, tokens, texts, likely = time.perf_counter(), 0, {}, {}
     for name, adapter in adapters.items():
         set_adapter(model, adapter)
         (done,) = complete(model, tokenizer, [ids], sampling)
         texts[name] = done.text
         tokens += done.tokens
+        likely[name] = likelihoods(tokenizer, done)
         if not args.json:
             print(f"== {name} ==\n{done.text}" if len(adapters) > 1 else done.text)
     speed = round(tokens / (time.perf_counter() - started), 1)
-    several = {"texts": texts} if len(texts) > 1 else {}
+    several: dict[str, Any] = {"texts": texts} if len(texts) > 1 else {}
+    if sampling.logprobs is not None:
+        several |= {"logprobs": likely if len(likely) > 1 else next(iter(likely.values()))}
     return {"text": next(iter(texts.values())), **several, "tokens": tokens, "tokens_per_second": speed}
 
 
@@ -86,6 +96,7 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
 
     from afina.engine.generate import complete, encode_prompt
     from afina.engine.lora import set_adapter
+    from afina.engine.packed import release
     from afina.engine.questions import answer_of
     from afina.loaders.data.rows import read_rows
     from afina.loaders.text.source import load_tokenizer
@@ -100,16 +111,20 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
         )
     )
     model, tokenizer, adapters = open_adapted(args)
+    release(model, keep=exchanged(adapters))
     prompts = [encode_prompt(model, tokenizer, row.example, where=row.example.where) for row in rows]
     started, tokens = time.perf_counter(), 0
     texts: dict[str, list[str]] = {}
+    likely: dict[str, list[Any]] = {}
     total = len(rows) * len(adapters)
     with open_file(output, error=WeightsError) as file, tqdm(total=total, unit="row", disable=None) as bar:
         for name, adapter in adapters.items():
             set_adapter(model, adapter)
             found = texts[name] = []
+            scores = likely[name] = []
             for done in complete(model, tokenizer, prompts, sampling, batch_size=batch_size):
                 found.append(done.text)
+                scores.append(likelihoods(tokenizer, done))
                 tokens += done.tokens
                 bar.update()
         for number, row in enumerate(rows):
@@ -117,6 +132,9 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
             line = {**row.raw, "completion": next(iter(each.values()))} | (
                 {"completions": each} if len(each) > 1 else {}
             )
+            if sampling.logprobs is not None:
+                both = {name: scores[number] for name, scores in likely.items()}
+                line["logprobs"] = both if len(both) > 1 else next(iter(both.values()))
             own = answer_of(row.example)
             line |= {} if own is None else {"reference": own}
             file.write(to_json(line).encode(errors="backslashreplace") + b"\n")  # half characters as JSON escapes
@@ -124,6 +142,21 @@ def _generate_rows(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{output}: {len(rows):,} rows, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
     speed = round(tokens / seconds, 1)
     return {"output": str(output), "rows": len(rows), "text": None, "tokens": tokens, "tokens_per_second": speed}
+
+
+def likelihoods(tokenizer: Tokenizer, done: Completion) -> list[dict[str, Any]]:
+    """How likely each token was, of the model's own distribution, as JSON."""
+    return [
+        {
+            "token": tokenizer.decode([each.token]),
+            "id": each.token,
+            "logprob": each.logprob,
+            "top": [
+                {"token": tokenizer.decode([token]), "id": token, "logprob": logprob} for token, logprob in each.top
+            ],
+        }
+        for each in done.logprobs
+    ]
 
 
 VERB = Verb("continue a text, or complete a file of rows", add_options, run)

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -144,6 +144,11 @@ def open_adapted(args: argparse.Namespace) -> tuple[GPT, Tokenizer, dict[str, Ad
     return model, tokenizer, adapters
 
 
+def exchanged(adapters: Mapping[str, Adapter | None]) -> set[str]:
+    """The parameters of the base that a change of adapter exchanges, because one of them trained them whole."""
+    return {name for adapter in adapters.values() if adapter is not None for name in adapter.inactive}
+
+
 def option(args: argparse.Namespace, owner: type, name: str) -> Any:
     """A flag's value in the type of the setting it stands for, or the setting's default."""
     value, f = getattr(args, name), fields(owner)[name]
@@ -174,13 +179,13 @@ def tools_of(args: argparse.Namespace) -> tuple[dict[str, Any], ...] | None:
     return tools
 
 
-def sampling_options(parser: Parser) -> None:
-    for name in fields(Sampling):
+def sampling_options(parser: Parser, *, without: Sequence[str] = ()) -> None:
+    for name in (name for name in fields(Sampling) if name not in without):
         parser.add_setting(Sampling, name, **({"action": "append"} if name == "stop" else {}))
 
 
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: option(args, Sampling, name) for name in fields(Sampling)}
+def sampling_of(args: argparse.Namespace, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    return {name: option(args, Sampling, name) for name in fields(Sampling) if name not in without}
 
 
 def to_json(value: Any) -> str:
