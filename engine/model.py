@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,6 +181,11 @@ class Layer(nn.Module):
         return residual, attended + branch if self.parallel else branch
 
 
+@cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()
+
+
 def _add(norm: Norm | None, residual: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
     if norm is not None:
         return norm.add(residual, branch)
@@ -325,7 +330,7 @@ class GPT(nn.Module):
         residual = self.embed(input_ids)
         if self.config.embed_scale is not None:
             # Rounded to the weights' dtype first, as the models were trained.
-            residual = residual * torch.tensor(self.config.embed_scale, dtype=residual.dtype).item()
+            residual = residual * _rounded(self.config.embed_scale, residual.dtype)
         if self.config.learned_positions:
             if longest > self.config.max_positions and (found := int(lengths.max())) > self.config.max_positions:
                 raise ConfigError(

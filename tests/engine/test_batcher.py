@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,13 +10,23 @@ import torch
 from hf_models import parametrize, saved
 from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from afina.engine import kv_pool, packed
 from afina.engine.batcher import Batcher, Row
+from afina.engine.decode_step import DecodeStep
+from afina.engine.kv_pool import KVPool
+from afina.engine.linear import Linear
+from afina.engine.lora import new_adapter, set_adapter
 from afina.engine.model import GPT
+from afina.engine.packed import PackedModel, packable, release
+from afina.engine.row_exact import padded
 from afina.engine.sampling import Sampling
+from afina.engine.text_stream import WINDOW, TextStream
 from afina.engine.weights import load_model
 from afina.errors import ConfigError, DataError
 from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.weights.peft import AdapterConfig
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +294,121 @@ def test_penalties_and_bias(model: GPT, tokenizer: Tokenizer, monkeypatch: pytes
         assert found == plain(frequency, presence, bias)
     assert free[0] not in tokens(logit_bias={free[0]: -100})
     assert tokens(logit_bias={9: 100}) == [9] * 12
+
+
+def adapted(model: GPT, **options: Any) -> None:
+    config = AdapterConfig(r=3, alpha=6, **options)
+    adapter = new_adapter(model, config, targets=("q_proj", "v_proj", "down_proj"), seed=0)
+    for lora in adapter.loras.values():
+        torch.nn.init.normal_(lora.B, std=0.1)
+    set_adapter(model, adapter)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"dora": True}], ids=["plain", "lora", "dora"])
+@torch.no_grad()
+def test_packed_weights_compute_the_same(
+    model: GPT, options: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the plain ones, which come back after the step; and alone, when those are gone."""
+    monkeypatch.setattr(packed, "LEAST", 1)
+    model = copy.deepcopy(model).eval()
+    if options is not None:
+        adapted(model, **options)
+    if not packable(model):
+        pytest.skip("torch cannot pack weights here")
+    ids = torch.randint(0, 300, (3, 7), generator=torch.Generator().manual_seed(1))
+    expected = model(ids)
+    names = [name for name, _ in model.named_parameters()]
+    with PackedModel(model):
+        assert all(module.packed is not None for module in model.modules() if isinstance(module, Linear))
+        assert model.packed_head is not None
+        torch.testing.assert_close(model(ids), expected, atol=1e-3, rtol=1e-4)
+    assert torch.equal(model(ids), expected)
+    dense = {name: m.dense(torch.float32) for name, m in model.named_modules() if isinstance(m, Linear)}
+    before = model.layers[0].mlp.down.nbytes
+    release(model, keep={"layers.0.mlp.down.weight"})
+    gone = set(names) - {name for name, _ in model.named_parameters()}
+    assert "layers.1.mlp.down.weight" in gone
+    assert "layers.0.mlp.down.weight" not in gone
+    for name, weight in dense.items():
+        assert torch.equal(model.get_submodule(name).dense(torch.float32), weight)
+    assert model.layers[0].mlp.down.nbytes == before <= model.layers[1].mlp.down.nbytes  # the layout fills up
+    torch.testing.assert_close(model(ids), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_sizes_that_do_not_agree_are_left_out(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the place of a row matters even in the largest batch, rows run one at a time."""
+    import afina.engine.row_exact as module
+
+    def noisy(sizes: set[int]) -> Any:
+        return lambda x: x * (1.0000001 if len(x) in sizes else 1.0)
+
+    assert module._agreeing(noisy({1, 2, 3}), 5, [1, 2, 3, 4, 6, 8], torch.float32) == {4, 6, 8}
+    assert module._agreeing(lambda x: x + torch.arange(len(x))[:, None, None], 5, [1, 4, 8], torch.float32) == set()
+    monkeypatch.setattr(module, "_agreeing", lambda *_: set())
+    monkeypatch.setattr(module, "_measured", type(module._measured)())
+    assert module.exact_sizes(model, 8) == (1,)
+    assert [padded(n, (4, 6, 8)) for n in (1, 4, 5, 7, 9)] == [4, 4, 6, 8, 8]
+
+
+class NoLook(TorchDispatchMode):
+    """Fails where the host looks at a tensor's value, which a captured graph cannot do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+@parametrize("llama", "gemma2", "gpt2", "phi3-longrope", "qwen3")
+@torch.no_grad()
+def test_what_a_graph_captures_looks_at_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only attention's torch path looks at lengths, on a CPU; a kernel stands there on a GPU."""
+    model = load_model(saved(name).folder)
+    pool = KVPool(model.config, 64, torch.device("cpu"), torch.float32)
+    pool.memory.normal_(generator=torch.Generator().manual_seed(0))
+    step = DecodeStep(model, pool, 48)
+    table = torch.tensor([[3, 4, 0, 0], [0, 20, 0, 0], [6, 40, 0, 0], [5, 59, 64, 64]])
+    expected = step(table)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(kv_pool, "decode_attention", lambda q, *_, **__: calls.append(q) or q)
+    with NoLook():
+        step.compute(table)
+    assert len(calls) == model.config.num_layers
+    monkeypatch.undo()
+    assert torch.equal(step(table), expected)
+
+
+@pytest.mark.gpu
+def test_graphs_give_what_steps_give(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    model = tiny_model(tokenizer).cuda()
+    prompts = prompts_of(7, 300, longest=20)
+    found = []
+    for captures in (True, False):
+        batcher = Batcher(model, tokenizer, max_rows=8, cache_bytes=1 << 20)
+        batcher.step_of.captures = captures
+        rows = [batcher.submit(ids, Sampling(max_new_tokens=4 + i)) for i, ids in enumerate(prompts)]
+        run(batcher)
+        assert bool(batcher.step_of.captured) == captures
+        found.append([row.new for row in rows])
+    assert found[0] == found[1]
+
+
+def test_long_texts_are_settled_on_the_way(tokenizer: Tokenizer) -> None:
+    """What streams is what decoding all at once gives, though only the last tokens are decoded again."""
+    draw = torch.Generator().manual_seed(5)
+    ids = [token for token in torch.randint(5, 320, (400,), generator=draw).tolist() if token not in tokenizer.eos_ids]
+    ids += tokenizer.encode(" Grüße 🙂 日本, naïve façade" * 6, add_special=False)
+    prompt = tokenizer.encode("how do I", add_special=False)
+    stream = TextStream(tokenizer, prompt)
+    sent = ""
+    for count, token in enumerate(ids, 1):
+        stream.add(token)
+        if count % 3 == 0:
+            text = stream.text(final=False)
+            assert text.startswith(sent)
+            sent = text
+    whole = tokenizer.decode(prompt + ids, skip_special=True)[len(tokenizer.decode(prompt)) :]
+    assert stream.text(final=True) == whole.rstrip("\ufffd")
+    assert len(stream.open) <= 2 * WINDOW

@@ -244,3 +244,40 @@ def test_splits_fill_whole_rounds_of_programs() -> None:
         best = _splits(work, 264, 64)
         rounds = [-(-work * n // 264) / n for n in range(1, best + 1)]
         assert min(rounds) == rounds[-1] < min(rounds[:-1], default=math.inf)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0, "scale": 0.7}])
+def test_rows_of_a_pool(backend: str, options: dict[str, Any]) -> None:
+    """Each row's tokens lie anywhere in one memory, the heads apart; between them is nothing that may be read."""
+    lengths, starts = [5, 0, 9, 1], [20, 7, 2, 15]
+    pools = []
+    for seed in (1, 2):
+        pool = torch.full((2, 30, 16), torch.nan)
+        for row, (start, length) in enumerate(zip(starts, lengths)):
+            pool[:, start : start + length] = draw(2, length, 16, seed=10 * seed + row)
+        pools.append(pool.transpose(0, 1).to(DEVICE))
+    k, v = pools
+    q, counts = draw(4, 6, 16).float().to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    first = torch.tensor(starts, device=DEVICE)
+    got = decode_attention(q, k, v, counts, starts=first, longest=9, backend=backend, **options)
+    own = [torch.stack([x[s : s + 9].nan_to_num(0.0) for s in starts]) for x in (k, v)]
+    assert_near([got], [decode_attention_reference(q, *own, counts, **options)], 1e-5)
+    if backend == "torch":
+        alone = [
+            decode_attention(q[i : i + 1], k, v, counts[i : i + 1], starts=first[i : i + 1], **options)
+            for i in range(4)
+        ]
+        assert torch.equal(got, torch.cat(alone))
+
+
+def test_a_pool_is_checked() -> None:
+    q, pool = draw(2, 2, 4).float(), draw(9, 2, 4).float()
+    lengths, starts = torch.tensor([3, 4], dtype=torch.int32), torch.tensor([0, 5])
+    decode_attention(q, pool, pool, lengths, starts=starts)
+    with pytest.raises(ValueError, match="starts: expected int64"):
+        decode_attention(q, pool, pool, lengths, starts=starts.int())
+    with pytest.raises(ValueError, match="expected rows within the pool's 9, found 4 from 6 on"):
+        decode_attention(q, pool, pool, lengths, starts=starts + 1)
+    with pytest.raises(ValueError, match=r"k_cache: expected \(N, Hkv, D\)"):
+        decode_attention(q, pool[None], pool[None], lengths, starts=starts)
