@@ -199,10 +199,9 @@ class Batcher:
         changed = self._drop_cancelled()
         self._admit()
         decoding = list(self._decoding)
-        with self.packed:
+        with self.packed, trusted() if self.device.type == "cpu" else nullcontext():
             changed += self._prefill()
-            with trusted() if self.device.type == "cpu" else nullcontext():
-                changed += self._decode(decoding)
+            changed += self._decode(decoding)
         return changed
 
     def forget(self) -> None:

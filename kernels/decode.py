@@ -281,7 +281,6 @@ def _row_by_row(
     return torch.stack(found).flatten(1, 2).to(q.dtype)
 
 
-@torch.no_grad()
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -306,7 +305,25 @@ def decode_attention(
     the GPU.
     """
     if lean.on and starts is not None:
-        return _row_by_row(q, k_cache, v_cache, starts, lengths, softcap, window, scale or q.shape[-1] ** -0.5)
+        return _row_by_row(
+            q, k_cache, v_cache, starts, lengths, softcap, window, q.shape[-1] ** -0.5 if scale is None else scale
+        )
+    with torch.no_grad():
+        return _checked(q, k_cache, v_cache, lengths, starts, longest, softcap, window, scale, backend)
+
+
+def _checked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    longest: int | None,
+    softcap: float | None,
+    window: int | None,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
     check_floating("q", q)
     if q.dim() != 3:
         raise ValueError(f"q: expected (B, Hq, D), found {tuple(q.shape)}")
