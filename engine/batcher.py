@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from afina.engine.decode_step import DecodeStep
+from afina.engine.guesses import LEAST, Guesses
 from afina.engine.kv_pool import CPU_BYTES, ChunkCache, KVPool, Span
 from afina.engine.packed import PackedModel
 from afina.engine.row_exact import exact_sizes, padded
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from afina.engine.model import GPT
     from afina.loaders.text.tokenizer import Tokenizer
 
+FEW = 4  # rows that cost little more than one, where weights are packed: both wait for the memory
 ECHOED = 32  # prompt positions whose logits exist at a time
 
 
@@ -67,6 +69,7 @@ class Row:
         self.done = 0  # how many tokens are in the cache
         self.keys: list[tuple[int, bytes]] = []  # the boundaries of the chunks of ``filling``
         self.cancelled = False
+        self.guesses = Guesses(prompt)
 
     def choose(self, logits: Tensor) -> int:
         """The next token, from logits (1, V)."""
@@ -339,35 +342,65 @@ class Batcher:
         return True
 
     def _decode_batch(self, rows: list[Row]) -> list[Row]:
+        guessed = self._guessed(rows)
         try:
-            logits = self._forward(rows)
+            logits = self._forward(rows, guessed)
         except (RuntimeError, MemoryError) as problem:
             if len(rows) == 1:
                 self._fail(rows[0], problem)
                 return rows
             return [row for each in rows for row in self._decode_batch([each])]
         best = logits.argmax(-1).tolist() if any(row.chooser.plain for row in rows if row.chooser) else []
-        for i, row in enumerate(rows):
-            row.done += 1
+        first = 0
+        for row, guesses in zip(rows, guessed, strict=True):
             try:
-                plain = row.chooser is not None and row.chooser.plain
-                each = logits[i : i + 1]
-                self._append(row, best[i] if plain else row.choose(each), each)
+                self._take(row, guesses, logits, best, first)
             except (AfinaError, RuntimeError, ValueError, MemoryError) as problem:
                 self._fail(row, problem)
+            first += 1 + len(guesses)
         return rows
 
-    def _forward(self, rows: list[Row]) -> Tensor:
-        """The logits (n, V) behind the last token of each row."""
-        empty = [0] * (padded(len(rows), self.sizes) - len(rows))
-        starts = [row.span.start for row in rows if row.span is not None]
-        table = [
-            [row.new[-1] for row in rows] + empty,
-            starts + empty,
-            [row.done + 1 for row in rows] + empty,
-            [start + row.done for start, row in zip(starts, rows, strict=True)] + [self.pool.tokens] * len(empty),
-        ]
-        return self.step_of(torch.tensor(table))[: len(rows)]
+    def _take(self, row: Row, guesses: list[int], logits: Tensor, best: list[int], first: int) -> None:
+        """Choose a row's next token from ``logits[first]``, and as many more as were guessed rightly."""
+        for at, guess in enumerate([*guesses, None], first):
+            row.done += 1
+            each = logits[at : at + 1]
+            plain = row.chooser is not None and row.chooser.plain
+            token = best[at] if plain else row.choose(each)
+            self._append(row, token, each)
+            if guess is not None:
+                row.guesses.was(token == guess)
+            if token != guess or row.finish_reason is not None:
+                return
+
+    def _guessed(self, rows: list[Row]) -> list[list[int]]:
+        """Guesses of what each row's text goes on with, as many as a batch has room for: what would else only fill it
+        up costs nothing, and up to FEW rows little more than one."""
+        empty = padded(len(rows), self.sizes) - len(rows)
+        room = min(max(FEW, len(rows) + empty), self.sizes[-1]) - len(rows)
+        found = []
+        for left, row in zip(range(len(rows), 0, -1), rows):
+            share = -(-room // left)
+            if row.guesses.rate < LEAST:
+                share = min(share, empty)
+            # None past the row's room, nor past where LongRoPE turns all positions by other angles.
+            share = min(share, row.limit - len(row.new) - 1)
+            if row.done < self.long_after:
+                share = min(share, self.long_after - row.done - 1)
+            found.append(row.guesses.next(share) if share > 0 else [])
+            room, empty = room - len(found[-1]), max(0, empty - len(found[-1]))
+        return found
+
+    def _forward(self, rows: list[Row], guessed: list[list[int]]) -> Tensor:
+        """The logits (n, V) behind the last token of each row, and behind each of its guesses."""
+        table = []
+        for row, guesses in zip(rows, guessed, strict=True):
+            assert row.span is not None
+            for at, token in enumerate([row.new[-1], *guesses], row.done):
+                table.append([token, row.span.start, at + 1, row.span.start + at])
+        count = len(table)
+        table += [[0, 0, 0, self.pool.tokens]] * (padded(count, self.sizes) - count)
+        return self.step_of(torch.tensor(table).t().contiguous())[:count]
 
     def _append(self, row: Row, token: int, logits: Tensor) -> None:
         """A row's next token is chosen, from logits (1, V)."""
@@ -381,6 +414,7 @@ class Batcher:
             ((logprob, top),) = logprobs_of(logits, [token], row.sampling.logprobs)
             row.logprobs.append(TokenLogprob(token, logprob, top, row.offset()))
         row.new.append(token)
+        row.guesses.add(token)
         if row.stopped():
             self._finish(row, "stop")
         elif len(row.new) >= row.limit:

@@ -137,6 +137,7 @@ TESTED_WITH = {
     "engine/task_results": "engine/test_tasks",
     "engine/rope_tables": "engine/test_model_config",
     "engine/decode_step": "engine/test_batcher",
+    "engine/guesses": "engine/test_batcher",
     "engine/kv_pool": "engine/test_batcher",
     "engine/packed": "engine/test_batcher",
     "engine/row_exact": "engine/test_batcher",

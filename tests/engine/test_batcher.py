@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from afina.engine import kv_pool, packed
 from afina.engine.batcher import Batcher, Row
 from afina.engine.decode_step import DecodeStep
+from afina.engine.guesses import LEAST, Guesses
 from afina.engine.kv_pool import KVPool
 from afina.engine.linear import Linear
 from afina.engine.lora import new_adapter, set_adapter
@@ -412,3 +413,44 @@ def test_long_texts_are_settled_on_the_way(tokenizer: Tokenizer) -> None:
     whole = tokenizer.decode(prompt + ids, skip_special=True)[len(tokenizer.decode(prompt)) :]
     assert stream.text(final=True) == whole.rstrip("\ufffd")
     assert len(stream.open) <= 2 * WINDOW
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope"])
+def test_guesses_change_nothing_but_the_number_of_steps(
+    name: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that repeats itself, greedy and drawn, past LongRoPE's limit, and cut by its length among guesses."""
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    model = load_model(saved(name).folder)
+    prompts = [[5, 6, 7, 8] * 4, [9, 3] * 5, list(range(20))]
+    found, steps = [], []
+    for guessing in (True, False):
+        if not guessing:
+            monkeypatch.setattr(Batcher, "_guessed", lambda self, rows: [[] for _ in rows])
+        batcher = Watched(model, tokenizer, max_length=60)
+        choices: list[dict[str, Any]] = [{}, {"logit_bias": {4: 100.0}}, {"temperature": 0.7, "top_k": 2}]
+        rows = [batcher.submit(ids, Sampling(max_new_tokens=26 + i, **choices[i])) for i, ids in enumerate(prompts)]
+        count = 0
+        while not batcher.idle:
+            batcher.step()
+            count += batcher.running
+        found.append([(row.new, batcher.seen[row]) for row in rows])
+        steps.append(count)
+    for (new, logits), (plain, expected) in zip(*found, strict=True):
+        assert new == plain
+        assert len(logits) == len(expected) == len(new)
+        assert all(torch.equal(a, b) for a, b in zip(logits, expected))
+    assert steps[0] < steps[1]
+
+
+def test_guesses_are_what_followed_last_time() -> None:
+    guesses = Guesses([1, 2, 3, 4, 1, 2])
+    assert guesses.next(3) == [3, 4, 1]
+    guesses.add(9)
+    assert guesses.next(3) == []
+    for token in (1, 2):
+        guesses.add(token)
+    assert guesses.next(1) == [9]
+    for _ in range(6):
+        guesses.was(False)
+    assert guesses.rate < LEAST

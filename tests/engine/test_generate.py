@@ -84,8 +84,7 @@ def test_rows_that_end_leave_the_others_alone(
     expected = [row[: next((i for i, t in enumerate(row) if t in ends), 20)] for row in full]
     assert len({len(row) for row in expected}) >= 3
     sizes: list[int] = []
-    real = Batcher._forward
-    monkeypatch.setattr(Batcher, "_forward", lambda self, rows: sizes.append(len(rows)) or real(self, rows))
+    monkeypatch.setattr(Batcher, "_guessed", lambda self, rows: sizes.append(len(rows)) or [[] for _ in rows])
     assert ids_of(model, tokenizer, PROMPTS, max_new_tokens=20) == expected
     assert sizes[0] == sum(len(row) > 0 for row in expected) >= 4
     assert sizes == sorted(sizes, reverse=True)
