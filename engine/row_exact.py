@@ -18,6 +18,7 @@ from afina.engine.linear import Linear
 from afina.engine.model import GPT, Layer
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+LEAST = 8  # what even a single row is compared with, so that it has the bits that it would have in a batch
 POWERS = tuple(2**n for n in range(9))
 
 
@@ -35,7 +36,7 @@ def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
     are powers of two there, of which each is one captured graph."""
     if model.embed.weight.device.type == "cuda":
         return tuple(size for size in POWERS if size < 2 * most)
-    top = padded(most, SIZES)
+    top = padded(max(most, LEAST), SIZES)
     known = _measured.setdefault(model, {})
     key = top, torch.get_num_threads(), *_functions(model)
     if key not in known:

@@ -570,6 +570,23 @@ def test_bad_tools(
 # ---------------------------------------------------------------- rows: generate --data
 
 
+def test_log_probabilities_are_written(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the line of JSON and in each row's; a bias shows in the text and not in them."""
+    sampling = ["--max_new_tokens", "3", "--logprobs", "2", "--logit_bias", "9=100"]
+    assert run(["generate", model, "--prompt", "one two", *sampling, "--json"]) == 0
+    one = json.loads(capsys.readouterr().out.splitlines()[-1])["logprobs"]
+    assert [each["id"] for each in one] == [9] * 3
+    for each in one:
+        assert each["logprob"] < each["top"][1]["logprob"] <= each["top"][0]["logprob"] < 0
+    (tmp_path / "in.jsonl").write_text('{"prompt": "one two"}\n')
+    files = ["--data", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert run(["generate", model, *files, *sampling]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["logprobs"] == one
+    capsys.readouterr()
+    assert run(["generate", model, "--prompt", "one", "--logit_bias", "9=1,9=2"]) == 2
+    assert "--logit_bias is '9=1,9=2'; expected token ids and numbers like 42=-100,7=2.5" in capsys.readouterr().err
+
+
 def test_generate_rows(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from afina.engine.generate import generate
     from afina.engine.weights import load_model
