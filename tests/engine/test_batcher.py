@@ -20,7 +20,9 @@ from afina.engine.kv_pool import KVPool
 from afina.engine.linear import Linear
 from afina.engine.lora import new_adapter, set_adapter
 from afina.engine.model import GPT
+from afina.engine.model_config import RopeConfig
 from afina.engine.packed import PackedModel, packable, release
+from afina.engine.rope_tables import RopeTables
 from afina.engine.row_exact import padded
 from afina.engine.sampling import Sampling
 from afina.engine.text_stream import WINDOW, TextStream
@@ -454,3 +456,16 @@ def test_guesses_are_what_followed_last_time() -> None:
     for _ in range(6):
         guesses.was(False)
     assert guesses.rate < LEAST
+
+
+def test_the_angles_of_a_position_do_not_depend_on_the_others() -> None:
+    """Vector code and what it leaves over may round a cosine differently, so they come from one table."""
+    table = RopeTables(RopeConfig("default", 10000.0, 6))
+    every = table.looked_up(torch.arange(700)[None], torch.zeros(1), 700)
+    for at in (0, 5, 511, 512, 699):
+        alone = RopeTables(table.rope).looked_up(torch.tensor([[at]]), torch.zeros(1), at + 1)
+        for one, all_ in zip(alone, every, strict=True):
+            assert torch.equal(one[0, 0], all_[0, at])
+    angles = torch.arange(700)[:, None].float() * table.inv_freq(torch.device("cpu"))
+    torch.testing.assert_close(every[0][0], angles.cos())
+    torch.testing.assert_close(every[1][0], angles.sin())
