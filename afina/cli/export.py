@@ -41,6 +41,7 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from afina.export.export import export, summary
+    from afina.report.card import model_card
 
     result = export(
         args.model,
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         base=args.base,
         base_name=args.base_name,
         data=args.data,
+        card=model_card,
     )
     print(summary(result))
     return result

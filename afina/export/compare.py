@@ -7,6 +7,7 @@ none, which show a broken matrix just as well but say nothing about how much of 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError
 from afina.inside import own_path
 from afina.loaders.data.dataset import TokenSet, prepare
-from afina.loaders.text.render import render_example, render_prompt
+from afina.loaders.text.render import Example, render_example, render_prompt
 from afina.loaders.text.tokenizer import Tokenizer
 
 ROWS, TEXTS = 8, 64
@@ -39,11 +40,13 @@ SENTENCES = (
 
 
 class Rows(NamedTuple):
-    """``ids``: int64 (T,) each; ``texts``: what a vocabulary is compared on; ``where``: they come from, in words."""
+    """``ids``: int64 (T,) each; ``texts``: what a vocabulary is compared on; ``where``: they come from, in words;
+    ``examples``: the rows of the texts."""
 
     ids: list[Tensor]
     texts: list[str]
     where: str
+    examples: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,12 @@ def held_out(folder: Path, tokenizer: Tokenizer, data: str | None, longest: int)
 def _rows(rows: TokenSet, tokenizer: Tokenizer, where: str, longest: int) -> Rows:
     count = min(ROWS, len(rows))
     chosen = [i * len(rows) // count for i in range(count)]  # spread over the set, which may be sorted
-    texts = []
+    texts, examples = [], []
     for row in itertools.islice(rows.source_rows(), TEXTS):
+        examples.append(row.example)
         texts += [render_prompt(tokenizer, row.example), render_example(tokenizer, row.example).text]
     longest = min(longest, TOKENS // count)
-    return Rows([torch.from_numpy(rows.row(i)[0]).long()[:longest] for i in chosen], texts, where)
+    return Rows([torch.from_numpy(rows.row(i)[0]).long()[:longest] for i in chosen], texts, where, examples)
 
 
 @torch.no_grad()

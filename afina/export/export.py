@@ -10,13 +10,12 @@ made of, and only then gets its name. A failure leaves nothing; a kill, a folder
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.durable import open_file, publish
+from afina.durable import open_file
 from afina.engine.linear import frozen_format
 from afina.engine.model import GPT
 from afina.engine.settings import SYNONYMS
 from afina.engine.weights import DTYPES, hf_tensors, load_model, read_config, save_model
 from afina.errors import ConfigError, RunError, WeightsError, nearest
 from afina.export.compare import Rows, compare, held_out, logits, without_adapter
-from afina.export.merge import base_of, check_base, merge
+from afina.export.merge import Base, base_of, check_base, merge
+from afina.export.ollama import different_ids, modelfile, template_for
+from afina.export.publication import CARD, MODELFILE, Card, Publication
 from afina.loaders.jsonfile import read_json
-from afina.loaders.text.gguf_vocab import compare_vocabulary
+from afina.loaders.text.gguf_vocab import compare_vocabulary, read_vocabulary
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab
 from afina.loaders.weights.gguf import check_architecture, differences, write_gguf
 from afina.loaders.weights.hub import resolve
-from afina.loaders.weights.peft import CONFIG, WEIGHTS, AdapterFile, is_adapter
+from afina.loaders.weights.peft import BASE_HASH, CONFIG, WEIGHTS, AdapterFile, is_adapter
 from afina.loaders.weights.safetensors import SafetensorsFolder, write_safetensors
 from afina.loaders.weights.source import open_weights
-from afina.manifest import check_manifest, write_manifest
+from afina.manifest import check_manifest
 
 FORMATS: dict[str, tuple[str, ...]] = {  # and the dtypes of each
     "hf": ("auto", *DTYPES),
@@ -77,12 +78,14 @@ def export(
     base: str | None = None,
     base_name: str | None = None,
     data: str | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Write ``source`` (a model, a run, an adapter) to ``output``; returns ``output``, ``format`` and ``check``.
 
     ``output``: a folder to create; for gguf also the name of a file, ending in .gguf. ``dtype`` of the weights: "auto"
     is what is stored (of an adapter: what its base is stored in), for gguf float16. ``base``: where an adapter's base
     is now; ``base_name``: what the peft layout names as such. ``data``: rows to compare on instead of the run's own.
+    ``card``: writes README.md. A file NAME.gguf has NAME.README.md and NAME.Modelfile beside it.
 
     Raises RunError when ``output`` exists, ConfigError for an option that does not go with the format, WeightsError for
     another base than the adapter was trained on, ExportFailedError when what was written computes something else.
@@ -98,7 +101,8 @@ def export(
     if to != "peft" and base_name is not None:
         raise ConfigError(f"--base_name is what --to peft names as the base, but --to is {to}: leave it out")
     place = Path(os.path.abspath(output))
-    _refuse_existing(place)
+    publication = Publication(place, to, card)
+    publication.refuse_existing()
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise RunError(f"{above} is no folder that can be written to: choose another --output")
@@ -109,20 +113,24 @@ def export(
         if base is not None:
             raise ConfigError(f"--base is for adapters, but {folder} is a whole model: leave it out")
     if to == "peft":
-        check = _export_adapter(folder, place, base, base_name)
+        check = _export_adapter(folder, publication, base, base_name)
     else:
-        check = _export_model(folder, place, to, dtype, base, data)
-    return {"output": str(place), "format": to, "check": check}
+        check = _export_model(folder, publication, dtype, base, data)
+    result = {"output": str(place), "format": to, "check": check}
+    if card is not None and folder.is_dir() and (folder / CARD).is_file():
+        result["replaced_card"] = str(folder / CARD)
+    return result
 
 
 def summary(result: dict[str, Any]) -> str:
     """What ``export`` returned, in a few lines for people."""
     check, lines = result["check"], []
     if result["format"] == "peft":
-        return (
+        lines.append(
             f"{result['output']}: the adapter's {check['tensors']} tensors, bit for bit; its base is {check['base']}, "
             "which whoever loads it needs too"
         )
+        return "\n".join([*lines, *_beside(result)])
     lines.append(f"{result['output']}: {check['dtype']} weights")
     if "merged_into" in check:
         lines[0] += f", the adapter merged into {check['merged_into']}"
@@ -138,7 +146,7 @@ def summary(result: dict[str, Any]) -> str:
             f"read back, its {check['tensors']} tensors differ by at most {check['tensor_relative_error']:.2g} of "
             f"their largest value, and {check['texts_with_same_ids']} texts have the same ids"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *_beside(result)])
     lines.append(
         f"loaded again, the logits differ by {check['logits_relative_error']:.2g} of the largest (limit "
         f"{check['limit']:g}), {check['rounding_share']:.0%} of it from rounding; the likeliest next token is the same "
@@ -146,12 +154,29 @@ def summary(result: dict[str, Any]) -> str:
     )
     if check["rounding_error"] > check.get("adapter_effect", float("inf")):
         lines.append("rounding moves the logits more than the adapter does: use --dtype float32, or --to peft")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_beside(result)])
 
 
-def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str | None) -> dict[str, Any]:
+def _beside(result: dict[str, Any]) -> list[str]:
+    """What is said of the Modelfile and the card."""
+    check, lines = result["check"], []
+    if "ollama_template" in check:
+        proven = f", as {check['ollama_rows_same']} of {check['ollama_rows']} rows show" if check["ollama_rows"] else ""
+        template = (
+            f"its template writes what training saw{proven}" if check["ollama_template"] else "without a template"
+        )
+        lines.append(
+            f"{check['modelfile']}: for ollama create -f; {template}" if check["modelfile"] else "no Modelfile"
+        )
+        lines += [f"Ollama: {line}" for line in check["ollama_limits"]]
+    if "replaced_card" in result:
+        lines.append(f"README.md is a new model card; {result['replaced_card']} was read, and is not carried over")
+    return lines
+
+
+def _export_adapter(folder: Path, publication: Publication, base: str | None, base_name: str | None) -> dict[str, Any]:
     """The adapter as it is, with another name of its base at most."""
-    holder = folder
+    holder, into = folder, None
     if base is not None:
         into = base_of(folder, base)
         check_base(folder, into)
@@ -163,7 +188,7 @@ def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str 
     tensors = {name: adapter.read(name) for name in names}
     config = read_json(folder / CONFIG)  # as it is: it may say more than what we read of it
     name = config["base_model_name_or_path"] = base_name or adapter.config.base
-    with _published(place) as working:
+    with publication.working() as working:
         working.mkdir()
         write_safetensors(working / WEIGHTS, tensors, adapter.metadata)
         with open_file(working / CONFIG, error=WeightsError) as file:
@@ -176,13 +201,23 @@ def _export_adapter(folder: Path, place: Path, base: str | None, base_name: str 
             raise ExportFailedError(
                 f"the adapter read back from {working} is not the one in {folder}: nothing was kept"
             )
-    return {"same_bits": True, "tensors": len(tensors), "base": name}
+        check = {
+            "same_bits": True,
+            "tensors": len(tensors),
+            "base": name,
+            "base_sha256": adapter.metadata.get(BASE_HASH),
+        }
+        publication.write_card(folder, [WEIGHTS], check, base=name, base_folder=into.folder if into else None)
+    return check
 
 
-def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | None, data: str | None) -> dict[str, Any]:
+def _export_model(
+    folder: Path, publication: Publication, dtype: str, base: str | None, data: str | None
+) -> dict[str, Any]:
     """One model, an adapter merged into its base."""
     into = base_of(folder, base) if is_adapter(folder) else None
     holder = into.folder if into else folder
+    to, place = publication.to, publication.place
     config, hf = read_config(holder)
     if to == "gguf":
         check_architecture(hf)
@@ -207,12 +242,16 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
     if into or held:
         merged, figures = _merge(model, rows, expected, log)
         check |= figures
-    with _published(place) as working:
+    with publication.working() as working:
         log(f"writing {place.name}")
         if to == "gguf":
             dtype = "float16" if dtype == "auto" else dtype
-            path = working if place.suffix == ".gguf" else working / f"model-{dtype}.gguf"
-            return check | _write_gguf(model, tokenizer, rows, path, dtype)
+            path = working if publication.alone else working / f"model-{dtype}.gguf"
+            check |= _write_gguf(model, tokenizer, rows, path, dtype)
+            name = place.name if publication.alone else path.name
+            check |= _write_modelfile(publication, tokenizer, rows, path, name)
+            publication.write_card(folder, [name], check, **_base_of_card(into))
+            return check
         stored = _stored_dtypes(holder, hf)
         target = stored[0] if dtype == "auto" else DTYPES[dtype]
         _write_hf(model, tokenizer, working, target)
@@ -227,15 +266,39 @@ def _export_model(folder: Path, place: Path, to: str, dtype: str, base: str | No
                 f"the exported model's logits differ by {likeness.error:.2g} of the largest one (limit {limit:g}), so "
                 "nothing was kept: try --dtype float32"
             )
-    rounding = compare(found, merged).error
-    return check | {
-        "logits_relative_error": likeness.error,
-        "limit": limit,
-        "rounding_error": rounding,
-        "rounding_share": rounding / (rounding + check.get("merge_error", 0.0)) if rounding else 0.0,
-        "greedy_unchanged": likeness.same,
-        "dtype": str(target).removeprefix("torch."),
-    }
+        rounding = compare(found, merged).error
+        check |= {
+            "logits_relative_error": likeness.error,
+            "limit": limit,
+            "rounding_error": rounding,
+            "rounding_share": rounding / (rounding + check.get("merge_error", 0.0)) if rounding else 0.0,
+            "greedy_unchanged": likeness.same,
+            "dtype": str(target).removeprefix("torch."),
+        }
+        publication.write_card(folder, ["model.safetensors"], check, **_base_of_card(into))
+    return check
+
+
+def _base_of_card(into: Base | None) -> dict[str, Any]:
+    return {"base": into.name if into else None, "base_folder": into.folder if into else None}
+
+
+def _write_modelfile(
+    publication: Publication, tokenizer: Tokenizer, rows: Rows, path: Path, name: str
+) -> dict[str, Any]:
+    """The Modelfile for Ollama, whose template is proven on the rows and by the file's own vocabulary."""
+    template = template_for(tokenizer, rows.examples)
+    if template.source is not None and (
+        told := different_ids(read_vocabulary(path), tokenizer, template, rows.examples)
+    ):
+        template.limits.append(told)
+    found = {"ollama_template": template.source is not None, "ollama_limits": template.limits}
+    found |= {"ollama_rows": template.rows, "ollama_rows_same": template.same}
+    try:
+        publication.add(MODELFILE, modelfile(template, name, tokenizer))
+    except ValueError as problem:
+        return found | {"modelfile": None, "ollama_limits": [*template.limits, str(problem)]}
+    return found | {"modelfile": publication.name_of(MODELFILE)}
 
 
 def _merge(model: GPT, rows: Rows, expected: Tensor, log: Callable[[str], None]) -> tuple[Tensor, dict[str, float]]:
@@ -292,29 +355,6 @@ def _write_gguf(model: GPT, tokenizer: Tokenizer, rows: Rows, path: Path, dtype:
             )
         worst, count = max(worst, error), count + 1
     return {"dtype": dtype, "tensors": count, "tensor_relative_error": worst, "texts_with_same_ids": texts}
-
-
-@contextlib.contextmanager
-def _published(place: Path) -> Iterator[Path]:
-    """A path beside ``place`` for a folder or file, which gets the name when the block ends well and else is gone."""
-    missing = [folder for folder in place.parents if not folder.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with publish(place, replace=False) as working:
-            yield working
-            if working.is_dir() and not any(working.glob("*.gguf")):  # one file alone is checked by whoever takes it
-                write_manifest(working, {})
-            _refuse_existing(place)  # again: it may have come meanwhile
-        missing.clear()
-    finally:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # someone else put something there: it stays
-                folder.rmdir()
-
-
-def _refuse_existing(place: Path) -> None:
-    if place.exists() or place.is_symlink():
-        raise RunError(f"{place} already exists and is left as it is: choose another --output")
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -19,8 +19,17 @@ from afina.loaders.weights.package_index import MODELS, fetched
 from afina.manifest import check_manifest
 
 BUILT_IN = "afina-tiny"
-# Weights, configs, tokenizers and templates of the repository's top folder; never code or pickles.
-ALLOWED = ("model*.safetensors", "adapter_model.safetensors", "*.json", "merges.txt", "*.jinja")
+# Weights, configs, tokenizers, templates, and what says under which licence, of the repository's top folder; never code
+# or pickles.
+ALLOWED = (
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "*.json",
+    "merges.txt",
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+)
 IGNORED = ("*/*",)
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from test_merge import FAMILIES, IDS, KINDS, add_adapter, away, random_model
 from tiny_model import saved, tiny_tokenizer
 from torch import Tensor
 
+from afina import durable
 from afina.cli.main import run
 from afina.engine.linear import Lora
 from afina.engine.lora import save_adapter
@@ -522,7 +524,7 @@ def test_one_file_of_base_and_adapter(
     assert run(["export", str(lora_run), "--to", "gguf", "--output", str(out), "--dtype", dtype, "--json"]) == 0
     said, last = capsys.readouterr().out.split("{", 1)
     check = json.loads("{" + last)["check"]
-    assert os.listdir(tmp_path) == ["model.gguf"]
+    assert sorted(os.listdir(tmp_path)) == ["model.Modelfile", "model.README.md", "model.gguf"]
     assert f"{check['tensors']} tensors" in said
     assert check["texts_with_same_ids"] == 2 * 12  # prompts and whole texts of the dev rows
     assert check["merge_error"] < TOLERANCE
@@ -541,10 +543,79 @@ def test_one_file_of_base_and_adapter(
 def test_a_folder_with_the_file(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     export(base, tmp_path / "out", to="gguf", dtype="q8_0")
-    assert os.listdir(tmp_path / "out") == ["model-q8_0.gguf"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["Modelfile", "model-q8_0.gguf"]
     check = export(base, tmp_path / "half", to="gguf")["check"]
-    assert os.listdir(tmp_path / "half") == ["model-float16.gguf"]
+    assert sorted(os.listdir(tmp_path / "half")) == ["Modelfile", "model-float16.gguf"]
     assert check["texts_with_same_ids"] == 4
+    assert "FROM ./model-float16.gguf" in (tmp_path / "half" / "Modelfile").read_text().splitlines()
+
+
+# --- What lies beside the weights -------------------------------------------------------------------------------------
+
+
+def test_the_modelfile_of_a_run_is_proven_on_its_rows(
+    lora_run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of prompts are sent as they are; conversations as the chat template has them."""
+    assert run(["export", str(lora_run), "--to", "gguf", "--output", str(tmp_path / "out"), "--json"]) == 0
+    said, last = capsys.readouterr().out.split("{", 1)
+    check = json.loads("{" + last)["check"]
+    assert (check["ollama_template"], check["ollama_rows"], check["ollama_rows_same"]) == (True, 12, 12)
+    assert "its template writes what training saw, as 12 of 12 rows show" in said
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text()
+    data = tmp_path / "chat.jsonl"
+    talk = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
+    data.write_text("".join(json.dumps({"messages": talk * times}) + "\n" for times in (1, 2, 3)))
+    assert run(["export", str(base), "--to", "gguf", "--output", str(tmp_path / "chat"), "--data", str(data)]) == 0
+    assert "as 3 of 3 rows show" in capsys.readouterr().out
+    assert "{{- range .Messages }}" in (tmp_path / "chat" / "Modelfile").read_text()
+
+
+def test_nothing_is_half_there_where_a_companion_cannot_be_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("m.README.md", "m.Modelfile"):
+        (tmp_path / name).write_text("another's")
+        with pytest.raises(RunError, match=f"{name} already exists and is left as it is"):
+            export(base, tmp_path / "m.gguf", to="gguf")
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    real = durable.put
+    places: list[str] = []
+
+    def put(working: Path, path: Path, **options: Any) -> None:
+        places.append(path.name)
+        (fails if path.name == "m.gguf" else real)(working, path, **options)
+
+    monkeypatch.setattr(durable, "put", put)
+    with pytest.raises(OSError, match="No space"):
+        export(base, tmp_path / "m.gguf", to="gguf")
+    assert places[-1] == "m.gguf"
+    assert "m.Modelfile" in places
+    assert not list(tmp_path.iterdir())
+
+
+def test_cards_may_be_changed_and_a_card_that_was_there_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(base, source)
+    (source / "README.md").write_text("---\nlicense: mit\n---\nWritten by hand.\n")
+    assert run(["export", str(source), "--output", str(tmp_path / "out"), "--json"]) == 0
+    said = capsys.readouterr().out
+    assert f"README.md is a new model card; {source / 'README.md'} was read, and is not carried over" in said
+    assert (source / "README.md").read_text().endswith("Written by hand.\n")
+    card = tmp_path / "out" / "README.md"
+    assert "license: mit" in card.read_text()
+    card.write_text("changed")
+    assert run(["export", str(tmp_path / "out"), "--output", str(tmp_path / "again")]) == 0
+
+
+# --- gguf: what goes wrong --------------------------------------------------------------------------------------------
 
 
 def test_a_gguf_file_that_says_something_else_is_not_published(

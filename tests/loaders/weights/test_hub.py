@@ -120,16 +120,16 @@ def test_hub_names(tmp_path: Path, calls: list[Any], source: str, asked: Any) ->
     assert calls == [asked]
 
 
-def test_only_weights_configs_tokenizers_and_templates_are_downloaded() -> None:
+def test_only_weights_configs_tokenizers_templates_and_licences_are_downloaded() -> None:
     wanted = [
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
         "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "model.safetensors.index.json",
-        "model-00001-of-00002.safetensors", "model.safetensors-00001-of-00002.safetensors",
+        "model-00001-of-00002.safetensors", "model.safetensors-00001-of-00002.safetensors", "README.md", "LICENSE.txt",
     ]  # fmt: skip
     unwanted = [
         "pytorch_model.bin", "modeling_x.py", "tokenizer.model", "consolidated.safetensors", "training_args.bin",
-        "original/model.safetensors", "onnx/config.json", "x.pt", "x.pth", "x.gguf", "tf_model.h5", "README.md",
-        "flax_model.msgpack", "LICENSE.txt", "rust_model.ot", "handler.py", "model.py",
+        "original/model.safetensors", "onnx/config.json", "x.pt", "x.pth", "x.gguf", "tf_model.h5",
+        "flax_model.msgpack", "rust_model.ot", "handler.py", "model.py",
     ]  # fmt: skip
     found = filter_repo_objects(wanted + unwanted, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED))
     assert list(found) == wanted
