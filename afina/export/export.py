@@ -201,13 +201,9 @@ def _export_adapter(folder: Path, publication: Publication, base: str | None, ba
             raise ExportFailedError(
                 f"the adapter read back from {working} is not the one in {folder}: nothing was kept"
             )
-        check = {
-            "same_bits": True,
-            "tensors": len(tensors),
-            "base": name,
-            "base_sha256": adapter.metadata.get(BASE_HASH),
-        }
-        publication.write_card(folder, [WEIGHTS], check, base=name, base_folder=into.folder if into else None)
+        check = {"same_bits": True, "tensors": len(tensors), "base": name}
+        told = check | {"base_sha256": adapter.metadata.get(BASE_HASH)}
+        publication.write_card(folder, [WEIGHTS], told, base=name, base_folder=into.folder if into else None)
     return check
 
 

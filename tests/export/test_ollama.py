@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -179,6 +180,33 @@ def test_nothing_of_a_template_leaves_its_place_in_the_modelfile(nasty: str) -> 
     assert written.count("\nFROM ") == 1
     # The text of the default message has line ends, quotes and marks that a Modelfile may not hold.
     assert written.count('"""') == (4 if nasty in ("{{ end }}", "{{- .System }}", '"', "\\\\") else 2)
+
+
+def test_bos_is_left_to_the_file_that_says_so() -> None:
+    """llama.cpp puts it before every text of such a file; with the chat template's own there would be two."""
+    tokenizer = template_tokenizer(LLAMA3)
+    files = tokenizer.files()
+    backend = json.loads(files["tokenizer.json"])
+    number = tokenizer.token_id("<s>")
+    special = {"<s>": {"id": "<s>", "ids": [number], "tokens": ["<s>"]}}
+    pieces = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    backend["post_processor"] = {
+        "type": "TemplateProcessing", "single": pieces, "pair": pieces + pieces[1:], "special_tokens": special,
+    }  # fmt: skip
+    adding = Tokenizer(files | {"tokenizer.json": json.dumps(backend).encode()}, "the folder")
+    assert adding.adds_bos
+    assert "<s>" in (template_for(tokenizer).source or "")
+    found = template_for(adding)
+    assert found.source is not None
+    assert "<s>" not in found.source
+    text = ollama_prompt(found.source, talk("a"))
+    assert adding.encode(text) == adding.encode(adding.render(talk("a"), add_generation_prompt=True), add_special=False)
+
+
+def test_neighbours_of_one_role_are_joined_as_ollama_does() -> None:
+    source = template_for(TOKENIZERS["chatml"]).source or ""
+    two = [{"role": "user", "content": text} for text in ("a", "b")]
+    assert ollama_prompt(source, two) == ollama_prompt(source, talk("a\n\nb"))
 
 
 def test_other_ids_are_said() -> None:
