@@ -40,6 +40,8 @@ from afina.engine.run_lock import LOCK, FolderLock
 from afina.engine.settings import to_yaml
 from afina.errors import RunError
 from afina.inside import open_own
+from afina.signals import ENDING, is_free
+from afina.streams import say
 
 FORMAT = "afina-run-1"
 RUN, RECIPE, METRICS, REPORT = "run.json", "recipe.yaml", "metrics.jsonl", "report.html"
@@ -335,9 +337,11 @@ class Stop(Protocol):
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM only set ``requested``; the loop polls it, saves, and stops.
+    """While entered, SIGINT and what else ends a process (``afina/signals.py``) only set ``requested``; the loop polls
+    it, saves, and stops.
 
-    More signals change nothing, so none can cut a save short. Outside the main thread, where Python allows no
+    More signals change nothing, so none can cut a save short. SIGHUP and the like are left to whoever takes or ignores
+    them already. Outside the main thread, where Python allows no
     handlers, it does nothing.
     """
 
@@ -350,7 +354,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            others = [number for number in ENDING if number != signal.SIGTERM and is_free(number)]
+            for number in (signal.SIGINT, signal.SIGTERM, *others):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -51,6 +51,7 @@ from afina.loaders.data.dataset import Data, prepare
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab
 from afina.manifest import check_manifest, read_manifest
+from afina.streams import is_terminal, say
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 
@@ -92,11 +93,19 @@ def finetune(
     if train_config is not None and settings:
         raise TypeError("finetune takes a TrainConfig or its fields as keywords, not both")
     config = train_config or TrainConfig.resolve(overrides=settings)
-    with open_run(config, resume=resume, overwrite=overwrite, quiet=quiet) as run:
-        with StopRequest() as stop, flushed_denormals():
-            run.begin()
-            run.loop(stop, show_bar=not quiet and sys.stderr.isatty())
-        return run.finish()
+    begun = False
+    try:
+        with open_run(config, resume=resume, overwrite=overwrite, quiet=quiet) as run:
+            with StopRequest() as stop, flushed_denormals():
+                begun = True
+                run.begin()
+                run.loop(stop, show_bar=not quiet and is_terminal(sys.stderr))
+            return run.finish()
+    except KeyboardInterrupt as stopped:
+        if begun:
+            raise
+        told = f"{str(stopped) or 'interrupted'} while rows and model were read, before the first step"
+        raise KeyboardInterrupt(f"{told}: nothing in {config.output_dir} was changed; start it again") from stopped
 
 
 def check_run(
@@ -128,7 +137,7 @@ def open_run(
     rows that were read before, in place of those that the config names.
     """
     prepare_process(threads=config.threads, seed=config.seed)
-    log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    log = (lambda text: None) if quiet else say
     with RunFolder(str(config.output_dir), resume=resume, overwrite=overwrite) as folder:
         tokenizer = load_tokenizer(str(config.tokenizer or config.model))
         if data is None:

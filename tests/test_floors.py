@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO
 
 # The rooms of each floor may import what is named here, and themselves.
-GROUND = {"errors", "durable", "inside", "manifest", "printable", "__version__"}
+GROUND = {"errors", "durable", "inside", "manifest", "printable", "signals", "streams", "__version__"}
 BASEMENT = {"engine", "kernels", "loaders"}
 FLOORS: dict[str, set[str]] = {
     "kernels": GROUND,
@@ -60,7 +60,7 @@ def test_imports_stay_on_their_floors(floor: str) -> None:
                 assert room in FLOORS[floor] | {floor.rpartition("/")[2]}, f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["errors", "durable", "inside", "manifest", "printable"])
+@pytest.mark.parametrize("name", ["errors", "durable", "inside", "manifest", "printable", "signals", "streams"])
 def test_the_ground_floor_stands_on_the_standard_library(name: str) -> None:
     for target in imported(REPO / "afina" / f"{name}.py"):
         top = target.split(".")[0]

@@ -5,6 +5,7 @@ Exit status: 0 done; 1 failed while running; 2 the request or the input was wron
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -14,6 +15,8 @@ import traceback
 from afina.cli import advise, chat, check, demo, doctor, eval, export, fetch, generate, inspect, plan, report, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
+from afina.signals import stopping
+from afina.streams import open_missing, unfailing_stderr
 
 VERBS: dict[str, Verb] = {
     "check": check.VERB,
@@ -38,19 +41,23 @@ DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def run(argv: list[str]) -> int:
     """Run ``afina`` with these arguments; returns the exit status."""
     debug = "--debug" in argv
+    open_missing()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, never an error
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        status = _dispatch([a for a in argv if a != "--debug"])
-        sys.stdout.flush()
-        return status
-    except SystemExit as stop:  # argparse after --help
-        return int(stop.code or 0)
-    except BaseException as error:  # the boundary: whatever happens, one line and a status
-        if debug:
-            traceback.print_exc()
-        return _report(error)
+            with contextlib.suppress(OSError, ValueError):  # a stream that is gone
+                stream.reconfigure(errors="backslashreplace")
+    with unfailing_stderr():
+        try:
+            with stopping():
+                status = _dispatch([a for a in argv if a != "--debug"])
+                sys.stdout.flush()
+                return status
+        except SystemExit as stop:  # argparse after --help
+            return int(stop.code or 0)
+        except BaseException as error:  # the boundary: whatever happens, one line and a status
+            if debug:
+                traceback.print_exc()
+            return _report(error)
 
 
 def _dispatch(argv: list[str]) -> int:

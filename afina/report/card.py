@@ -271,8 +271,8 @@ def _use(export: _Export) -> Iterator[str]:
     served = "vllm serve ."
     if export.format == "peft":
         served = f"vllm serve {base} --enable-lora --lora-modules my-adapter=."
-        if export.run is not None and export.run.config.lora_r > 16:  # vLLM's default
-            served += f" --max-lora-rank {export.run.config.lora_r}"
+        if export.run is not None and (rank := export.run.config.lora_r or 0) > 16:  # vLLM's default
+            served += f" --max-lora-rank {rank}"
     yield block(served, "sh")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from afina.engine import train
 from afina.engine.train import RunResult
 from afina.engine.train_config import TrainConfig
+from afina.streams import say
 
 
 def finetune(
@@ -45,7 +45,7 @@ def with_report(result: RunResult, *, quiet: bool) -> RunResult:
     except (Exception, KeyboardInterrupt) as problem:  # the run is whole on the disk, whatever its report comes upon
         told = " ".join(str(problem).split()) or type(problem).__name__
         if not quiet:
-            print(f"no report ({told}); write it with afina report {result.output_dir}", file=sys.stderr)
+            say(f"no report ({told}); write it with afina report {result.output_dir}")
         found: dict[str, Any] = {"report": None, "verdict": None, "verdict_line": None, "forgot": None}
     else:
         found = {"report": str(report.path), "verdict": report.judged.word, "verdict_line": report.line}

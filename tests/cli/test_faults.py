@@ -181,6 +181,10 @@ RunFolder.log = signalled
     ("phase", "signals"),
     [
         ("step", ["SIGTERM"]),
+        ("step", ["SIGHUP"]),
+        ("step", ["SIGUSR1"]),
+        ("step", ["SIGUSR2"]),
+        ("step", ["SIGXCPU", "SIGXCPU"]),
         ("step", ["SIGINT", "SIGINT", "SIGTERM", "SIGINT"]),
         ("evaluation", ["SIGINT"]),
         ("save", ["SIGTERM"]),
@@ -218,6 +222,53 @@ def test_a_signal_leaves_a_resumable_checkpoint(
     assert resumed.status == 0, resumed.stderr
     assert not done or f"resumed from checkpoint-{done}" in resumed.stderr
     assert_equal(run_dir, whole)
+
+
+SENT_WHILE = """
+import os, signal
+import afina.engine.train as train
+
+def sent(*arguments, **options):
+    os.kill(os.getpid(), signal.{name})
+    raise AssertionError("the signal did nothing")
+
+train.{function} = sent
+"""
+
+
+@pytest.mark.parametrize(("name", "function"), [("SIGTERM", "read_data"), ("SIGHUP", "_load"), ("SIGINT", "_load")])
+def test_a_signal_before_the_first_step_says_what_it_did(cli: Cli, name: str, function: str) -> None:
+    prelude = SENT_WHILE.replace("{name}", name).replace("{function}", function)
+    prelude = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + prelude
+    ended = cli.run(*train(f"early-{name}"), prelude=prelude)
+    assert ended.status == 130
+    told = "interrupted" if name == "SIGINT" else f"stopped by {name}"
+    assert ended.error.startswith(f"afina: error: {told} while rows and model were read, before the first step")
+    assert f"early-{name} was changed; start it again" in ended.error
+    assert not (cli.folder / f"early-{name}").exists()
+
+
+def test_nohup_stays_nohup(cli: Cli, whole: dict[str, Any]) -> None:
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    ended = cli.run(*train("nohup"), prelude=ignored + SIGNALLED.replace("{signals}", "['SIGHUP']"))
+    assert ended.status == 0, ended.stderr
+    assert_equal(cli.folder / "nohup", whole)
+
+
+# What becomes of standard error, and of all streams.
+LOST = {
+    "a closed pipe": "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2)",
+    "a full disk": "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 2)",
+    "no streams": "import os, sys; [os.close(n) for n in range(3)]; sys.stdin = sys.stdout = sys.stderr = None",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_messages_that_cannot_be_written_stop_no_run(lost: str, cli: Cli, whole: dict[str, Any]) -> None:
+    name = f"lost-{lost.split()[-1]}"
+    ended = cli.run(*train(name), prelude=LOST[lost])
+    assert ended.status == 0, ended.stderr
+    assert_equal(cli.folder / name, whole)
 
 
 def test_the_process_itself(cli: Cli, whole: dict[str, Any]) -> None:
