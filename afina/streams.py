@@ -1,4 +1,5 @@
-"""Standard streams that may be gone: a print that fails must not end hours of work.
+"""Standard streams that may be gone, or a terminal: a print that fails must not end hours of work, and none may give
+orders to a terminal.
 
 ``2>&1 | head`` closes the pipe while a run goes on, a full disk refuses what is written to a file of messages, a
 terminal goes with its connection, and a service manager may start a process without any streams.
@@ -12,6 +13,8 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+from afina.printable import readable
 
 
 def open_missing() -> None:
@@ -29,11 +32,18 @@ def open_missing() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
 
 
-class Unfailing(io.TextIOBase):
-    """Writes text to a stream's file, at once; what cannot be written is lost without a word."""
+class Shown(io.TextIOBase):
+    """Writes text to a stream, with what a terminal would obey as escapes (`afina.printable.readable`)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._number = stream, stream.fileno()
+
+    def write(self, text: str) -> int:
+        self._stream.write(readable(text, styled=True))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -43,8 +53,21 @@ class Unfailing(io.TextIOBase):
     def errors(self) -> str:  # type: ignore[override]
         return "backslashreplace"
 
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return is_terminal(self._stream)
+
+    def fileno(self) -> int:
+        return self._number
+
+
+class Unfailing(Shown):
+    """The same, at once and into the stream's file; what cannot be written is lost without a word."""
+
     def write(self, text: str) -> int:
-        data = text.encode(self.encoding, self.errors)
+        data = readable(text, styled=True).encode(self.encoding, self.errors)
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(self._number, data) :]
@@ -53,27 +76,22 @@ class Unfailing(io.TextIOBase):
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return os.isatty(self._number)
-
-    def fileno(self) -> int:
-        return self._number
-
 
 @contextlib.contextmanager
-def unfailing_stderr() -> Iterator[None]:
-    """Within, messages on standard error are ones that cannot fail. Other streams than a file's stay as they are."""
-    stream = sys.stderr
+def safe_streams() -> Iterator[None]:
+    """Within, messages on standard error cannot fail, and nothing that is printed is obeyed by a terminal: on standard
+    output where that is one, on standard error in any case. Streams that have no file stay as they are."""
+    stdout, stderr = sys.stdout, sys.stderr
     try:
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError, ValueError):  # it has no file, or is closed
-                sys.stderr = Unfailing(stream)
+        with contextlib.suppress(OSError, ValueError):  # it has no file, or is closed
+            if isinstance(stderr, io.TextIOWrapper):
+                sys.stderr = Unfailing(stderr)
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(stdout, io.TextIOWrapper) and stdout.isatty():
+                sys.stdout = Shown(stdout)
         yield
     finally:
-        sys.stderr = stream
+        sys.stdout, sys.stderr = stdout, stderr
 
 
 def say(text: str) -> None:
@@ -81,7 +99,7 @@ def say(text: str) -> None:
     stream: Any = sys.stderr
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
         if stream is not None:
-            print(text, file=stream, flush=True)
+            print(readable(text), file=stream, flush=True)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

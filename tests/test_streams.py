@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from afina.streams import Unfailing, is_terminal, say, unfailing_stderr
+from afina.streams import Shown, Unfailing, is_terminal, safe_streams, say
 
 
 def test_text_arrives_whole_and_in_order(tmp_path: Path) -> None:
@@ -44,10 +44,17 @@ def test_say_and_is_terminal_take_what_there_is(monkeypatch: pytest.MonkeyPatch)
         say("lost")
         assert not is_terminal(stream)
     monkeypatch.setattr(sys, "stderr", told := io.StringIO())
-    with unfailing_stderr():
+    with safe_streams():
         say("told")
     assert sys.stderr is told
     assert told.getvalue() == "told\n"
+
+
+def test_what_is_printed_gives_no_orders(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+        for stream in (Shown(file), Unfailing(file)):
+            print("\x1b]0;owned\x07", "\x1b[1mbold\x1b[0m \u202eabc", file=stream, flush=True)
+    assert (tmp_path / "out").read_text() == "\\x1b]0;owned\\x07 \x1b[1mbold\x1b[0m \\u202eabc\n" * 2
 
 
 CLOSED = """

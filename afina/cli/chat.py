@@ -20,6 +20,8 @@ from afina.cli.options import (
 )
 from afina.engine.sampling import Sampling
 from afina.errors import DataError
+from afina.printable import readable
+from afina.streams import is_terminal
 
 
 def add_options(parser: Parser) -> None:
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             answer = ""
             try:
                 for piece in stream(model, tokenizer, asked, tools=tools, batcher=batcher, **sampling):
-                    print(piece, end="", flush=True)
+                    print(readable(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:  # cuts the answer short, not the conversation
                 if not person:

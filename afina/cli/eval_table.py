@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from afina.printable import printable
 
 if TYPE_CHECKING:
     from afina.engine.intervals import Paired
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # most frequent confusions
 MATRIX = 8  # labels up to which the whole confusion matrix is shown
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass
@@ -89,11 +89,11 @@ def _print_details(details: Mapping[str, Any]) -> None:
     pairs = [(count, wanted, found) for wanted, row in confusion.items() for found, count in row.items()]
     wrong = sorted((pair for pair in pairs if pair[1] != pair[2]), reverse=True)[:SHOWN]
     if confusion and len(labels) <= MATRIX:
-        lines = [["wanted \\ given", *map(printable, labels)]]
-        lines += [[printable(w), *(str(confusion[w].get(found, 0)) for found in labels)] for w in confusion]
+        lines = [["wanted \\ given", *map(short, labels)]]
+        lines += [[short(w), *(str(confusion[w].get(found, 0)) for found in labels)] for w in confusion]
         _print_table(lines, str.rjust)
     elif wrong:
-        shown = "; ".join(f"{printable(wanted)} as {printable(found)} {count}" for count, wanted, found in wrong)
+        shown = "; ".join(f"{short(wanted)} as {short(found)} {count}" for count, wanted, found in wrong)
         print(f"most often taken for another: {shown}")
     if "turns" in details:
         shown = ", ".join(f"{turn['turn']}: {turn['loss']:.4f} ({turn['rows']:,} rows)" for turn in details["turns"])
@@ -128,7 +128,7 @@ def _figure(value: float | None, interval: tuple[float, float] | None = None, *,
     return shown(value) + (f" [{shown(interval[0])}, {shown(interval[1])}]" if interval else "")
 
 
-def printable(text: str, limit: int = 40) -> str:
-    """A text from data or a model on one line, its control characters as escapes."""
-    text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def short(text: str, limit: int = 40) -> str:
+    """A text from data or a model on one line, and cut."""
+    text = printable(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

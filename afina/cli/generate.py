@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from afina.engine.sampling import Sampling
 from afina.engine.settings import checked
 from afina.engine.train_config import TrainConfig
 from afina.errors import ConfigError, WeightsError
+from afina.printable import readable
+from afina.streams import is_terminal
 
 if TYPE_CHECKING:
     from afina.engine.generate import Completion
@@ -76,7 +79,8 @@ def _generate_one(args: argparse.Namespace) -> dict[str, Any]:
         tokens += done.tokens
         likely[name] = likelihoods(tokenizer, done)
         if not args.json:
-            print(f"== {name} ==\n{done.text}" if len(adapters) > 1 else done.text)
+            text = readable(done.text) if is_terminal(sys.stdout) else done.text
+            print(f"== {name} ==\n{text}" if len(adapters) > 1 else text)
     speed = round(tokens / (time.perf_counter() - started), 1)
     several: dict[str, Any] = {"texts": texts} if len(texts) > 1 else {}
     if sampling.logprobs is not None:

@@ -15,8 +15,9 @@ import traceback
 from afina.cli import advise, chat, check, demo, doctor, eval, export, fetch, generate, inspect, plan, report, train
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
+from afina.printable import LONGEST, printable
 from afina.signals import stopping
-from afina.streams import open_missing, unfailing_stderr
+from afina.streams import open_missing, safe_streams
 
 VERBS: dict[str, Verb] = {
     "check": check.VERB,
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, never an error
             with contextlib.suppress(OSError, ValueError):  # a stream that is gone
                 stream.reconfigure(errors="backslashreplace")
-    with unfailing_stderr():
+    with safe_streams():
         try:
             with stopping():
                 status = _dispatch([a for a in argv if a != "--debug"])
@@ -116,5 +117,5 @@ def _report(error: BaseException) -> int:
         message = f"a library failed on this input: {message}"
     elif not isinstance(error, OSError) and not type(error).__module__.startswith("afina."):
         message = f"internal error, {name}: {message} (add --debug for the traceback, and please report it)"
-    print(f"afina: error: {message}", file=sys.stderr)
+    print(f"afina: error: {printable(message, limit=LONGEST)}", file=sys.stderr)
     return status

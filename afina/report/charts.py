@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from afina.report.tokens import visible
+from afina.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,7 +255,7 @@ def spectra(name: str, title: str, kinds: Mapping[str, Sequence[float]]) -> Char
 
 def label_of(name: str) -> str:
     """A name of a file's own, such as a tensor's, as a figure can show it."""
-    return visible(name if len(name) <= MAX_LABEL else f"{name[:MAX_LABEL]}…")
+    return printable(name if len(name) <= MAX_LABEL else f"{name[:MAX_LABEL]}…")
 
 
 def thinned(points: Points, most: int = MAX_POINTS) -> Points:
@@ -332,7 +332,7 @@ def inline(svg: str, name: str, title: str, description: str) -> str:
     # The font's size stays; its family is the page's.
     body = re.sub(r"font: (?:[\w]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    label = f'<title id="{name}-title">{html.escape(visible(title))}</title>'
-    label += f'<desc id="{name}-desc">{html.escape(visible(description))}</desc>'
+    label = f'<title id="{name}-title">{html.escape(printable(title))}</title>'
+    label += f'<desc id="{name}-desc">{html.escape(printable(description))}</desc>'
     head = f'<svg class="chart" role="img" aria-labelledby="{name}-title {name}-desc" {view[0]}>'
     return head + label + body

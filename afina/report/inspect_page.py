@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from afina.printable import printable
 from afina.report.inspected import InspectedRow
-from afina.report.tokens import TOKEN_CSS, legend, token_spans, token_table, visible
+from afina.report.tokens import TOKEN_CSS, legend, token_spans, token_table
 
 # Nothing is fetched and nothing runs, whatever a row holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -79,4 +80,4 @@ def _figure(heading: str, tokens: str, scale: str) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(visible(text))
+    return html.escape(printable(text))

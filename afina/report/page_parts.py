@@ -6,9 +6,9 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from afina.printable import printable
 from afina.report.charts import Chart
 from afina.report.measure import ShownRow
-from afina.report.tokens import visible
 
 ROW_TEXT = 700  # characters shown of a row
 CELL_TEXT = 300  # and of a value in a table
@@ -39,7 +39,7 @@ def text(value: object, limit: int = CELL_TEXT) -> str:
     shown = str(value)
     more = len(shown) - limit
     shown = shown if more <= 0 else f"{shown[:limit]} … ({more:,} more characters)"
-    return html.escape(visible(shown.replace("\n", " ↵ ")))
+    return html.escape(printable(shown.replace("\n", " ↵ ")))
 
 
 def note(told: str) -> str:
@@ -98,7 +98,7 @@ def row_text(row: ShownRow) -> str:
             break
         kept = piece[-left:]
         left -= len(kept)
-        shown = "".join(html.escape(visible(c)) if c != "\n" else "\n" for c in kept)
+        shown = "".join(html.escape(printable(c)) if c != "\n" else "\n" for c in kept)
         parts.append(f"<mark>{shown}</mark>" if learnt else shown)
     cut = sum(len(piece) for piece, _ in row.pieces) - (ROW_TEXT - max(0, left))
     before = f'<span class="note">… ({cut:,} characters before)</span> ' if cut > 0 else ""

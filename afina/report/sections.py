@@ -9,11 +9,12 @@ import numpy as np
 
 from afina.engine.intervals import Interval, bootstrap, ratio
 from afina.engine.task_results import LOWER_IS_BETTER, TaskResult
+from afina.printable import printable
 from afina.report.charts import Chart, Dot, before_after, curves, heat_map, histogram, levels, spectra
 from afina.report.facts import RunFacts
 from afina.report.measure import PARTS, SAME_CHANGE, Answers, Measured
 from afina.report.page_parts import Section, facts_list, figure, note, shown_rows, table, text
-from afina.report.tokens import legend, token_spans, token_table, visible
+from afina.report.tokens import legend, token_spans, token_table
 from afina.report.verdict import FORGOT, Judged
 from afina.report.weights_change import MatrixChange, WeightsChange
 
@@ -140,7 +141,7 @@ def tokens(found: Measured) -> str:
         )
         body += f'<div class="beside">{sides}</div>'
         body += f"<h4>Change</h4>{token_spans(row.after, row.before)}"
-        numbers = token_table(row.after, row.before, caption=f"Every token of {visible(title)}")
+        numbers = token_table(row.after, row.before, caption=f"Every token of {printable(title)}")
         body += f"<details><summary>The numbers</summary>{numbers}</details>"
     return body
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from afina.printable import printable
 from afina.report.tokens import (
     CHANGE_LABELS,
     LOSS_LABELS,
@@ -18,7 +19,6 @@ from afina.report.tokens import (
     level_class,
     numbers,
     quoted,
-    visible,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def text_view(views: Sequence[TokenView], before: Sequence[TokenView] | None, te
             inside = view.trained
         name = level_class(view, None if before is None else before[n])
         # A background must end before its line does, else terminals fill the line with it.
-        text = "\n".join(terminal.painted(visible(line), name) for line in view.text.replace("\n", "↵\n").split("\n"))
+        text = "\n".join(terminal.painted(printable(line), name) for line in view.text.replace("\n", "↵\n").split("\n"))
         parts.append(text)
     return "".join(parts) + "]]" * inside
 

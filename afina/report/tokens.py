@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from afina.printable import printable
+
 if TYPE_CHECKING:
     from afina.engine.token_view import Alternative, TokenView
 
@@ -117,12 +119,6 @@ def change_level(change: float) -> int:
     return 6 if math.isnan(change) else level
 
 
-def visible(text: str) -> str:
-    """``text`` with what cannot be seen, or changes how the rest is shown, as escapes: controls, line breaks, marks of
-    direction, characters without width, spaces that are not the common one, halves of characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def level_class(view: TokenView, before: TokenView | None) -> str:
     """The CSS class of a token's background: of the change where ``before`` is what the base makes of it, "" where it
     is not learnt."""
@@ -179,7 +175,7 @@ def _spans(views: Sequence[TokenView], before: Sequence[TokenView] | None, link:
 def _shown(view: TokenView) -> str:
     parts = []
     for character in view.text:
-        shown = visible(character)
+        shown = printable(character)
         if character == "\n":
             parts.append('<span class="escape">↵</span>\n')
         elif shown == character:
@@ -191,7 +187,7 @@ def _shown(view: TokenView) -> str:
 
 def quoted(text: str) -> str:
     """A token as a table shows it: between quotes, since spaces count."""
-    return f'"{visible(text)}"'
+    return f'"{printable(text)}"'
 
 
 def alternatives(found: Iterable[Alternative]) -> str:

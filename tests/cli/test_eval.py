@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_model import saved
 
-from afina.cli.eval_table import printable
+from afina.cli.eval_table import short
 from afina.cli.main import run
 from afina.engine import scores
 from afina.engine.generate import generate_batch
@@ -259,5 +259,5 @@ def test_models_that_read_other_rows_are_not_compared(
 
 
 def test_control_characters_are_shown() -> None:
-    assert printable("a\x1b[2J\nb\u2028é") == "a\\x1b[2J\\nb\\u2028é"
-    assert printable("x" * 50) == "x" * 37 + "..."
+    assert short("a\x1b[2J\nb\u2028é") == "a\\x1b[2J\\nb\\u2028é"
+    assert short("x" * 50) == "x" * 37 + "..."

@@ -263,6 +263,11 @@ LOST = {
 }
 
 
+def test_an_error_that_nobody_can_read_is_an_error(cli: Cli) -> None:
+    for lost in ("a closed pipe", "a full disk"):
+        assert cli.run("generate", "nothing-here", "--prompt", "x", prelude=LOST[lost]).status == 2
+
+
 @pytest.mark.parametrize("lost", LOST)
 def test_messages_that_cannot_be_written_stop_no_run(lost: str, cli: Cli, whole: dict[str, Any]) -> None:
     name = f"lost-{lost.split()[-1]}"

@@ -10,8 +10,9 @@ from itertools import pairwise
 import pytest
 
 from afina.engine.token_view import Alternative, TokenView
+from afina.printable import printable
 from afina.report import tokens
-from afina.report.tokens import ON_DARK, ON_LIGHT, TOKEN_CSS, Colours, token_spans, token_table, visible
+from afina.report.tokens import ON_DARK, ON_LIGHT, TOKEN_CSS, Colours, token_spans, token_table
 
 NASTY = "<script>alert(1)</script>&\"'"
 
@@ -108,7 +109,7 @@ def test_levels() -> None:
     ],
 )
 def test_what_cannot_be_seen_is_shown_as_an_escape(text: str, shown: str) -> None:
-    assert visible(text) == shown
+    assert printable(text) == shown
 
 
 def test_text_of_a_row_is_never_markup() -> None:
