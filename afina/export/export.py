@@ -5,7 +5,8 @@ peft    the adapter alone, for programs that put it on the base themselves.
 gguf    one file, for llama.cpp and what is built on it. An adapter is merged into its base.
 
 What is written goes to a working folder beside its place, is read from the disk again and compared with what it was
-made of, and only then gets its name. A failure leaves nothing; a kill, a folder ``NAME.tmp-N`` that is not the model.
+made of, and only then gets its name. A failure leaves nothing; a kill, a folder ``NAME.tmp-N``, which the next export
+to the same place removes.
 """
 
 from __future__ import annotations

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from afina.durable import publish
+from afina.durable import WORKING_NAME, put, remove, working_folder
 from afina.errors import RunError
 from afina.manifest import write_manifest
+from afina.streams import say
 
 CARD, MODELFILE = "README.md", "Modelfile"
 
@@ -71,24 +74,30 @@ class Publication:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Path]:
-        """A path beside the place for a folder or file, which gets the name when the block ends well and else is gone.
+        """A path for a folder or file, which gets its name when the block ends well and else is gone.
 
-        People change cards and Modelfiles: the manifest of the folder does not hold them.
+        It lies in a folder of its own beside the place, that is locked as long as this process lives. People change
+        cards and Modelfiles: the manifest of the folder does not hold them.
         """
         missing = [folder for folder in self.place.parents if not folder.exists()]
         self.place.parent.mkdir(parents=True, exist_ok=True)
         made: list[Path] = []
         try:
-            with publish(self.place, replace=False) as working:
+            sweep(self.place)
+            with _locked(working_folder(self.place)) as folder:
+                working = folder / self.place.name
                 yield working
                 if working.is_dir() and not any(working.glob("*.gguf")):  # one file alone is checked by its reader
                     write_manifest(working, {})
                 self.refuse_existing()  # again: it may have come meanwhile
                 for name, text in self.beside.items():
-                    path = self.place.with_name(name) if self.alone else working / name
-                    with publish(path, replace=False) as file:
-                        file.write_bytes(text.encode("utf-8", "backslashreplace"))
-                    made.append(path)
+                    file = folder / name if self.alone else working / name
+                    with file.open("xb") as opened:
+                        opened.write(text.encode("utf-8", "backslashreplace"))
+                    if self.alone:
+                        put(file, self.place.with_name(name), replace=False)
+                        made.append(self.place.with_name(name))
+                put(working, self.place, replace=False)
             made.clear()
             missing.clear()
         finally:
@@ -97,3 +106,34 @@ class Publication:
             for folder in missing:
                 with contextlib.suppress(OSError):  # someone else put something there: it stays
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """Hold a working folder, so that nobody takes it for a stale one; it is gone afterwards."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            remove(folder)
+        os.close(handle)
+
+
+def sweep(place: Path) -> None:
+    """Remove what killed exports to the same place have left beside it, and say so. The kernel lets go of the lock of a
+    process that dies, so what can be locked is nobody's."""
+    for path in sorted(place.parent.iterdir()):
+        match = WORKING_NAME.fullmatch(path.name)
+        if match is None or (match[1], match[2]) != (place.name, "tmp") or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # somebody's, or not ours to remove
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path)
+            finally:
+                os.close(handle)
+            say(f"{path} removed: an export to {place} that was killed had left it")

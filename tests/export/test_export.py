@@ -18,7 +18,6 @@ from test_merge import FAMILIES, IDS, KINDS, add_adapter, away, random_model
 from tiny_model import saved, tiny_tokenizer
 from torch import Tensor
 
-from afina import durable
 from afina.cli.main import run
 from afina.engine.linear import Lora
 from afina.engine.lora import save_adapter
@@ -26,6 +25,7 @@ from afina.engine.model import GPT
 from afina.engine.weights import hf_tensors, load_model, save_model
 from afina.errors import RunError, WeightsError
 from afina.export import export as export_module
+from afina.export import publication
 from afina.export.compare import Rows, compare, held_out, logits
 from afina.export.export import READ_BACK, export
 from afina.export.merge import merge
@@ -584,14 +584,14 @@ def test_nothing_is_half_there_where_a_companion_cannot_be_written(
     def fails(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    real = durable.put
+    real = publication.put
     places: list[str] = []
 
     def put(working: Path, path: Path, **options: Any) -> None:
         places.append(path.name)
         (fails if path.name == "m.gguf" else real)(working, path, **options)
 
-    monkeypatch.setattr(durable, "put", put)
+    monkeypatch.setattr(publication, "put", put)
     with pytest.raises(OSError, match="No space"):
         export(base, tmp_path / "m.gguf", to="gguf")
     assert places[-1] == "m.gguf"
@@ -720,9 +720,42 @@ def test_a_kill_leaves_nothing_under_the_name(to: str, name: str, cli: Cli, adap
     ended = cli.run("export", adapter, "--to", to, "--output", out, prelude=prelude.replace("{signal}", "SIGKILL"))
     assert ended.status == -signal.SIGKILL
     assert not out.exists()
+    left = list(cli.folder.glob(f"{out.name}.tmp-*"))
+    assert len(left) == (name != "compare")  # which is first called before anything is written
     ended = cli.run("export", adapter, "--to", to, "--output", out)
     assert ended.status == 0, ended.stderr
     assert out.exists()
+    for path in left:
+        assert f"{path} removed: an export to {out} that was killed had left it" in ended.stderr
+    assert not list(cli.folder.glob(f"{out.name}.tmp-*"))
+
+
+def test_what_others_are_working_on_is_left_alone(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exports to one place at a time: none removes the other's folder, nor what is called much like it."""
+    others = [tmp_path / name for name in ("out.tmp-x", "outer.tmp-1", "out.old-1", "other.tmp-2")]
+    for path in others:
+        path.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.tmp-3").symlink_to("elsewhere")
+    stale = tmp_path / "out.tmp-4"
+    stale.write_text("a file of an earlier version")
+
+    def meanwhile() -> None:
+        with publication.Publication(tmp_path / "out", "hf").working() as working:
+            working.mkdir()
+            export(base, tmp_path / "out")
+            assert working.is_dir()
+
+    with pytest.raises(RunError, match="already exists"):
+        meanwhile()
+    assert not stale.exists()
+    assert f"{stale} removed" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert all(path.is_dir() for path in others)
+    assert (tmp_path / "out.tmp-3").is_symlink()
+    assert not list(tmp_path.glob("out.tmp-????????????????"))
 
 
 def test_ctrl_c_leaves_nothing(cli: Cli, adapter: Path) -> None:
