@@ -7,13 +7,13 @@ lies where it lay at capture, so the inputs are copied into buffers. Nothing in 
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from afina.engine.kv_pool import KVPool, StepCache
+from afina.streams import say
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
@@ -65,7 +65,7 @@ class DecodeStep:
                 out = self.compute(inputs)
         except RuntimeError as problem:
             reason = (str(problem).splitlines() or ["no reason given"])[0]
-            print(f"afina: decoding without CUDA graphs, since capturing one failed: {reason}", file=sys.stderr)
+            say(f"afina: decoding without CUDA graphs, since capturing one failed: {reason}")
             self.captures = False
             return False
         self.captured[key] = inputs, out, graph

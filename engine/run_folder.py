@@ -41,7 +41,6 @@ from afina.engine.settings import to_yaml
 from afina.errors import RunError
 from afina.inside import open_own
 from afina.signals import ENDING, is_free
-from afina.streams import say
 
 FORMAT = "afina-run-1"
 RUN, RECIPE, METRICS, REPORT = "run.json", "recipe.yaml", "metrics.jsonl", "report.html"

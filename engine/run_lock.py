@@ -8,11 +8,11 @@ import fcntl
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 
 from afina.durable import write_text
 from afina.errors import RunError
+from afina.streams import say
 
 LOCK = ".lock"  # says who holds the folder; it is not what is locked, where the file system locks folders
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # flock on some network file systems
@@ -86,7 +86,7 @@ class FolderLock:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise self._in_use() from error
-                print(f"afina: warning: {self.path} has no file locks; start no second run in it", file=sys.stderr)
+                say(f"afina: warning: {self.path} has no file locks; start no second run in it")
                 return
             # The one who held it before may have removed the file between our two calls: then we hold nothing.
             with contextlib.suppress(FileNotFoundError):

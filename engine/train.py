@@ -54,6 +54,7 @@ from afina.manifest import check_manifest, read_manifest
 from afina.streams import is_terminal, say
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run stops
+MANY_SKIPPED = 3  # a run that skipped one step in so many says so at its end
 
 
 class NonFiniteError(RuntimeError):
@@ -308,6 +309,7 @@ class Run:
         self.launched: LaunchedStep | None = None  # the step whose result nobody has looked at yet
         self.clock = 0.0  # when it was last looked at one, or a step began after a pause
         self.saved_step = 0
+        self.save_due = False
         self.dev_rows: DevRows | None = None  # also of a run that was begun by a version without them
 
     def begin(self) -> None:
@@ -382,8 +384,10 @@ class Run:
                     if progress.evaluated_step != progress.step and (progress.step % self.eval_steps == 0 or ended):
                         self._evaluate()
                         ended |= progress.stopped_early
-                    if self.saved_step != progress.step and (progress.step % self.save_steps == 0 or ended):
-                        self._save()
+                    if self.saved_step != progress.step:
+                        self.save_due |= progress.step % self.save_steps == 0 or ended
+                        if self.save_due:
+                            self._save()
                     if ended:
                         return
                     self._step()
@@ -501,7 +505,7 @@ class Run:
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(
                 f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step {step:,} with "
-                f"{where}; look at those rows, or lower learning_rate (now {self.peak_lr:g})"
+                f"{where}; look at those rows, or lower learning_rate (now {self.peak_lr:g}): {self._back}"
             )
 
     def _evaluate(self) -> None:
@@ -532,8 +536,9 @@ class Run:
             self.dev_rows.write(self.folder.path)
             return
         if better:
-            save = save_adapter if self.model.adapter else save_model
             self._drain()
+            self._check_weights()
+            save = save_adapter if self.model.adapter else save_model
             publish_best(
                 self.folder.path,
                 lambda folder: save(self.model, self.tokenizer, folder),
@@ -558,8 +563,14 @@ class Run:
             self.model.host_weights.drain()
 
     def _save(self) -> None:
+        """Save a checkpoint, but none of a step that was skipped: it would push out one that is known to be good. It
+        stays due until a step goes well."""
         self._settle()
+        if self.progress.bad_in_a_row:
+            self.log(f"step {self.progress.step:,} was skipped, so no checkpoint is made of it")
+            return
         self._drain()
+        self._check_weights()
         self.folder.check_place()
         meta = {
             "progress": {k: v if math.isfinite(v) else None for k, v in asdict(self.progress).items()},
@@ -572,7 +583,30 @@ class Run:
             self.folder.path, self.progress.step, self.optimizer.state(), meta, keep=self.config.save_total_limit
         )
         self.folder.commit()
-        self.saved_step = self.progress.step
+        self.saved_step, self.save_due = self.progress.step, False
+
+    def _check_weights(self) -> None:
+        """Raise NonFiniteError where a weight that trains has become NaN or infinite: what is on the disk stays as it
+        is. A model that was such from the start, and is allowed to be, is not looked at."""
+        if self.config.allow_nonfinite:
+            return
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if not bool(torch.stack([torch.isfinite(p).all() for _, p in trained]).all()):
+            bad = next(name for name, p in trained if not torch.isfinite(p).all())
+            raise NonFiniteError(
+                f"step {self.progress.step:,}: {bad} is not finite, so nothing was saved; {self._back}"
+            )
+
+    @property
+    def _back(self) -> str:
+        """What to do when the weights have gone wrong."""
+        best = (
+            f", which may go on from the best model (--model {self.folder.path})" if self.progress.best_step > 0 else ""
+        )
+        last = (
+            f"the last checkpoint is that of step {self.saved_step:,}" if self.saved_step else "there is no checkpoint"
+        )
+        return f"{last}; begin a new run with a lower rate, say --learning_rate {self.peak_lr / 3:.2g}{best}"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, moments, counters, random numbers; the step gives the data order."""
@@ -643,6 +677,11 @@ class Run:
             "peak_memory_gb": round(peak_memory_gb(self.device), 3),
             "predicted_memory": self.memory.to_dict(),
         }
+        if progress.skipped * MANY_SKIPPED >= max(1, progress.step) and progress.skipped > 1:
+            self.log(
+                f"WARNING: {progress.skipped:,} of {progress.step:,} steps were skipped, their loss or gradient not "
+                f"finite: this model has learnt from the other rows alone; {self._back}"
+            )
         self.writer.close()
         facts = {name: value for name, value in metrics.items() if name not in ("output_dir", "best")}
         self.folder.record(finished={"time": now(), **facts})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from afina.loaders.data.rows import Row, read_rows
 from afina.loaders.data.token_cache import CacheError, TokenCache, Writer, open_cache, sweep
 from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
+from afina.streams import say
 
 VERSION = 4  # of what the cache holds: raise it when the same rows would give other tokens
 BATCH_ROWS, BATCH_BYTES = 2048, 1 << 19  # what is tokenised at once
@@ -143,7 +143,7 @@ class Tokenise:
             else:
                 cache.report["cached"] = True
         except CacheError as problem:
-            print(f"afina: warning: {problem}; this run's tokens go to a temporary one", file=sys.stderr, flush=True)
+            say(f"afina: warning: {problem}; this run's tokens go to a temporary one")
             cache = self.build(None)
         cache.key = key
         return cache

@@ -243,14 +243,17 @@ def test_a_non_finite_step_moves_nothing_and_names_its_rows(
     model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {2, 3, 5})
-    result = fit(model, rows, tmp_path / "run", save_steps=1, save_total_limit=9)
+    result = fit(model, rows, tmp_path / "run", save_steps=1, eval_steps=1, save_total_limit=9)
     assert result.metrics["skipped_steps"] == 3
-    two, three, four, five = (load_checkpoint(result.output_dir / f"checkpoint-{n}") for n in (2, 3, 4, 5))
-    for group in ("weights", "exp_avg", "exp_avg_sq"):
-        before, after = two.tensors(group), four.tensors(group)
-        assert all(torch.equal(before[n], after[n]) for n in before)
-        assert any(not torch.equal(before[n], t) for n, t in five.tensors(group).items())
-    assert (two.meta["updates"], three.meta["updates"], five.meta["updates"]) == (2, 2, 3)
+    losses = lines(result, "dev_loss")
+    assert losses[2] == losses[3] == losses[4] != losses[5] == losses[6]
+    # No checkpoint is made of a skipped step.
+    assert sorted(path.name for path in result.output_dir.glob("checkpoint-*")) == [
+        f"checkpoint-{n}" for n in (1, 2, 5, 7, 8)
+    ]
+    two, five = (load_checkpoint(result.output_dir / f"checkpoint-{n}") for n in (2, 5))
+    assert any(not torch.equal(two.tensors("weights")[n], t) for n, t in five.tensors("weights").items())
+    assert (two.meta["updates"], five.meta["updates"]) == (2, 3)
     (first, *_) = lines(result, "rows")
     assert len(first) == 4
     assert all(row.startswith(f"{rows}: line ") for row in first)
@@ -261,11 +264,62 @@ def test_three_non_finite_steps_in_a_row_stop_the_run(
     model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {1, 3, 4, 5})
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6 with .*rows\.jsonl: line \d+"):
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6 with .*rows\.jsonl: line \d+") as raised:
         fit(model, rows, tmp_path / "run", save_steps=1)
-    assert all(
-        torch.isfinite(t).all() for t in load_checkpoint(tmp_path / "run/checkpoint-5").tensors("weights").values()
+    assert "the last checkpoint is that of step 3; begin a new run with a lower rate, say --learning_rate 0.00033" in (
+        str(raised.value)
     )
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-3"]
+    assert all(
+        torch.isfinite(t).all() for t in load_checkpoint(tmp_path / "run/checkpoint-3").tensors("weights").values()
+    )
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_poisoned_weight_pushes_out_no_good_checkpoint(
+    step: int, model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the step that made it was fine by its own figures: at a step that is saved, and between two."""
+    settle = train.Run._settle
+
+    def spoils(self: train.Run) -> None:
+        settle(self)
+        if self.progress.step == step:
+            with torch.no_grad():
+                next(p for p in self.model.parameters() if p.requires_grad).view(-1)[0] = math.nan
+
+    monkeypatch.setattr(train.Run, "_settle", spoils)
+    with pytest.raises(
+        NonFiniteError, match="the last checkpoint is that of step 3; begin a new run with a lower rate"
+    ):
+        fit(model, rows, tmp_path / "run", save_steps=1 if step == 4 else 3, max_steps=12, eval_steps=20)
+    kept = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert "checkpoint-3" in kept
+    for name in kept:
+        weights = load_checkpoint(tmp_path / "run" / name).tensors("weights")
+        assert all(torch.isfinite(t).all() for t in weights.values())
+    monkeypatch.setattr(train.Run, "_settle", settle)
+    assert fit(
+        model, rows, tmp_path / "run", save_steps=1 if step == 4 else 3, max_steps=12, eval_steps=20, resume=True
+    )
+
+
+@pytest.mark.parametrize(("steps", "told"), [({1, 3, 5}, True), ({1, 3}, False), ({1}, False)])
+def test_a_run_that_skipped_much_says_so(
+    steps: set[int],
+    told: bool,
+    model: str,
+    rows: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poison(monkeypatch, steps)
+    finetune(model=model, data=rows, output_dir=str(tmp_path / "run"), max_length=64, max_steps=8, batch_size=4)
+    said = capsys.readouterr().err
+    assert ("WARNING: 3 of 8 steps were skipped, their loss or gradient not finite" in said) == told
+    assert ("WARNING" in said) == told
 
 
 def test_when_a_result_is_looked_at_changes_nothing(
@@ -283,7 +337,7 @@ def test_when_a_result_is_looked_at_changes_nothing(
         ends = [load_checkpoint(path) for path in sorted(result.output_dir.glob("checkpoint-*"))]
         left.append((written, [end.meta["updates"] for end in ends], [end.tensors("weights") for end in ends]))
     assert left[0][:2] == left[1][:2]
-    assert left[0][1] == [2, 2, 3, 5]  # of steps 2, 4, 6 and 8
+    assert left[0][1] == [2, 3, 4, 5]  # of steps 2 and 8, and of 5 and 7: 4 and 6 are skipped
     for before, after in zip(left[0][2], left[1][2], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
