@@ -74,7 +74,7 @@ def view_row(
         hidden = model.hidden(input_ids)[0, :-1]
     finally:
         model.train(was_training)
-    texts, pieces = token_texts(tokenizer, numbers.tolist()), _Pieces(tokenizer)
+    texts, pieces = token_texts(tokenizer, numbers.tolist()), TokenPieces(tokenizer)
     predicted: list[tuple[float | None, float | None, int | None, tuple[Alternative, ...]]] = [(None, None, None, ())]
     for logits, targets in _logits(model, hidden, input_ids[0, 1:], chunk):
         target = logits.gather(1, targets[:, None])
@@ -140,7 +140,7 @@ def _ends(tokenizer: Tokenizer, ids: Sequence[int], whole: str, window: int) -> 
     return ends
 
 
-class _Pieces(dict[int, str]):
+class TokenPieces(dict[int, str]):
     """The text of each token by itself, for those that are asked for.
 
     It is taken behind a letter, where no tokenizer strips a space. A byte of a token that is no whole character is

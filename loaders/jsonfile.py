@@ -128,13 +128,13 @@ def parse_json(data: bytes, where: str, *, error: type[AfinaError] = ConfigError
         found = "the file is empty" if not text.strip() else f"{problem.msg} (column {problem.colno})"
         raise error(f"{where}: line {problem.lineno}: not valid JSON: {found}") from problem
     except RecursionError:
-        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: no file of a model needs that") from None
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: write it flatter") from None
     except ValueError as problem:  # an integer of more than 4,300 digits
         raise error(f"{where}: holds an integer too long to read: write a finite, sensible number") from problem
     if not isinstance(value, dict):
         raise error(f"{where}: holds {show(value)} where a JSON object {{...}} was expected")
     if not _shallow(value):
-        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: no file of a model needs that")
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels: write it flatter")
     if "\\u" in text and has_half_characters(value):
         place = lines(r"(?i)\\ud[89a-f]")
         raise error(f"{where}: {place}a \\u escape is half a character: write the character itself")

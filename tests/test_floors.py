@@ -21,7 +21,8 @@ FLOORS: dict[str, set[str]] = {
     "afina/export": GROUND | BASEMENT,
     "afina/report": GROUND | BASEMENT,
     "afina/advise": GROUND | BASEMENT,
-    "afina/cli": GROUND | BASEMENT | {"advise", "export", "report"},
+    "afina/serve": GROUND | BASEMENT,
+    "afina/cli": GROUND | BASEMENT | {"advise", "export", "report", "serve"},
 }
 
 
@@ -179,6 +180,18 @@ TESTED_WITH = {
     "afina/export/publication": "export/test_export",
     "afina/report/inspected": "report/test_inspect_page",
     "afina/cli/report": "cli/test_report_verb",
+    "afina/cli/serve": "cli/test_serve_verb",
+    "afina/serve/answers": "serve/test_api",
+    "afina/serve/app": "serve/test_api",
+    "afina/serve/body": "serve/test_server",
+    "afina/serve/config": "cli/test_serve_verb",
+    "afina/serve/errors": "serve/test_requests",
+    "afina/serve/fields": "serve/test_requests",
+    "afina/serve/guard": "serve/test_server",
+    "afina/serve/metrics": "serve/test_api",
+    "afina/serve/protocol": "serve/test_server",
+    "afina/serve/tokens": "serve/test_api",
+    "afina/serve/worker": "serve/test_server",
     "afina/report/budget": "report/test_report",
     "afina/report/finetune": "report/test_report",
     "afina/report/measure": "report/test_report",

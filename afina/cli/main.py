@@ -12,7 +12,22 @@ import os
 import sys
 import traceback
 
-from afina.cli import advise, chat, check, demo, doctor, eval, export, fetch, generate, inspect, plan, report, train
+from afina.cli import (
+    advise,
+    chat,
+    check,
+    demo,
+    doctor,
+    eval,
+    export,
+    fetch,
+    generate,
+    inspect,
+    plan,
+    report,
+    serve,
+    train,
+)
 from afina.cli.options import Parser, Verb, to_json
 from afina.errors import AfinaError, ConfigError, nearest
 from afina.printable import LONGEST, printable
@@ -29,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "report": report.VERB,
     "generate": generate.VERB,
     "chat": chat.VERB,
+    "serve": serve.VERB,
     "export": export.VERB,
     "doctor": doctor.VERB,
     "fetch": fetch.VERB,

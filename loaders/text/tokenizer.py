@@ -142,7 +142,7 @@ class Tokenizer:
         # For a BPE the setting means nothing: its spaces are those of the text.
         bpe = isinstance(self._backend.model, models.BPE)
         self._mends_spaces = bool(config.get("clean_up_tokenization_spaces")) and not bpe
-        self._byte_level = any("ByteLevel" in repr(x) for x in (self._backend.normalizer, self._backend.pre_tokenizer))
+        self.byte_level = any("ByteLevel" in repr(x) for x in (self._backend.normalizer, self._backend.pre_tokenizer))
         self._missing_bytes, self._drops_characters = self._unspellable()
         self._spelt: set[str] = set()  # characters that were looked at and have tokens
         self._names = {key: text for key in _NAMED if (text := _content(names.get(key))) is not None}
@@ -294,7 +294,7 @@ class Tokenizer:
         model = self._backend.model
         if not isinstance(model, models.BPE) or model.unk_token is not None:
             return b"", False
-        if self._byte_level:
+        if self.byte_level:
             letters = {byte: BYTE_LETTERS[byte] for byte in range(256)}
             return bytes(byte for byte, letter in letters.items() if self.token_id(letter) is None), False
         affixes = model.continuing_subword_prefix or model.end_of_word_suffix

@@ -214,7 +214,7 @@ def test_decoding_that_looks_back_is_followed_too(monkeypatch: pytest.MonkeyPatc
 
 
 def test_alternatives_are_named_by_themselves() -> None:
-    pieces = token_view._Pieces(TOKENIZER)
+    pieces = token_view.TokenPieces(TOKENIZER)
     by_text = {text: TOKENIZER.encode(text, add_special=False) for text in (" the", "\n", "🙂", "<|end|>")}
     assert pieces[by_text[" the"][0]] == " the"
     assert pieces[by_text["\n"][0]] == "\n"
@@ -222,7 +222,7 @@ def test_alternatives_are_named_by_themselves() -> None:
     assert pieces[by_text["<|end|>"][0]] == "<|end|>"
     assert pieces[5000] == "<id 5000>"
     metaspace = TOKENIZERS[1]
-    pieces = token_view._Pieces(metaspace)
+    pieces = token_view.TokenPieces(metaspace)
     assert pieces[metaspace.token_id("▁he")] == " he"  # type: ignore[index]
     assert pieces[metaspace.token_id("<0xF0>")] == "<0xF0>"  # type: ignore[index]
 
