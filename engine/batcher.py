@@ -40,10 +40,11 @@ ECHOED = 32  # prompt positions whose logits exist at a time
 class Row:
     """A prompt being continued. What a user may read grows with each step and is never taken back.
 
-    ``new``: the tokens so far. ``logprobs``: one each, if the sampling asks for them, and ``prompt_logprobs`` those of
-    the prompt. ``finish_reason``: None while it goes on, then "stop" (an end token or a stop string), "length",
-    "cancelled" or "error", whose ``error`` says what. ``cached_tokens``: how many of the prompt's were not computed but
-    copied. ``submitted``, ``first_token`` and ``last_token`` are times of ``time.perf_counter``.
+    ``new``: the tokens so far. ``logprobs``: one each, if the sampling asks for them, and one of the end token, which
+    ``new`` does not have; ``prompt_logprobs``: those of the prompt. ``finish_reason``: None while it goes on, then
+    "stop" (an end token or a stop string), "length", "cancelled" or "error", whose ``error`` says what.
+    ``cached_tokens``: how many of the prompt's were not computed but copied. ``submitted``, ``first_token`` and
+    ``last_token`` are times of ``time.perf_counter``.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer, limit: int, echo: bool) -> None:
@@ -407,12 +408,12 @@ class Batcher:
         row.last_token = time.perf_counter()
         if row.first_token is None:
             row.first_token = row.last_token
-        if token in row.ends:
-            self._finish(row, "stop")
-            return
         if row.sampling.logprobs is not None:
             ((logprob, top),) = logprobs_of(logits, [token], row.sampling.logprobs)
             row.logprobs.append(TokenLogprob(token, logprob, top, row.offset()))
+        if token in row.ends:
+            self._finish(row, "stop")
+            return
         row.new.append(token)
         row.guesses.add(token)
         if row.stopped():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPO
 from serving import Served
 
 import afina
@@ -284,7 +286,7 @@ LONG: list[tuple[str, dict[str, Any], str, str | None]] = [
     ("/v1/completions", {"prompt": [5] * 512}, "prompt", "context_length_exceeded"),
     ("/v1/completions", {"prompt": [5] * 10, "max_tokens": 503}, "prompt", "context_length_exceeded"),
     ("/v1/completions", {"prompt": "word " * 100_000}, "prompt", "context_length_exceeded"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 999}]}, "messages", "context_length_exceeded"),
+    ("/v1/chat/completions", {"messages": [{**TALK[1], "content": "a " * 999}]}, "messages", "context_length_exceeded"),
     ("/v1/chat/completions", {"messages": TALK, "max_tokens": 512}, "messages", "context_length_exceeded"),
     ("/v1/completions", {"prompt": ""}, "prompt", None), ("/v1/completions", {"prompt": ["a", []]}, "prompt", None),
     ("/v1/completions", {"prompt": [4096]}, "prompt", None), ("/v1/completions", {"prompt": [-1]}, "prompt", None),
@@ -362,6 +364,7 @@ def test_the_official_client(server: Served, model: GPT, tokenizer: Tokenizer) -
 
 def test_bodies_without_sense_are_refused_or_answered(server: Served) -> None:
     """The short form of the 10,000 that `benchmarks/bench_serve.py` sends."""
+    sys.path.insert(0, str(REPO / "benchmarks"))
     import bench_serve
 
     counts = bench_serve.fuzz(server.port, 150, seed=7)
