@@ -110,7 +110,8 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
 def _value(draw: random.Random, depth: int) -> Any:
     plain = (
         None, True, False, 0, 1, -1, 2, 0.5, 1e300, -1e300, 10**30, -(10**30), 2**63, 4095, 4096, "", "a", "true",
-        "\x00", "\ud800", "🙂" * 9, "<|end|>", "<|user|>", "{{ 1 / 0 }}", "x" * 5000, " " * 50, "user", "assistant", "system",
+        "\x00", "\ud800", "🙂" * 9, "<|end|>", "<|user|>", "{{ 1 / 0 }}", "x" * 5000,
+        " " * 50, "user", "assistant", "system",
     )  # fmt: skip
     if depth == 0 or draw.random() < 0.6:
         return draw.choice(plain)

@@ -67,7 +67,7 @@ def test_models_and_adapters_that_do_not_fit(capsys: pytest.CaptureFixture[str],
     adapter = place / "adapter"
     assert "no such model" in refused(capsys, str(place / "nothing"))
     for argv, told in (
-        ((str(place / "other"), "--adapter", f"a={adapter}"), "which this model does not have"),
+        ((str(place / "other"), "--adapter", f"a={adapter}"), "was trained on another base"),
         ((str(place / "model"), "--adapter", f"a={adapter}", "--adapter", f"a={adapter}"), "'a' is taken"),
         ((str(place / "model"), "--adapter", f"model={adapter}"), "MODEL is served as 'model'"),
         ((str(place / "model"), "--adapter", f"a={place / 'other'}"), "is a whole model, no adapter"),
