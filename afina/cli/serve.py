@@ -39,6 +39,7 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
     from pathlib import Path
 
     from afina.engine.batcher import Batcher
+    from afina.engine.kv_pool import CPU_BYTES
     from afina.engine.lora import set_adapter
     from afina.serve.worker import Loaded
 
@@ -52,7 +53,10 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
         if other in served:
             raise ConfigError(f"--adapter {other}=...: MODEL is served as {other!r}: give the adapter another name")
         served[other] = adapter
-    share = None if config.cache_gb is None else int(config.cache_gb * 1e9 / len(served))
+    total = None if config.cache_gb is None else int(config.cache_gb * 1e9)
+    if total is None and model.embed.weight.device.type == "cpu":
+        total = CPU_BYTES  # on a GPU each takes a part of what is free there
+    share = None if total is None else total // len(served)
     batcher = partial(Batcher, model, tokenizer, max_rows=config.max_rows, cache_bytes=share)
     return Loaded(model, tokenizer, served, partial(set_adapter, model), batcher)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import saved, tiny_model, tiny_tokenizer
+from tiny_model import saved
 
 from afina.cli.main import run
 from afina.engine.lora import new_adapter, save_adapter
+from afina.engine.weights import load_model
 from afina.errors import ConfigError
 from afina.loaders.weights.peft import AdapterConfig
 from afina.serve.config import ServeConfig
@@ -28,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     saved(folder / "model")
     saved(folder / "other", num_hidden_layers=1)
-    model = tiny_model(tiny_tokenizer())
+    model = load_model(folder / "model")
     new_adapter(model, AdapterConfig(base="model", r=2, alpha=4), targets=["all-linear"], seed=1)
     save_adapter(model, None, folder / "adapter")
     return folder
