@@ -37,7 +37,7 @@ class Protocol(H11Protocol):
         if unread and self._headers_timer is None:
             self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
         elif not unread:
-            self._headers_timer = _cancelled(self._headers_timer)
+            self._stop_headers_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -45,12 +45,22 @@ class Protocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_write_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._headers_timer = _cancelled(self._headers_timer)
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_headers_timer()
+        self._stop_write_timer()
+
+    def _stop_headers_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP in the shape of all refusals, and end the connection."""
@@ -66,8 +76,3 @@ class Protocol(H11Protocol):
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

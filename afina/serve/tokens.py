@@ -52,6 +52,6 @@ class Speller:
                 for number, value in (*one.top, (one.token, one.logprob)):  # the token itself, likely or not
                     top[self.pieces[number]] = max(top.get(self.pieces[number], LEAST), value)
             values = (self.pieces[one.token], None if one.logprob is None else max(one.logprob, LEAST), top)
-            for column, value in zip(shown.values(), (*values, start + one.offset), strict=True):
-                column.append(value)
+            for column, each in zip(shown.values(), (*values, start + one.offset), strict=True):
+                column.append(each)
         return shown
