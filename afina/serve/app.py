@@ -10,7 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,6 +31,9 @@ from afina.serve.worker import Loaded, Served, Worker, Writing
 if TYPE_CHECKING:
     from afina.serve.tokens import Speller
 
+Asked = TypeVar("Asked", Chat, Completion)
+Read = TypeVar("Read")
+LARGE = 1 << 16  # bytes of a body that takes a while to parse
 ENCODERS = 2  # prompts that are rendered and encoded at the same time
 PAGE = files("afina.serve").joinpath("page.html").read_bytes()
 
@@ -120,7 +123,7 @@ async def _unrouted(request: Request, problem: Exception) -> Response:
 
 async def _completions(state: State, request: Request) -> Response:
     worker = _open(state)
-    asked = read_completion(await _body(state, request), state.config.capacity)
+    asked = await _asked(state, request, read_completion)
     served, tokenizer = worker.find(asked.model), state.loaded().tokenizer
 
     def encode() -> tuple[list[list[int]], list[str]]:
@@ -139,7 +142,7 @@ async def _completions(state: State, request: Request) -> Response:
 
 async def _chat(state: State, request: Request) -> Response:
     worker = _open(state)
-    asked = read_chat(await _body(state, request), state.config.capacity)
+    asked = await _asked(state, request, read_chat)
     served = worker.find(asked.model)
     ids = await _encoded(state, lambda: _talk_ids(state, asked.talk), "messages")
     return _answer(state, asked, served, [ids], [], "messages")
@@ -152,11 +155,19 @@ def _open(state: State) -> Worker:
     return state.worker
 
 
-async def _body(state: State, request: Request) -> dict[str, Any]:
+async def _asked(state: State, request: Request, read: Callable[[dict[str, Any], int], Asked]) -> Asked:
+    """What a request for texts asks for, as ``read`` makes it of its body."""
+    return await _body(state, request, lambda body: read(body, state.config.capacity))
+
+
+async def _body(state: State, request: Request, read: Callable[[dict[str, Any]], Read]) -> Read:
+    """What ``read`` makes of the JSON object in a request's body."""
     data = await read_body(request)
     if state.config.log_requests:
         state.log(f"asked: {data.decode(errors='replace')!a}")
-    return read_object(data)
+    if len(data) < LARGE:
+        return read(read_object(data))
+    return await asyncio.to_thread(lambda: read(read_object(data)))  # streams go on meanwhile
 
 
 async def _encoded(state: State, function: Callable[[], Any], param: str) -> Any:
@@ -315,7 +326,7 @@ async def _metrics(state: State, request: Request) -> Response:
 
 async def _tokenize(state: State, request: Request) -> Response:
     tokenizer = state.loaded().tokenizer
-    fields = Fields(await _body(state, request))
+    fields = await _body(state, request, Fields)
     name = fields.text("model")
     text = next((value for key in ("prompt", "content") if (value := fields.text(key)) is not None), None)
     special = fields.any("add_special_tokens") is None or fields.flag("add_special_tokens")
@@ -334,7 +345,7 @@ async def _tokenize(state: State, request: Request) -> Response:
 
 
 async def _detokenize(state: State, request: Request) -> Response:
-    fields = Fields(await _body(state, request))
+    fields = await _body(state, request, Fields)
     name, ids = fields.text("model"), fields.any("tokens")
     fields.done()
     state.worker.find(name)
@@ -346,7 +357,7 @@ async def _detokenize(state: State, request: Request) -> Response:
 
 
 async def _apply_template(state: State, request: Request) -> Response:
-    fields = Fields(await _body(state, request))
+    fields = await _body(state, request, Fields)
     name, talk = fields.text("model"), read_talk(fields)
     fields.done()
     state.worker.find(name)

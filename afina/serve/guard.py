@@ -66,7 +66,7 @@ class Guard:
         except RequestError as problem:
             await _reply(answer, problem.status, problem.to_json(), problem.headers)
         except ClientGone:
-            status = 499  # as nginx has it; nobody is left to read an answer
+            pass  # nobody is left to read an answer
         except Exception as problem:  # the boundary of a request: it fails alone, and tells no more than that
             self._log(f"{name} failed: {type(problem).__name__} at {_place(problem)}")
             if not status:
@@ -76,6 +76,7 @@ class Guard:
         finally:
             self.in_flight -= 1
             route = scope["path"] if scope["path"] in ROUTES else "other"
+            status = status or 499  # the client left before an answer began
             self._metrics.requests.add(1, route, str(status))
             client = scope["client"][0] if scope["client"] else "-"
             seconds = time.perf_counter() - began

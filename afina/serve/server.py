@@ -31,6 +31,7 @@ from afina.serve.worker import Loaded, Worker
 POLL_SECONDS = 0.05
 STOP_SECONDS = 0.5  # that the end waits for the worker's last step
 BACKLOG = 128
+SEND_BYTES = 1 << 18
 # Threads give each other the interpreter this often: the worker comes back from native code many times a token, and
 # must not wait 5 ms each time until the thread that sends to clients gives way.
 SWITCH_SECONDS = 0.0005
@@ -72,6 +73,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What the kernel takes for a client that does not read; every connection inherits it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as problem:

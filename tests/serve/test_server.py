@@ -98,6 +98,22 @@ def test_slow_clients_are_cut_off(server: Served) -> None:
     assert time.monotonic() - began < 6
 
 
+def test_a_reader_that_takes_nothing_is_cut_off(server: Served) -> None:
+    data = json.dumps({"prompt": "aé1?" * 180_000}, ensure_ascii=False).encode()
+    with socket.create_connection((server.host, server.port), timeout=10) as connection:
+        head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        answer = connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        expected = int(answer.lower().partition(b"content-length: ")[2].split()[0])
+        time.sleep(1)
+        size = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(1 << 20):
+                size += len(part)
+        assert size < expected
+
+
 def test_connections_have_a_bound(server: Served) -> None:
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(60)]
