@@ -30,6 +30,8 @@ class FakeBatcher:
     def submit(self, prompt: Sequence[int], sampling: Sampling, *, echo_logprobs: bool = False) -> Any:
         if 668 in prompt:
             raise DataError("the prompt holds 668")
+        if 669 in prompt:
+            raise RuntimeError("secret text of a prompt")
         row = FakeRow(
             prompt=list(prompt), limit=sampling.max_new_tokens, new=[], text="", finish_reason=None, error=None,
             logprobs=[], prompt_logprobs=[], prompt_tokens=len(prompt), cached_tokens=0, submitted=time.perf_counter(),

@@ -88,6 +88,9 @@ def test_slow_clients_are_cut_off(server: Served) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     assert server.raw(head).startswith(b"HTTP/1.1 408 ")
     with socket.create_connection((server.host, server.port)) as dripping:  # a byte now and then does not help
+        dripping.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while not dripping.recv(1000).endswith(b"}"):
+            pass
         with contextlib.suppress(OSError):
             for _ in range(20):
                 dripping.sendall(b"G")
@@ -218,6 +221,8 @@ def test_a_text_that_fails_fails_alone(server: Served) -> None:
         reply = server.post("/v1/completions", {"prompt": [667]})
         assert (reply.status, reply.error["code"]) == (500, "internal_error")
         assert "".join(e["choices"][0]["text"] for e in events if e).endswith("VWX")
+    reply = server.post("/v1/completions", {"prompt": [669]})
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
     refused = server.post("/v1/completions", {"prompt": [668]})
     assert (refused.status, refused.error["param"]) == (400, "prompt")
 
