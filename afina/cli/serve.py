@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from afina.cli.options import Parser, Verb, model_options, open_adapted, option
+from afina.cli.options import Parser, Verb, exchanged, model_options, open_adapted, option
 from afina.engine.settings import fields
 from afina.errors import ConfigError
 from afina.serve.config import ServeConfig
@@ -41,6 +41,7 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
     from afina.engine.batcher import Batcher
     from afina.engine.kv_pool import CPU_BYTES
     from afina.engine.lora import set_adapter
+    from afina.engine.packed import release
     from afina.serve.worker import Loaded
 
     model, tokenizer, adapters = open_adapted(args)
@@ -56,6 +57,7 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
     total = None if config.cache_gb is None else int(config.cache_gb * 1e9)
     if total is None and model.embed.weight.device.type == "cpu":
         total = CPU_BYTES  # on a GPU each takes a part of what is free there
+    release(model, keep=exchanged(served))
     share = None if total is None else total // len(served)
     batcher = partial(Batcher, model, tokenizer, max_rows=config.max_rows, cache_bytes=share)
     return Loaded(model, tokenizer, served, partial(set_adapter, model), batcher)

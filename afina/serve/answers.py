@@ -71,14 +71,15 @@ class Answer:
     # In pieces
 
     def opening(self) -> bytes:
-        """What is sent before anything is written: who speaks, or the prompts that are echoed."""
-        return b"".join(self._open(number, text) for number, text in enumerate(self.writing.texts))
-
-    def _open(self, number: int, text: Text) -> bytes:
-        if self._chat:
-            delta = {"role": "assistant", "content": "", "refusal": None}
-            return self._event([{"index": number, "delta": delta, "logprobs": None, "finish_reason": None}])
-        return b""
+        """What is sent before anything is written: in a chat, who speaks."""
+        if not self._chat:
+            return b""
+        first = {
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        return b"".join(self._event({"index": number, **first}) for number in range(len(self.writing.texts)))
 
     def pieces(self) -> bytes:
         """What has been written since the last call, as events."""
@@ -93,7 +94,7 @@ class Answer:
                 if not text.tokens and finish is None:
                     continue  # the log-probabilities of the prompt are not there yet
                 sent.opened = True
-                yield self._event([self._piece(number, self._echo(text), self._prompt_logprobs(text), None)])
+                yield self._event(self._piece(number, self._echo(text), self._prompt_logprobs(text), None))
             delta = "" if self._empty else text.text[sent.characters :]
             if not delta and finish is None:
                 continue
@@ -103,10 +104,10 @@ class Answer:
             sent.ended = finish is not None
             ended = "length" if finish is not None and self._empty else finish
             if self._chat and (delta or logprobs):  # as OpenAI does, the reason comes by itself after the last text
-                yield self._event([self._piece(number, delta, logprobs, None)])
+                yield self._event(self._piece(number, delta, logprobs, None))
                 delta, logprobs = "", None
             if not self._chat or ended:
-                yield self._event([self._piece(number, delta, logprobs, ended)])
+                yield self._event(self._piece(number, delta, logprobs, ended))
 
     def closing(self) -> bytes:
         """What is sent when all texts are done."""
@@ -120,8 +121,8 @@ class Answer:
             return {"index": number, "delta": said, "logprobs": logprobs, "finish_reason": finish}
         return {"index": number, "text": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _event(self, choices: list[dict[str, Any]]) -> bytes:
-        return _line({**self._head, "choices": choices} | ({"usage": None} if self.asked.include_usage else {}))
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        return _line({**self._head, "choices": [choice]} | ({"usage": None} if self.asked.include_usage else {}))
 
     # Log-probabilities
 

@@ -159,8 +159,10 @@ class Worker:
                     writing.texts.append(Text(row, batcher, writing))
                     self._texts[id(row)] = writing.texts[-1]
         except DataError as problem:
-            self.cancel(writing)
             raise RequestError(str(problem), param) from problem
+        finally:
+            if len(writing.texts) < count:
+                self.cancel(writing)
         self._wake.set()
         return writing
 
@@ -222,8 +224,11 @@ class Worker:
     def _run(self) -> None:
         try:
             loaded = self._load()
-            self.served = {name: Served(name, adapter, loaded.batcher()) for name, adapter in loaded.adapters.items()}
-            self.loaded = loaded
+            served = {}
+            for name, adapter in loaded.adapters.items():
+                loaded.activate(adapter)  # a batcher packs the weights that it finds
+                served[name] = Served(name, adapter, loaded.batcher())
+            self.served, self.loaded = served, loaded
         except BaseException as problem:  # told on the main thread, in one line, as that of any verb
             self.failure = problem
         self._call(self._when_loaded)
