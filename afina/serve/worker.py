@@ -224,11 +224,11 @@ class Worker:
     def _run(self) -> None:
         try:
             loaded = self._load()
-            served = {}
+            ready: dict[str, Served] = {}
             for name, adapter in loaded.adapters.items():
                 loaded.activate(adapter)  # a batcher packs the weights that it finds
-                served[name] = Served(name, adapter, loaded.batcher())
-            self.served, self.loaded = served, loaded
+                ready[name] = Served(name, adapter, loaded.batcher())
+            self.served, self.loaded = ready, loaded
         except BaseException as problem:  # told on the main thread, in one line, as that of any verb
             self.failure = problem
         self._call(self._when_loaded)
