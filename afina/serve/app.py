@@ -301,9 +301,10 @@ class _Texts(Response):
 
 
 def _card(state: State, name: str) -> dict[str, Any]:
-    first, served = next(iter(state.worker.served)), state.worker.find(name)
+    served = state.worker.find(name)
+    base = next((each.name for each in state.worker.served.values() if each.adapter is None), None)
     about = {"id": name, "object": "model", "created": state.worker.created, "owned_by": "afina"}
-    return about | {"max_model_len": served.batcher.max_length, "parent": None if name == first else first}
+    return about | {"max_model_len": served.batcher.max_length, "parent": None if served.adapter is None else base}
 
 
 async def _models(state: State, request: Request) -> Response:
