@@ -92,6 +92,7 @@ if __name__ == "__main__":
     import json
     import sys
 
+    from afina.cli.serve import log
     from afina.serve import config, server
 
     settings = json.loads(sys.argv[1])
@@ -101,6 +102,4 @@ if __name__ == "__main__":
             if hasattr(module, constant):
                 setattr(module, constant, settings[constant])
         del settings[constant]
-    server.serve(
-        config.ServeConfig(**settings), lambda: load(**speed), lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    server.serve(config.ServeConfig(**settings), lambda: load(**speed), log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,9 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
 
 
 def log(line: str) -> None:
-    print(f"afina serve: {line}", file=sys.stderr, flush=True)
+    """A line on standard error. That nobody reads it any more must neither end a request nor keep the server."""
+    with contextlib.suppress(OSError):
+        print(f"afina serve: {line}", file=sys.stderr, flush=True)
 
 
 VERB = Verb("answer requests over HTTP, as OpenAI's API does", add_options, run)

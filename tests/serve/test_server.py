@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
+from conftest import REPO
 from serving import Served, fake
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -306,3 +310,16 @@ def test_the_end_while_the_model_is_loaded() -> None:
     began = time.monotonic()
     assert served.end(signal.SIGTERM) == 0
     assert time.monotonic() - began < 5
+
+
+def test_a_log_that_nobody_reads() -> None:
+    command = [sys.executable, str(REPO / "tests" / "fake_batcher.py"), json.dumps({"port": 0, "wait": 30})]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPO)}) as process:
+        assert process.stderr is not None
+        assert b"listening" in process.stderr.readline()
+        process.stderr.close()
+        process.terminate()
+        try:
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
