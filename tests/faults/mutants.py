@@ -78,7 +78,7 @@ MUTANTS = (
         "double-bos",
         "the template's BOS gets another in front",
         "loaders/text/tokenizer.py",
-        "        while text.startswith(bos):\n            text = text[len(bos) :]\n",
+        "        while text.startswith(bos, start):\n            start += len(bos)\n",
         "",
         ("tests/loaders/text/test_render.py", "tests/loaders/text/test_tokenizer.py"),
     ),
@@ -102,7 +102,7 @@ MUTANTS = (
         "bf16-stagnation",
         "bfloat16 weights take small updates themselves",
         "engine/optim.py",
-        "p.detach() if p.dtype == own else p.detach().float() for n, p",
+        "p.detach() if p.dtype == own else self._master(n, p) for n, p",
         "p.detach() for n, p",
         engine("optim"),
     ),
@@ -166,10 +166,10 @@ MUTANTS = (
         "clip-before-accumulation",
         "gradients are clipped before the last micro-batch is in them",
         "engine/train.py",
-        "        loss = accumulate(self.model, micro_batches, self.objective, poll=self._poll)\n",
-        "        kept, weights = self.config.max_grad_norm, self.optimizer.params.values()\n"
-        "        clip = lambda: any(p.grad is not None for p in weights) and self.optimizer.clip_(kept)\n"
-        "        loss = accumulate(self.model, micro_batches, self.objective, poll=clip)\n",
+        "            loss = accumulate(self.model, micro_batches, self.objective, poll=poll)\n",
+        "            kept, weights = self.config.max_grad_norm, self.optimizer.params.values()\n"
+        "            clip = lambda: any(p.grad is not None for p in weights) and self.optimizer.clip_(kept)\n"
+        "            loss = accumulate(self.model, micro_batches, self.objective, poll=clip)\n",
         engine("train"),
     ),
     Mutant(
@@ -233,8 +233,8 @@ MUTANTS = (
         "rng-not-restored",
         "a resumed run draws other random numbers",
         "engine/train.py",
-        'torch.set_rng_state(torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8))',
-        'torch.tensor(checkpoint.meta["rng"], dtype=torch.uint8)',
+        "        torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))\n",
+        "",
         (*engine("train"), *engine("checkpoint"), "tests/cli/test_faults.py"),
     ),
     Mutant(
