@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run that was started with nohup passes on that it is ignored
 os.environ["AFINA_CPU_DTYPE"] = "float32"  # so that every CPU computes what the tests compare with
 
 if not torch.cuda.is_available():

@@ -125,13 +125,15 @@ def test_a_run_stops_at_a_step_that_is_half_done_and_skips_it_as_a_whole_when_re
     rows.write_text(
         "".join(json.dumps({"prompt": f"{i} the", "completion": f" word {i % 7}"}) + "\n" for i in range(20))
     )
-    real = train.Run._step
+    real, third = train.Run._step, list[dict[str, torch.Tensor]]()
 
     def step(self: train.Run) -> None:
         weight = self.model.layers[0].mlp.down.weight
         hook = weight.register_hook(lambda grad: grad * torch.inf if self.progress.step == 2 else grad)
         real(self)
         hook.remove()
+        if self.progress.step == 3:
+            third.append({name: value.clone() for name, value in self.optimizer.state()["weights"].items()})
 
     monkeypatch.setattr(train.Run, "_step", step)
     out = tmp_path / "run"
@@ -145,9 +147,10 @@ def test_a_run_stops_at_a_step_that_is_half_done_and_skips_it_as_a_whole_when_re
     before = load_checkpoint(out / "checkpoint-2").tensors("weights")
     result = afina.finetune(**settings, resume=True)
     assert result.metrics["skipped_steps"] == 1
-    third = load_checkpoint(out / "checkpoint-3")
-    assert third.meta["updates"] == 2
-    assert all(torch.equal(value, before[name]) for name, value in third.tensors("weights").items())
+    (weights,) = third
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert load_checkpoint(out / "checkpoint-4").meta["updates"] == 3
 
 
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

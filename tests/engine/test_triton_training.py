@@ -57,4 +57,5 @@ def test_the_same_losses_as_on_torch(name: str, tmp_path: Path) -> None:
     assert len(triton) == len(plain) == STEPS + 2  # with the dev loss before and after
     assert plain[-1] < plain[0]
     assert max(abs(a - b) for a, b in zip(triton, plain)) < 1e-4
-    assert triton != plain  # both ran what they were asked to
+    # Both ran what they were asked to. The losses of so few steps may round to the same numbers, the weights do not.
+    assert len({(tmp_path / name / "best" / "model.safetensors").read_bytes() for name in ("triton", "torch")}) == 2

@@ -281,7 +281,7 @@ WRONG: list[Wrong] = [
     (
         PLAIN,
         {"chat_template": "x" * 300_000},
-        r"chat_template: found 300,000 characters, expected at most 262,144: this",
+        r"chat_template: found 300,000 characters, expected at most 32,768: this",
     ),
     (PIECES, {"scores": None}, r"ggml\.scores: found nothing, expected one number a token"),
     (PIECES, {"scores": [1.0, 2.0]}, r"ggml\.scores: found 2 for 264 tokens, expected one a token"),
