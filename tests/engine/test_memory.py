@@ -201,6 +201,7 @@ def test_a_lean_loss_takes_little_room_for_the_head() -> None:
         assert lean < chunks if tested is large else lean == chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"), [("gpt2", "full"), ("llama", "full"), ("qwen3", "full"), ("gemma3_text", "lora")]
 )

@@ -375,6 +375,7 @@ print(memory("VmHWM") - before, held, dense)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("published", [False, True])
 def test_peak_memory(published: bool, plain: Callable[[str], Path], tmp_path: Path) -> None:

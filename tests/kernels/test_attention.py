@@ -370,6 +370,7 @@ def test_triton_extreme_scores() -> None:
             check_triton([q * 60, k * 60, v], dtype, "dense", options)
 
 
+@pytest.mark.slow
 def test_triton_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a fused buffer and heads before tokens give the bits of contiguous tensors; so does any order."""
     fused = draw(2, 19, 8, 24, dtype=torch.float32).to(DEVICE)

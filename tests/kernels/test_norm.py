@@ -208,6 +208,7 @@ def test_triton(
         assert_low_precision(partial(function, backend="triton"), plain, exact, inputs, dtype, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [24, 70])
 @pytest.mark.parametrize("norm", [rms_norm, layer_norm])
 def test_triton_heads_of_a_fused_buffer(norm: Any, width: int) -> None:
@@ -228,6 +229,7 @@ def test_triton_heads_of_a_fused_buffer(norm: Any, width: int) -> None:
             assert got[1].is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [rms_norm, layer_norm])
 @pytest.mark.parametrize("width", [40, 100])
 def test_triton_dtypes_frozen_inputs_and_repeats(norm: Any, width: int) -> None:

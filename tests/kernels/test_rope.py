@@ -190,6 +190,7 @@ def with_weights(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, **opt
     return rope(q, k, q_weight=q_weight, k_weight=k_weight, **options)
 
 
+@pytest.mark.slow
 @settings(DRAWN, max_examples=50)
 @given(offset=st.sampled_from([0.0, 1.0]), **SIZES)
 def test_triton_normalises_heads(offset: float, dtype: torch.dtype, kind: str, **sizes: Any) -> None:
@@ -217,6 +218,7 @@ def test_torch_normalises_as_two_ops(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(evaluate(one, inputs), evaluate(two, inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [False, True])
 def test_triton_views_of_a_fused_buffer(weights: bool) -> None:
     """Strides of batch, token and head may be any. Results are new, repeat bit for bit, and turn back to q and k."""

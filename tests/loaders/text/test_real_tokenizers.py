@@ -103,6 +103,7 @@ def test_messages_spell_no_control_tokens(pair: tuple[Tokenizer, Any]) -> None:
         assert number in ids
 
 
+@pytest.mark.slow
 def test_the_way_to_gguf_and_back(pair: tuple[Tokenizer, Any]) -> None:
     ours, _ = pair
     writer = FieldsOnly()

@@ -277,6 +277,7 @@ ODD: list[tuple[int, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fuzzed_configs(file: Callable[..., Path], tmp_path: Path) -> None:
     """3,000 models with other keys and shapes: loaded, or refused in one line, in bounded time."""
     rng = random.Random(0)

@@ -171,6 +171,7 @@ def test_tensors_may_be_listed_in_another_order(tmp_path: Path) -> None:
     assert file.entries["a"].offset == file.entries["b"].offset + 32
 
 
+@pytest.mark.slow
 def test_real_vocabularies() -> None:
     for name, path in real_files.vocabularies().items():
         if name not in ("llama-spm", "gpt-2"):  # the package takes half a minute for the largest
@@ -413,6 +414,7 @@ def sound() -> Iterator[Callable[[bytes], bool]]:
     os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_fuzzed_files(sound: Callable[[bytes], bool]) -> None:
     """20,000 files, mutated where their numbers stand and anywhere: in bounded time, and memory for what is there."""
     rng = random.Random(0)
@@ -479,6 +481,7 @@ def attack(*pieces, size=0):
 """
 
 
+@pytest.mark.slow
 def test_the_worst_headers_take_little_memory_and_time(tmp_path: Path) -> None:
     script = """
         def start(tensors, keys):

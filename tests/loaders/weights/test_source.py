@@ -295,6 +295,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return path, folder
 
 
+@pytest.mark.slow
 def test_a_real_model_answers_as_in_transformers(real: tuple[Path, Path]) -> None:
     path, folder = real
     model, tokenizer = afina.load_model(path, dtype="float32", device="cpu"), afina.load_tokenizer(path)
