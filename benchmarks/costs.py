@@ -89,6 +89,12 @@ def glu(rows: int, width: int, itemsize: int = 2) -> Costs:
     return both(Cost(0, 3 * itemsize * rows * width), Cost(0, 5 * itemsize * rows * width))
 
 
+def linear(rows: int, width: int, out: int, itemsize: int = 2) -> Costs:
+    """x (rows, width) and W (out, width) -> y; dy -> dx and dW."""
+    sizes = itemsize * (rows * width + out * width + rows * out)
+    return both(Cost(2 * rows * width * out, sizes), Cost(4 * rows * width * out, 2 * sizes - itemsize * rows * out))
+
+
 def adamw(count: int, param: float = 4, moment: float = 4, grad: float = 2, copy: float = 0) -> Costs:
     """A weight and two moments read and written, a gradient read, a copy written: their bytes an element."""
     return {"forward": Cost(0, count * (2 * param + 4 * moment + grad + copy))}

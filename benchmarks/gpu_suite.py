@@ -74,6 +74,7 @@ KERNELS = (
     Stage("adamw", 20),
     Stage("decode", 25),
     Stage("nf4", 10),
+    Stage("fp8_linear", 10),
 )
 # In order of worth, so that what is cut off is worth least.
 FIRST = (Stage("tests", 100), *attention("afina-gluon", "afina", "flash", "cudnn"))

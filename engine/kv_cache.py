@@ -35,7 +35,7 @@ class Slots:
 class Cache(Protocol):
     """What ``GPT.hidden`` asks of a cache: ``slots`` says where new tokens go, ``attend`` stores a layer's keys and
     values and attends to all that is stored, ``advance`` counts the new tokens once all layers have stored them. Where
-    ``outdated`` says that what is stored does not hold any more, ``restart`` gives what is to be computed again.
+    what is stored does not hold any more, ``restart`` gives what is to be computed again, and else None.
 
     The slots that it makes have ``positions`` and ``totals``, shaped like the ids, and ``longest``.
     """
@@ -46,9 +46,7 @@ class Cache(Protocol):
 
     def advance(self, input_ids: Tensor, slots: Any) -> None: ...
 
-    def outdated(self, slots: Any) -> bool: ...
-
-    def restart(self, input_ids: Tensor, slots: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+    def restart(self, input_ids: Tensor, slots: Any) -> tuple[Tensor, Tensor, Tensor] | None: ...
 
 
 class KVCache:
@@ -151,19 +149,17 @@ class KVCache:
         other.keep(rows)
         return other
 
-    def outdated(self, slots: Slots) -> bool:
-        """Whether the new tokens make a row so long that what is cached of it no longer holds (LongRoPE)."""
-        return any(
+    def restart(self, input_ids: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the new tokens make a row so long that what is cached of it no longer holds (LongRoPE), empty the
+        cache, and give all tokens to compute again, the new ones included: packed ids (1, N), cu_seqlens (B + 1,), and
+        the places of the new tokens among them, shaped like ``input_ids``. None where all holds."""
+        if self.ids is None or not any(
             slots.longest > limit
             and bool(((self.lengths > 0) & (self.lengths <= limit) & (slots.lengths > limit)).any())
             for limit in self.limits
-        )
-
-    def restart(self, input_ids: Tensor, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
-        """Empty the cache, and give all tokens to compute again, the new ones included: packed ids (1, N), cu_seqlens
-        (B + 1,), and the places of the new tokens among them, shaped like ``input_ids``."""
+        ):
+            return None
         self.advance(input_ids, slots)
-        assert self.ids is not None  # outdated() was true
         lengths = self.lengths.long()
         kept = torch.arange(self.max_length, device=lengths.device) < lengths[:, None]
         packed = self.ids[kept][None]

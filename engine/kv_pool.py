@@ -148,12 +148,8 @@ class ChunkCache:
     def advance(self, input_ids: Tensor, slots: Places) -> None:
         """The batcher counts itself."""
 
-    def restart(self, input_ids: Tensor, slots: Places) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError("nothing here is outdated")
-
-    def outdated(self, slots: Places) -> bool:
-        """The batcher watches LongRoPE's limit itself, row by row."""
-        return False
+    def restart(self, input_ids: Tensor, slots: Places) -> None:
+        """Never: the batcher watches LongRoPE's limit itself, row by row."""
 
 
 class StepCache(ChunkCache):

@@ -299,8 +299,8 @@ class GPT(nn.Module):
             return self._run(input_ids, cu_seqlens, None, None, positions)
         with torch.no_grad():
             slots = cache.slots(input_ids, cu_seqlens)
-            if cache.outdated(slots):
-                packed, starts, new = cache.restart(input_ids, slots)
+            if (again := cache.restart(input_ids, slots)) is not None:
+                packed, starts, new = again
                 wanted = new.flatten() if positions is None else new.flatten()[positions]
                 hidden = self.hidden(packed, cu_seqlens=starts, cache=cache, positions=wanted)
                 return hidden.view(*new.shape, -1) if positions is None else hidden

@@ -69,6 +69,8 @@ def test_costs_by_hand() -> None:
     # 3 rows of 5, 2 of them kept, 7 classes: hidden, weight and their gradients, 3 targets of 8 bytes.
     assert costs.linear_cross_entropy(3, 2, 5, 7) == {"both": Cost(6 * 2 * 5 * 7, 2 * 2 * (15 + 35) + 24)}
     assert costs.cross_entropy(3, 7, 4) == {"both": Cost(0, 2 * 4 * 21 + 24)}
+    # x, W -> y; x, W, dy -> dx, dW.
+    assert costs.linear(3, 5, 7) == costs.both(Cost(2 * 105, 2 * 71), Cost(4 * 105, 2 * (71 + 50)))
     # x -> y and a weight; dy, x -> dx, the weight and its gradient.
     assert costs.norm(3, 5, False) == costs.both(Cost(0, 2 * 30 + 10), Cost(0, 3 * 30 + 20))
     assert costs.norm(3, 5, True)["forward"].bytes == 4 * 30 + 10
@@ -223,7 +225,7 @@ def test_this_file_runs_on_a_gpu_too() -> None:
     assert harness.ceilings() is not None
 
 
-SCRIPTS = ("attention", "cross_entropy", "norm", "rope", "activation", "adamw", "nf4", "decode")
+SCRIPTS = ("attention", "cross_entropy", "norm", "rope", "activation", "adamw", "nf4", "decode", "fp8_linear")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

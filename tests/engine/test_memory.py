@@ -140,6 +140,14 @@ def test_activations_are_predicted_to_the_byte(name: str, method: str) -> None:
     assert 0 <= error(model, *batch(1.0, packed=False)) < 0.05
 
 
+def test_a_window_that_hides_nothing_is_none() -> None:
+    """Longer than every row, and shorter than all of them together."""
+    model = prepared("llama", "full")
+    for layer in model.layers:
+        layer.attn.options["window"] = max(LENGTHS) + 1
+    assert error(model, *batch(0.4)) == 0
+
+
 @pytest.mark.parametrize("method", ["full", "freeze", "embedding"])
 @hf_models.parametrize("gpt2", "llama", "gemma2", "gpt_neox", "olmo2")
 def test_activations_under_each_policy(name: str, method: str) -> None:
