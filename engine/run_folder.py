@@ -1,6 +1,6 @@
-"""The folder a run leaves: who may write in it, what it says about the run, its metrics; and stopping by a signal.
+"""The folder a run leaves: who may write in it, what it says about the run, and its metrics.
 
-    with StopRequest() as stop, RunFolder(output_dir, resume=..., overwrite=...) as folder:
+    with RunFolder(output_dir, resume=..., overwrite=...) as folder:
         ...                                   # load and check everything else
         folder.begin(config.to_dict(), facts, bytes_needed=...)
         if folder.checkpoint: ...             # resuming: where to go on from
@@ -21,56 +21,29 @@ import math
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 
 from afina.durable import REPLACING, WORKING_NAME, read_json, recover, remove, standing, write_text
 from afina.engine.checkpoint import CHECKPOINT_NAME, Checkpoint, find_latest
 from afina.engine.dev_rows import DEV_ROWS
 from afina.engine.replacement import finish, grow_beside, replace_run
+from afina.engine.resume_rules import lowered, refuse_differences
 from afina.engine.run_lock import LOCK, FolderLock
 from afina.engine.settings import to_yaml
 from afina.errors import RunError
 from afina.inside import open_own
-from afina.signals import ENDING, is_free
 
 FORMAT = "afina-run-1"
 RUN, RECIPE, METRICS, REPORT = "run.json", "recipe.yaml", "metrics.jsonl", "report.html"
 OWN_NAMES = {RUN, RECIPE, METRICS, DEV_ROWS, REPORT, "best", "tensorboard"}
 
-# Settings that may differ when a run is resumed: how long it goes on, how often it reports, evaluates and saves, and
-# how (not what) it computes. Another number of threads or another attention backend rounds otherwise, but may be all
-# that another machine has. All other settings would make it another run. A longer run follows its own, stretched
-# schedule from there on.
-FREE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "epochs",
-        "max_steps",
-        "eval_steps",
-        "save_steps",
-        "logging_steps",
-        "save_total_limit",
-        "early_stopping_patience",
-        "activation_policy",
-        "gradient_checkpointing",
-        "lean_loss",
-        "optim_in_backward",
-        "offload_optimizer",
-        "offload_params",
-        "attention_backend",
-        "threads",
-        "report_to",
-    }
-)
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -139,7 +112,8 @@ class RunFolder:
             record = {"format": FORMAT, "started": here}
         else:
             step = self.checkpoint.step if self.checkpoint else 0
-            record.setdefault("resumed", []).append({"step": step, **here})
+            lower = lowered(record["config"], config)
+            record.setdefault("resumed", []).append({"step": step, **here, **({"lowered": lower} if lower else {})})
             record.pop("finished", None)
         self._begun = True
         self._recover()
@@ -202,7 +176,7 @@ class RunFolder:
             )
         record = self._record() if self._resume else None
         if record is not None:
-            _refuse_differences(self.path, record, config, facts)
+            refuse_differences(self.path / RUN, record, config, facts)
         return record
 
     def _find_checkpoint(self) -> None:
@@ -328,55 +302,6 @@ class RunFolder:
         write_text(path, "".join(kept))
 
 
-class Stop(Protocol):
-    """What a run asks before each micro-batch: whether it has been told to stop."""
-
-    @property
-    def requested(self) -> object: ...
-
-
-class StopRequest:
-    """While entered, SIGINT and what else ends a process (``afina/signals.py``) only set ``requested``; the loop polls
-    it, saves, and stops.
-
-    More signals change nothing, so none can cut a save short. SIGHUP and the like are left to whoever takes or ignores
-    them already. Outside the main thread, where Python allows no
-    handlers, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.requested is not None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            others = [number for number in ENDING if number != signal.SIGTERM and is_free(number)]
-            for number in (signal.SIGINT, signal.SIGTERM, *others):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            # None: the handler was not Python's and cannot be put back from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested = signal.Signals(number)
-            text = "stopping after this micro-batch, with a checkpoint to --resume from"
-        else:
-            text = "already stopping, the checkpoint is being saved; please wait"
-        # os.write: a handler may run in the middle of a print, whose buffer cannot be entered twice.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\nafina: {signal.Signals(number).name}: {text}\n".encode())
-
-
 def now() -> str:
     """The time in UTC, as ISO 8601 has it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -394,32 +319,6 @@ def environment() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {"versions": versions, "platform": platform.platform(), "host": socket.gethostname(), "git_commit": commit}
-
-
-def _refuse_differences(
-    path: Path, record: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    """Raise RunError with every setting and content that is not what the run began with."""
-    before, known = record.get("config"), record.get("facts")
-    if not isinstance(before, dict) or not isinstance(known, dict) or not isinstance(record.get("resumed", []), list):
-        raise RunError(f"{path / RUN} is damaged: 'config' and 'facts' must be objects; start again with --overwrite")
-    free = FREE_ON_RESUME | {name.removesuffix("_sha256") for name in facts}
-    pairs = [(k, before, config) for k in _differing(before, config) if k not in free]
-    pairs += [(k, known, facts) for k in _differing(known, facts)]
-    changes = [f"{k if k.isidentifier() else repr(k)}: {_show(a, k)} -> {_show(b, k)}" for k, a, b in pairs]
-    if changes:
-        raise RunError(
-            f"{path} cannot be resumed, this changed since it began: {'; '.join(changes)}. Put it back, or start a "
-            "new run with another --output_dir or with --overwrite"
-        )
-
-
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    return [key for key in dict.fromkeys([*a, *b]) if key not in a or key not in b or a[key] != b[key]]
-
-
-def _show(config: Mapping[str, Any], key: str) -> str:
-    return f"{config[key]!r:.100}" if key in config else "(absent)"
 
 
 def _is_own(name: str) -> bool:

@@ -39,15 +39,17 @@ from afina.engine.objectives import Objective, sft, training_objective
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.optim_offload import offloaded
-from afina.engine.run_folder import RunFolder, Stop, StopRequest, now
+from afina.engine.run_folder import RunFolder, now
 from afina.engine.runtime import flushed_denormals, peak_memory_gb, prepare_process
 from afina.engine.schedule import lr_factor
+from afina.engine.stop import Stop, StopRequest
 from afina.engine.train_config import TrainConfig
 from afina.engine.training_dtype import training_dtype
 from afina.engine.weights import choose_device, load_model, new_model, save_model
 from afina.errors import RunError, WeightsError
 from afina.loaders.data.batches import Batches, MicroBatch
 from afina.loaders.data.dataset import Data, prepare
+from afina.loaders.jsonfile import show
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.tokenizer import Tokenizer, check_vocab
 from afina.manifest import check_manifest, read_manifest
@@ -153,9 +155,13 @@ def open_run(
             config = replace(config, dtype=dtype)
         model = _load(config, tokenizer, weights=weights)
         config = choose_trained(config, model)
-        if config.learning_rate is None:
-            rate, notes["learning_rate"] = default_learning_rate(config.method, model.config.hidden_size)
+        rate = folder.recorded("learning_rate")
+        if config.learning_rate is None:  # a run that goes on has a rate, which may have been lowered
+            if rate is None:
+                rate, notes["learning_rate"] = default_learning_rate(config.method, model.config.hidden_size)
             config = replace(config, learning_rate=rate)
+        elif rate not in (None, config.learning_rate):
+            notes["learning_rate"] = f"it was {show(rate)} before the run went on here"
         if config.linear_dtype == "fp8":
             notes["linear_dtype"] = use_fp8(model, choose_device(config.device))
         yield Run(config, model, tokenizer, data, folder, log, notes)
@@ -497,15 +503,14 @@ class Run:
         if not whole:
             raise NonFiniteError(
                 f"step {step:,}: a gradient is not finite, and optim_in_backward has moved the weights above it; its "
-                f"rows: {where}. Nothing of this is saved: look at those rows, lower learning_rate (now "
-                f"{self.peak_lr:g}), or go on from the newest checkpoint with --resume --optim_in_backward false, "
-                "which skips such a step as a whole"
+                f"rows: {where}. Nothing of this is saved: look at those rows, or {self._go_on}; with "
+                "--optim_in_backward false besides, such a step is skipped as a whole"
             )
         self.log(f"step {step:,}: loss or gradient not finite, weights left as they were; its rows: {where}")
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise NonFiniteError(
                 f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, the last one step {step:,} with "
-                f"{where}; look at those rows, or lower learning_rate (now {self.peak_lr:g}): {self._back}"
+                f"{where}; look at those rows, or {self._go_on}"
             )
 
     def _evaluate(self) -> None:
@@ -594,19 +599,26 @@ class Run:
         if not bool(torch.stack([torch.isfinite(p).all() for _, p in trained]).all()):
             bad = next(name for name, p in trained if not torch.isfinite(p).all())
             raise NonFiniteError(
-                f"step {self.progress.step:,}: {bad} is not finite, so nothing was saved; {self._back}"
+                f"step {self.progress.step:,}: {bad} is not finite, so nothing was saved; {self._go_on}"
             )
 
     @property
-    def _back(self) -> str:
-        """What to do when the weights have gone wrong."""
-        best = (
-            f", which may go on from the best model (--model {self.folder.path})" if self.progress.best_step > 0 else ""
+    def _lower_rate(self) -> str:
+        return f"--learning_rate {self.peak_lr / 3:.2g}"
+
+    @property
+    def _go_on(self) -> str:
+        """What to do when the weights have gone wrong. At the same rate they would again, bit for bit."""
+        if self.saved_step:
+            return (
+                f"go on from the checkpoint of step {self.saved_step:,} at a lower rate than {self.peak_lr:g}: "
+                f"--resume {self._lower_rate}"
+            )
+        kept = ", the run that was to be overwritten is as it was" if self.folder.path != self.folder.root else ""
+        return (
+            f"begin again at a lower rate than {self.peak_lr:g} (there is no checkpoint yet{kept}): "
+            f"--overwrite {self._lower_rate}"
         )
-        last = (
-            f"the last checkpoint is that of step {self.saved_step:,}" if self.saved_step else "there is no checkpoint"
-        )
-        return f"{last}; begin a new run with a lower rate, say --learning_rate {self.peak_lr / 3:.2g}{best}"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, moments, counters, random numbers; the step gives the data order."""
@@ -656,7 +668,8 @@ class Run:
         progress, best = self.progress, self.folder.path / "best"
         if progress.best_step < 0:
             raise NonFiniteError(
-                f"no evaluation gave a finite dev loss, so there is no best model in {self.folder.path}"
+                f"no evaluation gave a finite dev loss, so there is no best model in {self.folder.path}: look at the "
+                f"dev rows, or begin again at a lower rate: --overwrite {self._lower_rate}"
             )
         kept = read_manifest(best) or {}
         if kept.get("step", progress.best_step) != progress.best_step:
@@ -680,7 +693,9 @@ class Run:
         if progress.skipped * MANY_SKIPPED >= max(1, progress.step) and progress.skipped > 1:
             self.log(
                 f"WARNING: {progress.skipped:,} of {progress.step:,} steps were skipped, their loss or gradient not "
-                f"finite: this model has learnt from the other rows alone; {self._back}"
+                f"finite: this model has learnt from the other rows alone; look at the rows that metrics.jsonl names, "
+                f"or begin a new run with a lower rate, say {self._lower_rate}, which may go on from this one's best "
+                f"model (--model {self.folder.path})"
             )
         self.writer.close()
         facts = {name: value for name, value in metrics.items() if name not in ("output_dir", "best")}

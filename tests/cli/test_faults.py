@@ -451,10 +451,67 @@ def test_three_in_a_row_stop_the_run(cli: Cli) -> None:
     assert "rows.jsonl: line " in ended.error
     run_dir = cli.folder / "three"
     assert sorted(p.name for p in run_dir.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 5)]
-    assert "the last checkpoint is that of step 5; begin a new run with a lower rate" in ended.error
+    assert "go on from the checkpoint of step 5 at a lower rate than 0.001: --resume --learning" in ended.error
     for path in run_dir.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in read_safetensors(path).values()), path
     assert cli.run(*train("three", "--resume", save_steps=1, save_total_limit=99)).status == 0
+
+
+# Weights that a rate above 5e-4 blows up from step {step} on.
+DIVERGE = """
+import torch
+from afina.engine.train import Run
+
+step = Run._step
+
+def diverging(self):
+    step(self)
+    if self.progress.step >= {step} and self.peak_lr > 5e-4:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(float("inf"))
+
+Run._step = diverging
+"""
+
+
+@pytest.mark.parametrize(("first_bad", "flag"), [(6, "--resume"), (1, "--overwrite")])
+def test_the_error_of_a_run_that_diverged_says_what_to_do(
+    cli: Cli, whole: dict[str, Any], first_bad: int, flag: str
+) -> None:
+    """What it says is done, word for word, and the run ends well."""
+
+    def without_rate(arguments: list[str]) -> list[str]:
+        return [argument for argument in arguments if not argument.startswith("--learning_rate=")]
+
+    name = f"diverged-{first_bad}"
+    prelude = DIVERGE.replace("{step}", str(first_bad))
+    ended = cli.run(*train(name), prelude=prelude)
+    assert ended.status == 1, ended.stderr
+    assert "finite" in ended.error
+    advice = ended.error[ended.error.rindex(flag) :].split()
+    assert advice == [flag, "--learning_rate", "0.00033"]
+    again = cli.run(*without_rate(train(name, *advice)), prelude=prelude)
+    assert again.status == 0, again.stderr
+    run_dir, start = cli.folder / name, 4 if flag == "--resume" else 0
+    rates = {line["step"]: line["lr"] for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "lr" in line}
+    usual = {line["step"]: line["lr"] for line in whole["metrics"] if "lr" in line}
+    expected = {step: lr * (0.33 if step > start else 1) for step, lr in usual.items()}
+    assert rates == pytest.approx(expected)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["config"]["learning_rate"] == 0.00033
+    if flag == "--overwrite":
+        return
+    assert [one["lowered"] for one in record["resumed"]] == [{"learning_rate": [0.001, 0.00033]}]
+    assert "0.00033: it was 0.001 before the run went on here" in again.stderr
+    recipe = (run_dir / "recipe.yaml").read_text()
+    assert "# it was 0.001 before the run went on here\nlearning_rate: 0.00033\n" in recipe
+    # From now on this is the run's rate: it need not be said again, and may not be raised.
+    longer = cli.run(*without_rate(train(name, "--resume", max_steps=13)), prelude=prelude)
+    assert longer.status == 0, longer.stderr
+    assert longer.result["steps"] == 13
+    ended = refused(cli, *train(name, "--resume", max_steps=14), expected="cannot be resumed")
+    assert "learning_rate: 0.00033 -> 0.001 (it may only become lower)" in ended.error
 
 
 def test_rows_that_break_the_model_are_the_ones_named(cli: Cli) -> None:
@@ -538,7 +595,7 @@ def test_refuses_to_resume_another_run(cli: Cli, short: str) -> None:
     resume = ["--resume"]
     refused(cli, *train("nowhere", *resume), expected="there is no run to resume")
     ended = refused(cli, *train(short, *resume, learning_rate=2e-3, seed=1), expected="cannot be resumed")
-    assert "learning_rate: 0.001 -> 0.002" in ended.error
+    assert "learning_rate: 0.001 -> 0.002 (it may only become lower)" in ended.error
     assert "seed: 42 -> 1" in ended.error
     write_rows(cli.folder / "other.jsonl", 71)
     refused(cli, *train(short, *resume, data="other.jsonl"), expected="data_sha256: ")

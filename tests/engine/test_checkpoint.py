@@ -32,6 +32,7 @@ from afina.engine.checkpoint import (
     publish_best,
     save_checkpoint,
 )
+from afina.engine.stop import StopRequest
 from afina.errors import RunError
 from afina.manifest import MANIFEST, check_manifest, describe
 
@@ -450,8 +451,6 @@ def test_json_too_large(tmp_path: Path) -> None:
 
 
 def test_signals_do_not_cut_a_save_short(tmp_path: Path) -> None:
-    from afina.engine.run_folder import StopRequest
-
     def write(folder: Path) -> None:
         (folder / "a").write_text("1")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):

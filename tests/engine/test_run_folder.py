@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 
 from afina.engine import run_folder
 from afina.engine.checkpoint import publish_best, save_checkpoint
-from afina.engine.run_folder import FORMAT, METRICS, RECIPE, RUN, RunFolder, StopRequest
+from afina.engine.run_folder import FORMAT, METRICS, RECIPE, RUN, RunFolder
 from afina.engine.run_lock import LOCK, FolderLock
 from afina.errors import RunError
 
@@ -413,44 +411,3 @@ def test_fuzzed_run_json(fuzzed: Path, content: bytes) -> None:
     except RunError as error:
         assert "\n" not in str(error)  # noqa: PT017
         assert (fuzzed / RUN).read_bytes() == content
-
-
-def test_stop_request() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested == signal.SIGTERM
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_stop_request_says_what_it_does(capfd: pytest.CaptureFixture[str]) -> None:
-    with StopRequest():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-    first, second = capfd.readouterr().err.split("\n\n")
-    assert "SIGINT: stopping after this micro-batch" in first
-    assert "SIGTERM: already stopping, the checkpoint is being saved" in second
-
-
-def test_handlers_come_back_after_an_error() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyError), StopRequest():
-        raise KeyError
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_outside_the_main_thread_it_does_nothing() -> None:
-    before, seen = signal.getsignal(signal.SIGTERM), []
-
-    def work() -> None:
-        with StopRequest() as stop:
-            seen.append((signal.getsignal(signal.SIGTERM) is before, bool(stop)))
-
-    run: Callable[[], None] = work
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert seen == [(True, False)]
