@@ -74,6 +74,9 @@ ALPACA_INPUT = (
 )
 
 
+_DIGESTED = json.JSONEncoder(default=str)  # json.dumps would make one for every row
+
+
 @dataclass(slots=True)
 class Row:
     """A row: where it was read, its values as the file has them, and the example they make.
@@ -214,10 +217,10 @@ class _Shape:
         if fields is None:
             return None
         row.example = Example(**fields, where=where, candidates=_candidates(value.get("candidates")))
-        parts = [str(part) for part in fields.values()]  # cleaned: no control character is left in a text
         if row.example.messages is not None:
-            parts = [json.dumps([fields["messages"], fields.get("tools"), sorted(fields["trained"])], default=str)]
-        content = "\0".join(parts).encode()
+            content = _DIGESTED.encode([fields["messages"], fields.get("tools"), sorted(fields["trained"])]).encode()
+        else:  # cleaned: no control character is left in a text
+            content = "\0".join(map(str, fields.values())).encode()
         row.digest = blake2b(content, digest_size=16).digest()
         row.size = len(content)
         return row
