@@ -1,54 +1,47 @@
-"""Weights laid out for the CPU's matrix instructions, for generation.
+"""The packed weights of a model, for generation on a CPU, and which matrices get which layout (``layouts``).
 
-A plain weight is rearranged in each product, or read by code that a single row has for itself: a batch of a few rows
-then costs three times one row, and gives other bits. oneDNN's inner product reads a weight that is rearranged once, as
-torch.compile has it (https://pytorch.org/blog/accelerated-cpu-inference/): a few rows cost what one does, since both
-wait for the memory, and on the CPUs we know a row's bits do not depend on their number (``row_exact`` measures that).
-
-The layout is the size of the weight, and the weight comes back from it bit for bit. So either both are held for a while
-(``PackedModel``), or the plain one is given up (``release``): the model then generates and evaluates, but cannot train.
+A layout comes beside the weight. So either both are held for a while (``PackedModel``), or the plain one is given up
+(``release``): the model then generates and evaluates, but cannot train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from afina.engine.layouts import Half, Layout, OneDNN, fits_half, half_works, onednn_works
 from afina.engine.linear import Linear, Lora
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT
 
-ROWS = 16  # the batch that the layout is chosen for
-LEAST = 1 << 18  # numbers of a weight from which on it pays: oneDNN's call takes as long as a product of that size
+# Numbers of a weight from which on a layout pays: calling it takes as long as a product of that size.
+LEAST = 1 << 18
+LEAST_HALF = 1 << 17
 
 
-class Packed:
-    """A weight (O, C) laid out for products x W^T."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.data = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        self.nbytes = int(torch.ops.mkldnn._nbytes(self.data))
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., C) -> x W^T + bias (..., O)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.data, bias, "none", [], "")
-
-    def dense(self) -> Tensor:
-        """W, in new memory."""
-        return self.data.to_dense()
+def packed(weight: Tensor) -> Layout | None:
+    """The quickest layout of a weight (O, C), or None where none is quicker than the weight itself."""
+    if weight.device.type != "cpu":
+        return None
+    if weight.numel() >= LEAST_HALF and half_works() and fits_half(weight):
+        return Half(weight)
+    if weight.numel() >= LEAST and onednn_works(weight.dtype):
+        return OneDNN(weight)
+    return None
 
 
 class PackedLora:
     """The adapters of one matrix, whose thin matrices are packed too."""
 
     def __init__(self, layer: Linear, lora: Lora) -> None:
-        self.down = Packed(lora.A)
-        self.blocks = [(part, at, Packed(lora.B[b, : part.rank].contiguous())) for part, at, b in lora.blocks()]
+        self.down = _thin(lora.A)
+        self.blocks = [(part, at, _thin(lora.B[b, : part.rank].contiguous())) for part, at, b in lora.blocks()]
         self.gains = None if lora.magnitude is None else lora.gains(layer.dense(lora.A.dtype))
 
     def add_(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,12 +54,16 @@ class PackedLora:
         return y.mul_(self.gains) if bias is None else y.mul_(self.gains).add_(bias * (1 - self.gains))
 
 
-class PackedLinear:
-    """What a ``Linear`` computes, from packed weights; the active adapter is looked up in each call."""
+def _thin(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x (..., C) -> x W^T for an adapter's matrix, whose bits so depend less on the number of rows."""
+    return OneDNN(weight) if onednn_works(weight.dtype) else partial(F.linear, weight=weight)
 
-    def __init__(self, layer: Linear) -> None:
-        assert layer.weight is not None
-        self.weight = Packed(layer.weight)
+
+class PackedLinear:
+    """What a ``Linear`` computes, from a packed weight; the active adapter is looked up in each call."""
+
+    def __init__(self, layer: Linear, weight: Layout) -> None:
+        self.weight = weight
         self.adapted: WeakKeyDictionary[Lora, PackedLora] = WeakKeyDictionary()
 
     def __call__(self, layer: Linear, x: Tensor) -> Tensor:
@@ -85,15 +82,14 @@ class PackedModel:
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.layers: list[tuple[Linear, PackedLinear]] = []
-        self.head: Packed | None = None
-        if packable(model):
-            self.layers = [(layer, PackedLinear(layer)) for _, layer in _worth_it(model)]
-            if model.packed_head is None and model.head_weight.numel() >= LEAST:
-                self.head = Packed(model.head_weight)
+        for _, layer in _plain(model):
+            if (made := _packed_linear(layer)) is not None:
+                self.layers.append((layer, made))
+        self.head = packed(model.head_weight) if model.packed_head is None else None
 
     def __enter__(self) -> None:
-        for layer, packed in self.layers:
-            layer.packed = packed
+        for layer, made in self.layers:
+            layer.packed = made
         if self.head is not None:
             self.model.packed_head = self.head
 
@@ -104,32 +100,23 @@ class PackedModel:
             self.model.packed_head = None
 
 
-def packable(model: GPT) -> bool:
-    """Whether torch can pack the weights of this model: on a CPU, with oneDNN, in a dtype that it knows there."""
-    weight = model.embed.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        Packed(torch.ones(2, 2, dtype=weight.dtype))(torch.ones(1, 2, dtype=weight.dtype))
-    except (RuntimeError, AttributeError):  # no such operation in this build, or no such instructions in this CPU
-        return False
-    return True
-
-
 def release(model: GPT, *, keep: Collection[str] = ()) -> None:
     """Pack a model's weights for good and let the plain ones go, but those of the parameters ``keep``, which something
     will exchange, and the embedding. The model generates and evaluates as before, and cannot train any more."""
-    if not packable(model):
-        return
-    for name, layer in _worth_it(model):
-        if f"{name}.weight" not in keep:
-            layer.packed = PackedLinear(layer)
+    for name, layer in _plain(model):
+        if f"{name}.weight" not in keep and (made := _packed_linear(layer)) is not None:
+            layer.packed = made
             layer.hold(None)
-    if model.head_weight.numel() >= LEAST and not {"embed.weight", "head.weight"} & set(keep):
-        model.packed_head = Packed(model.head_weight)
+    if not {"embed.weight", "head.weight"} & set(keep):
+        model.packed_head = packed(model.head_weight)
 
 
-def _worth_it(model: GPT) -> list[tuple[str, Linear]]:
-    """The layers that packing makes faster, with their names."""
+def _packed_linear(layer: Linear) -> PackedLinear | None:
+    weight = None if layer.weight is None else packed(layer.weight)
+    return None if weight is None else PackedLinear(layer, weight)
+
+
+def _plain(model: GPT) -> list[tuple[str, Linear]]:
+    """The layers whose weights are parameters and not packed yet, with their names."""
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
-    return [(n, x) for n, x in linear if x.packed is None and x.weight is not None and x.weight.numel() >= LEAST]
+    return [(name, layer) for name, layer in linear if layer.packed is None and layer.weight is not None]

@@ -17,8 +17,11 @@ from torch import Tensor
 from afina.engine.linear import Linear
 from afina.engine.model import GPT, Layer
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 30, 32, 36, 48, 60, 64, 96, 128, 192, 256)
 LEAST = 8  # what even a single row is compared with, so that it has the bits that it would have in a batch
+TRIES = 4  # sizes that are tried as the largest: code for as many rows as 6 treats the last two of 32 by other code
+COMPARED = 1 << 14  # numbers that a size is judged by, unless they take more than MOST of the largest batches
+MOST = 16
 POWERS = tuple(2**n for n in range(9))
 
 
@@ -40,18 +43,22 @@ def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
     known = _measured.setdefault(model, {})
     key = top, torch.get_num_threads(), *_functions(model)
     if key not in known:
-        known[key] = _measure(model, [size for size in SIZES if size <= top])
+        known[key] = _measure(model, SIZES.index(top))
     return known[key]
 
 
 @torch.no_grad()
-def _measure(model: GPT, sizes: list[int]) -> tuple[int, ...]:
-    agree = set(sizes)
-    for function, width in _functions(model).values():
-        agree &= _agreeing(function, width, sorted(agree), model.embed.weight.dtype)
-        if sizes[-1] not in agree:
-            return (1,)
-    return tuple(sorted(agree))
+def _measure(model: GPT, at: int) -> tuple[int, ...]:
+    """Of the sizes up to ``SIZES[at]``, or up to one of the next ones, should a row's place matter in that."""
+    for top in range(at, min(at + TRIES, len(SIZES))):
+        agree = set(SIZES[: top + 1])
+        for function, width in _functions(model).values():
+            agree &= _agreeing(function, width, sorted(agree), model.embed.weight.dtype)
+            if SIZES[top] not in agree:
+                break
+        else:
+            return tuple(sorted(agree))
+    return (1,)
 
 
 def _functions(model: GPT) -> dict[object, tuple[Callable[[Tensor], Tensor], int]]:
@@ -68,7 +75,7 @@ def _functions(model: GPT) -> dict[object, tuple[Callable[[Tensor], Tensor], int
         for part in parts[:2]:
             found[_kind(part)] = part, part.in_features
     width = model.config.hidden_size
-    found["head"] = (lambda x: model.logits(model.norm.add(x, x)[0])), width
+    found["head", type(model.packed_head)] = (lambda x: model.logits(model.norm.add(x, x)[0])), width
     return found
 
 
@@ -79,23 +86,29 @@ def _kind(layer: Linear) -> tuple[object, ...]:
         layer.out_features,
         layer.bias is not None,
         layer.frozen_format,
-        layer.packed is None,
+        None if layer.packed is None else type(layer.packed.weight),
         adapted,
     )
 
 
 def _agreeing(function: Callable[[Tensor], Tensor], width: int, sizes: Sequence[int], dtype: torch.dtype) -> set[int]:
     """The sizes with which ``function`` gives each row the bits that it has in the largest batch; none, not even the
-    largest, where there the place of a row matters."""
+    largest, where there the place of a row matters. So many rows are compared that differences in few places show."""
     top = sizes[-1]
-    x = torch.randn(top, 1, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = function(x)
-    moved = function(x.roll(top // 2 + 1, 0)).roll(-(top // 2 + 1), 0)
+    draw = torch.Generator().manual_seed(0)
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, 1, width, generator=draw).to(dtype)
+
+    def computed(x: Tensor, size: int) -> Tensor:
+        """The rows in batches of this size, but for the last ones, which make no whole batch."""
+        return torch.cat([function(part) for part in x[: len(x) // size * size].split(size)])
+
+    x = rows(top)
+    batches = min(MOST, -(-COMPARED // max(1, function(x).numel())))
+    x = rows(top * batches)
+    expected = computed(x, top)
+    moved = computed(x.roll(top // 2 + 1, 0), top).roll(-(top // 2 + 1), 0)
     if not torch.equal(moved, expected):
         return set()
-    found = {top}
-    for size in sizes[:-1]:
-        first = top - size
-        if torch.equal(function(x[first:].clone()), expected[first:]):
-            found.add(size)
-    return found
+    return {size for size in sizes if torch.equal(found := computed(x, size), expected[: len(found)])}

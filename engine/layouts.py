@@ -1,0 +1,106 @@
+"""Two layouts of a weight for the CPU's matrix instructions, each made once and read by every product.
+
+``OneDNN`` has the weight's own numbers. A plain weight is rearranged in each product, or read by code that a single row
+has for itself: a batch of a few rows then costs three times one row, and gives other bits. oneDNN's inner product reads
+a weight that is rearranged once, as torch.compile has it
+(https://pytorch.org/blog/accelerated-cpu-inference/): a few rows cost what one does, since both wait for the memory.
+
+``Half`` has them in 16 bits: FBGEMM (Khudia et al. 2021, https://arxiv.org/abs/2101.05615) reads float16 weights and
+multiplies and adds in float32, so a product waits for half as many bytes. It is taken only for a weight that comes
+back from float16 as it was: checkpoints are published in bfloat16, whose 8 bits fit into the 11 of float16. What is
+smaller than 2^-17 may lose its last bits there, never more than 2^-25.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # the batch that oneDNN's layout is chosen for
+ROUNDING = 2.0**-25  # half the distance of the float16 numbers next to 0: what a weight in ``Half`` may be off by
+SLICE = 1 << 20  # numbers of a weight that are compared at a time
+BLOCK = 512  # FBGEMM's layout fills the width of a weight up to a multiple of this
+
+
+class Layout(Protocol):
+    """A weight (O, C) laid out for products x W^T. ``nbytes`` is what it takes."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., C) -> x W^T + bias (..., O)."""
+        ...
+
+    def dense(self) -> Tensor:
+        """W (O, C), in new memory."""
+        ...
+
+
+class OneDNN:
+    """The weight's own numbers, which come back bit for bit."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.data = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.nbytes = int(torch.ops.mkldnn._nbytes(self.data))
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.data, bias, "none", [], "")
+
+    def dense(self) -> Tensor:
+        return self.data.to_dense()
+
+
+class Half:
+    """A float32 weight in float16, for x in float32; sums are float32. ``fits_half`` says for which it is right."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.data = torch.ops.quantized.linear_prepack_fp16(weight.detach(), None)
+        out, width = weight.shape
+        self.nbytes = 2 * (-(-out // 16) * 16) * (-(-width // BLOCK) * BLOCK)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = torch.ops.quantized.linear_dynamic_fp16(x, self.data)
+        return y if bias is None else y.add_(bias)
+
+    def dense(self) -> Tensor:
+        weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self.data)[0]
+        return weight
+
+
+def fits_half(weight: Tensor) -> bool:
+    """Whether each number of a float32 weight comes back from float16 within ``ROUNDING``; never one past 65,504, nor
+    one that is not finite."""
+    if weight.dtype != torch.float32:
+        return False
+    parts = weight.detach().flatten().split(SLICE)
+    return all(bool(((part - part.half().float()).abs() <= ROUNDING).all()) for part in parts)
+
+
+@cache
+def onednn_works(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's inner product here, in this dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        OneDNN(torch.ones(2, 2, dtype=dtype))(torch.ones(1, 2, dtype=dtype))
+    except (RuntimeError, AttributeError):  # no such operation in this build, or no such instructions in this CPU
+        return False
+    return True
+
+
+@cache
+def half_works() -> bool:
+    """Whether torch has FBGEMM's product here, and vector code for it; without AVX2 FBGEMM has loops only. A
+    measurement would let the layout, and so the bits, depend on what else the machine does."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return False
+    weight = torch.tensor([[1.0, 2.0**-24], [-3.0, 0.5]])
+    try:
+        return torch.equal(Half(weight)(torch.eye(2)), weight.t())
+    except (RuntimeError, AttributeError):  # a build without FBGEMM
+        return False
