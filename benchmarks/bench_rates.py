@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import afina
-from afina.engine.train import NonFiniteError
+from afina.engine.nonfinite import NonFiniteError
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"

@@ -42,7 +42,7 @@ from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import NF4Weight
 from afina.engine.optim import AdamW
-from afina.engine.train import accumulate
+from afina.engine.training_step import accumulate
 from afina.kernels.nf4 import quantize_nf4
 from afina.kernels.selftest import verify
 from afina.loaders.data.batches import MicroBatch

@@ -47,3 +47,30 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the model of tiny_model.py; read only."""
+    from tiny_model import saved
+
+    return str(saved(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="session")
+def small_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of the rows of small_run.py; read only."""
+    from small_run import write_rows
+
+    return str(write_rows(tmp_path_factory.mktemp("rows")))
+
+
+@pytest.fixture(params=["at once", "one step later"])
+def result_read(request: pytest.FixtureRequest) -> Iterator[str]:
+    """When a training step's result is looked at: as on a CPU, and as on a GPU."""
+    from afina.engine import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "at once":
+            patch.setattr(train.Run, "deferred", True)
+        yield request.param

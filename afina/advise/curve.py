@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afina.advise.evidence import Trial
+from afina.engine.nonfinite import NonFiniteError
 from afina.engine.runtime import flushed_denormals
-from afina.engine.train import Interrupted, NonFiniteError, open_run
+from afina.engine.train import Interrupted, open_run
 from afina.engine.train_config import TrainConfig
 from afina.loaders.data.dataset import Data, TokenSet
 

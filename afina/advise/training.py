@@ -17,7 +17,7 @@ from afina.advise.verdict import better
 from afina.engine.intervals import Paired, paired
 from afina.engine.methods import default_learning_rate
 from afina.engine.model import GPT
-from afina.engine.train import NonFiniteError
+from afina.engine.nonfinite import NonFiniteError
 from afina.engine.weights import load_model
 from afina.errors import ConfigError
 from afina.loaders.data.dataset import permutation

@@ -25,10 +25,11 @@ from afina.engine.generate import generate_batch
 from afina.engine.methods import choose_trained
 from afina.engine.model import GPT
 from afina.engine.run_folder import RunFolder
+from afina.engine.run_inputs import read_data
 from afina.engine.runtime import prepare_process
 from afina.engine.scores import exact_match
 from afina.engine.stop import StopRequest
-from afina.engine.train import Run, read_data
+from afina.engine.train import Run
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
 from afina.errors import ConfigError, RunError, nearest

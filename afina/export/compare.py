@@ -18,7 +18,7 @@ from torch import Tensor
 from afina.engine.lora import set_adapter
 from afina.engine.model import GPT
 from afina.engine.run_folder import RECIPE, RUN
-from afina.engine.train import read_data
+from afina.engine.run_inputs import read_data
 from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError
 from afina.inside import own_path

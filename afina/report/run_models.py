@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from afina.engine.lora import Adapter, set_adapter
-from afina.engine.train import read_data
+from afina.engine.run_inputs import read_data
 from afina.engine.weights import load_model, new_model, read_config
 from afina.errors import AfinaError, DataError, WeightsError
 from afina.loaders.data.dataset import TokenSet

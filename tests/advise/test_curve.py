@@ -14,7 +14,7 @@ import pytest
 from tiny_model import LINES, saved
 
 from afina.advise.curve import FACTOR, MAX_RATES, Deadline, ShortRun, range_test, short_runs
-from afina.engine.train import NonFiniteError
+from afina.engine.nonfinite import NonFiniteError
 from afina.loaders.data.dataset import prepare
 from afina.loaders.text.source import load_tokenizer
 

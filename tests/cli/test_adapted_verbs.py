@@ -17,7 +17,7 @@ from tiny_model import saved
 from afina.cli.main import run
 from afina.cli.options import open_adapted
 from afina.engine.evaluate import evaluate_loss
-from afina.engine.train import read_data
+from afina.engine.run_inputs import read_data
 from afina.engine.train_config import TrainConfig
 from afina.engine.weights import load_model
 from afina.loaders.text.source import load_tokenizer

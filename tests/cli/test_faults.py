@@ -226,19 +226,21 @@ def test_a_signal_leaves_a_resumable_checkpoint(
 
 SENT_WHILE = """
 import os, signal
-import afina.engine.train as train
+from afina.engine import run_inputs, train
 
 def sent(*arguments, **options):
     os.kill(os.getpid(), signal.{name})
     raise AssertionError("the signal did nothing")
 
-train.{function} = sent
+{place} = sent
 """
 
 
-@pytest.mark.parametrize(("name", "function"), [("SIGTERM", "read_data"), ("SIGHUP", "_load"), ("SIGINT", "_load")])
-def test_a_signal_before_the_first_step_says_what_it_did(cli: Cli, name: str, function: str) -> None:
-    prelude = SENT_WHILE.replace("{name}", name).replace("{function}", function)
+@pytest.mark.parametrize(
+    ("name", "place"), [("SIGTERM", "train.read_data"), ("SIGHUP", "run_inputs._load"), ("SIGINT", "run_inputs._load")]
+)
+def test_a_signal_before_the_first_step_says_what_it_did(cli: Cli, name: str, place: str) -> None:
+    prelude = SENT_WHILE.replace("{name}", name).replace("{place}", place)
     prelude = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + prelude
     ended = cli.run(*train(f"early-{name}"), prelude=prelude)
     assert ended.status == 130

@@ -144,7 +144,7 @@ def test_a_closed_pipe_is_no_error() -> None:
         (KeyError("x"), 1, "internal error, KeyError: 'x' (add --debug"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
-            type("NonFiniteError", (RuntimeError,), {"__module__": "afina.engine.train"})("3\nsteps"),
+            type("NonFiniteError", (RuntimeError,), {"__module__": "afina.engine.nonfinite"})("3\nsteps"),
             1,
             "error: 3 steps",
         ),

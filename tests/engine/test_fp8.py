@@ -14,8 +14,8 @@ import afina
 from afina.engine import fp8
 from afina.engine.fp8 import use_fp8
 from afina.engine.linear import Linear
-from afina.engine.train import accumulate
 from afina.engine.train_config import TrainConfig
+from afina.engine.training_step import accumulate
 from afina.errors import ConfigError
 from afina.loaders.data.batches import MicroBatch
 

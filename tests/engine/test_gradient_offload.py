@@ -20,7 +20,8 @@ from afina.engine.checkpoint import load_checkpoint
 from afina.engine.gradient_offload import ROOMS
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
-from afina.engine.train import Interrupted, accumulate
+from afina.engine.train import Interrupted
+from afina.engine.training_step import accumulate
 from afina.loaders.data.batches import MicroBatch
 
 

@@ -19,7 +19,7 @@ from afina.engine.host_memory import HostLink, HostMemory, check_room
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.optim_offload import offloaded
-from afina.engine.train import accumulate
+from afina.engine.training_step import accumulate
 from afina.errors import ConfigError
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from afina.engine.model_config import ModelConfig
 from afina.engine.optim import AdamW, bytes_held
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.optim_offload import offloaded
-from afina.engine.train import accumulate
+from afina.engine.training_step import accumulate
 from afina.engine.weight_offload import HostWeights
 from afina.engine.weights import load_model
 from afina.errors import ConfigError
@@ -373,7 +373,7 @@ from afina.engine.model_config import ModelConfig
 from afina.engine.memory import plan
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW, bytes_held
-from afina.engine.train import accumulate
+from afina.engine.training_step import accumulate
 from afina.loaders.weights.peft import AdapterConfig
 from afina.loaders.data.batches import MicroBatch
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afina.engine.model import GPT
 from afina.engine.objectives import sft
-from afina.engine.train import accumulate
+from afina.engine.training_step import accumulate
 from afina.loaders.data.batches import MicroBatch, collate
 from afina.loaders.data.dataset import TokenSet, prepare
 

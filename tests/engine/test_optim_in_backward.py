@@ -16,9 +16,10 @@ import afina
 from afina.engine import optim, train
 from afina.engine.checkpoint import load_checkpoint
 from afina.engine.model import GPT
+from afina.engine.nonfinite import NonFiniteError
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
-from afina.engine.train import NonFiniteError, accumulate
+from afina.engine.training_step import accumulate
 from afina.kernels.adamw import adamw_
 from afina.loaders.data.batches import MicroBatch
 

@@ -21,8 +21,9 @@ from afina.engine.model import GPT
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
 from afina.engine.optim_offload import offloaded
-from afina.engine.train import Interrupted, accumulate
+from afina.engine.train import Interrupted
 from afina.engine.train_config import TrainConfig
+from afina.engine.training_step import accumulate
 from afina.engine.weights import load_model, new_model
 from afina.errors import ConfigError
 from afina.loaders.weights.peft import AdapterConfig

@@ -45,10 +45,10 @@ MUTANTS = (
     Mutant(
         "mean-of-means",
         "accumulation averages the means of micro-batches",
-        "engine/train.py",
+        "engine/training_step.py",
         "objective(model, mb, divisor=loss_tokens)",
         "objective(model, mb, divisor=mb.loss_tokens * len(micro_batches))",
-        engine("train"),
+        engine("training_step"),
     ),
     Mutant(
         "label-shift",
@@ -160,17 +160,17 @@ MUTANTS = (
         "engine/train.py",
         "self.config.lr_scheduler_type, progress.step, self.total",
         "self.config.lr_scheduler_type, progress.step - 1, self.total",
-        engine("train"),
+        engine("run_inputs"),
     ),
     Mutant(
         "clip-before-accumulation",
         "gradients are clipped before the last micro-batch is in them",
-        "engine/train.py",
-        "            loss = accumulate(self.model, micro_batches, self.objective, poll=poll)\n",
-        "            kept, weights = self.config.max_grad_norm, self.optimizer.params.values()\n"
+        "engine/training_step.py",
+        "            loss = accumulate(self.model, micro_batches, self.objective, poll=poll_and_land)\n",
+        "            kept, weights = self.max_grad_norm, self.optimizer.params.values()\n"
         "            clip = lambda: any(p.grad is not None for p in weights) and self.optimizer.clip_(kept)\n"
         "            loss = accumulate(self.model, micro_batches, self.objective, poll=clip)\n",
-        engine("train"),
+        engine("training_step"),
     ),
     Mutant(
         "epsilon-inside-root",
@@ -232,10 +232,10 @@ MUTANTS = (
     Mutant(
         "rng-not-restored",
         "a resumed run draws other random numbers",
-        "engine/train.py",
-        "        torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))\n",
+        "engine/run_state.py",
+        "    torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))\n",
         "",
-        (*engine("train"), *engine("checkpoint"), "tests/cli/test_faults.py"),
+        (*engine("run_state"), *engine("checkpoint"), "tests/cli/test_faults.py"),
     ),
     Mutant(
         "best-by-train-loss",
@@ -253,7 +253,7 @@ MUTANTS = (
         "engine/optim.py",
         "                tensor.copy_(state[group][name])\n",
         '                tensor.copy_(state[group][name] if group == "weights" else torch.zeros_like(tensor))\n',
-        (*engine("optim"), *engine("train")),
+        (*engine("optim"), *engine("run_state")),
     ),
     Mutant(
         "cache-position",
