@@ -195,67 +195,67 @@ TOOLS = [
 ]
 
 
-def _call(number: str = "call00001", **arguments: Any) -> dict[str, Any]:
+def tool_call(number: str = "call00001", **arguments: Any) -> dict[str, Any]:
     function = {"name": "get_weather", "arguments": arguments or {"city": 'Päris "x"', "days": 3}}
     return {"id": number, "type": "function", "function": function}
 
 
-def _turn(role: str, content: str | None, **others: Any) -> dict[str, Any]:
+def turn(role: str, content: str | None, **others: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **others}
 
 
-def _result(content: str, number: str = "call00001") -> dict[str, Any]:
-    return _turn("tool", content, tool_call_id=number, name="get_weather")
+def result_turn(content: str, number: str = "call00001") -> dict[str, Any]:
+    return turn("tool", content, tool_call_id=number, name="get_weather")
 
 
-_SYSTEM, _ASK, _ASK_AGAIN = _turn("system", "Be kind to Zoe."), _turn("user", "one q"), _turn("user", "two q")
-_FIRST, _SECOND = _turn("assistant", "first answer"), _turn("assistant", "second answer")
-_OTHER_CALL = _call("call00002", city="Rome", days=1)
+_SYSTEM, _ASK, _ASK_AGAIN = turn("system", "Be kind to Zoe."), turn("user", "one q"), turn("user", "two q")
+_FIRST, _SECOND = turn("assistant", "first answer"), turn("assistant", "second answer")
+_OTHER_CALL = tool_call("call00002", city="Rome", days=1)
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
     "plain": ([_ASK, _FIRST, _ASK_AGAIN, _SECOND], None),
     "system": ([_SYSTEM, _ASK, _FIRST, _ASK_AGAIN, _SECOND], None),
     "spaces": (
         [
-            *(_turn("user", " one q "), _turn("assistant", " first answer \n")),
-            *(_turn("user", "two q\n"), _turn("assistant", "second answer  ")),
+            *(turn("user", " one q "), turn("assistant", " first answer \n")),
+            *(turn("user", "two q\n"), turn("assistant", "second answer  ")),
         ],
         None,
     ),
-    "two turns in a row": ([_ASK, _FIRST, _SECOND, _ASK_AGAIN, _turn("assistant", "third answer")], None),
+    "two turns in a row": ([_ASK, _FIRST, _SECOND, _ASK_AGAIN, turn("assistant", "third answer")], None),
     "tools, not called": ([_SYSTEM, _ASK, _FIRST], TOOLS),
-    "call, content empty": ([_ASK, _turn("assistant", "", tool_calls=[_call()])], TOOLS),
-    "call, content null": ([_ASK, _turn("assistant", None, tool_calls=[_call()])], TOOLS),
-    "call after a text": ([_ASK, _turn("assistant", "Let me look.", tool_calls=[_call()])], TOOLS),
-    "two calls at once": ([_ASK, _turn("assistant", None, tool_calls=[_call(), _OTHER_CALL])], TOOLS),
+    "call, content empty": ([_ASK, turn("assistant", "", tool_calls=[tool_call()])], TOOLS),
+    "call, content null": ([_ASK, turn("assistant", None, tool_calls=[tool_call()])], TOOLS),
+    "call after a text": ([_ASK, turn("assistant", "Let me look.", tool_calls=[tool_call()])], TOOLS),
+    "two calls at once": ([_ASK, turn("assistant", None, tool_calls=[tool_call(), _OTHER_CALL])], TOOLS),
     "call, result, answer": (
         [
-            *(_SYSTEM, _ASK, _turn("assistant", None, tool_calls=[_call()]), _result('{"sky": "blue"}')),
-            *(_turn("assistant", "It is fine."), _ASK_AGAIN, _turn("assistant", "bye now")),
+            *(_SYSTEM, _ASK, turn("assistant", None, tool_calls=[tool_call()]), result_turn('{"sky": "blue"}')),
+            *(turn("assistant", "It is fine."), _ASK_AGAIN, turn("assistant", "bye now")),
         ],
         TOOLS,
     ),
     "calls in two turns": (
         [
-            *(_turn("user", "good day"), _turn("assistant", "hello you"), _ASK),
-            *(_turn("assistant", None, tool_calls=[_call()]), _result("blue")),
-            *(_turn("assistant", None, tool_calls=[_OTHER_CALL]), _result("grey", "call00002")),
-            _turn("assistant", "It is mixed."),
+            *(turn("user", "good day"), turn("assistant", "hello you"), _ASK),
+            *(turn("assistant", None, tool_calls=[tool_call()]), result_turn("blue")),
+            *(turn("assistant", None, tool_calls=[_OTHER_CALL]), result_turn("grey", "call00002")),
+            turn("assistant", "It is mixed."),
         ],
         TOOLS,
     ),
-    "reasoning": ([_ASK, _turn("assistant", "first answer", reasoning_content="I think so.")], None),
+    "reasoning": ([_ASK, turn("assistant", "first answer", reasoning_content="I think so.")], None),
     "reasoning in two turns": (
         [
-            *(_ASK, _turn("assistant", "first answer", reasoning_content="I think one.")),
-            *(_ASK_AGAIN, _turn("assistant", "second answer", reasoning_content="I think two.")),
+            *(_ASK, turn("assistant", "first answer", reasoning_content="I think one.")),
+            *(_ASK_AGAIN, turn("assistant", "second answer", reasoning_content="I think two.")),
         ],
         None,
     ),
-    "<think> in the content": ([_ASK, _turn("assistant", "<think>\nI think so.\n</think>\n\nfirst answer")], None),
+    "<think> in the content": ([_ASK, turn("assistant", "<think>\nI think so.\n</think>\n\nfirst answer")], None),
     "reasoning before a call": (
         [
-            *(_ASK, _turn("assistant", None, reasoning_content="I must look.", tool_calls=[_call()])),
-            *(_result("blue"), _turn("assistant", "It is fine.", reasoning_content="So fine.")),
+            *(_ASK, turn("assistant", None, reasoning_content="I must look.", tool_calls=[tool_call()])),
+            *(result_turn("blue"), turn("assistant", "It is fine.", reasoning_content="So fine.")),
         ],
         TOOLS,
     ),

@@ -7,9 +7,12 @@ mask comes from where each token starts.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,12 @@ from numpy.typing import NDArray
 
 from afina.errors import DataError, TokenizerError
 from afina.loaders.text.chat_template import SLOT, numbered
+from afina.loaders.text.openings import Messages, Tools
 from afina.loaders.text.tokenizer import Tokenizer
-from afina.loaders.text.turns import Messages, Tools, find_turns
+from afina.loaders.text.turns import find_turns
 
-MAX_TURNS = 1_000  # of a conversation: finding what is trained takes the square of their number
+MAX_MESSAGES = 5_000  # of a conversation
+_KEPT_LAYOUT = 100  # messages of the longest conversation whose layout may serve again: 4,096 of them are kept
 Spans = tuple[tuple[int, int], ...]
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -149,9 +154,9 @@ def _ended(tokenizer: Tokenizer, text: str) -> str:
 
 
 def _conversation(tokenizer: Tokenizer, example: Example, any_role: bool) -> tuple[str, Spans]:
-    if len(example.messages or ()) > MAX_TURNS:
+    if len(example.messages or ()) > MAX_MESSAGES:
         raise DataError(
-            f"{len(example.messages or ()):,} messages, expected at most {MAX_TURNS:,}: split the conversation"
+            f"{len(example.messages or ()):,} messages, expected at most {MAX_MESSAGES:,}: split the conversation"
         )
     messages = tokenizer.checked(example.messages or ())
     roles = tuple([message["role"] for message in messages])
@@ -167,7 +172,7 @@ def _conversation(tokenizer: Tokenizer, example: Example, any_role: bool) -> tup
         # Role and content, nothing else that a template could read: what is known of these roles may serve again. (But
         # where a content brings the thought that the generation prompt opens, it is learnt from behind that only.)
         contents = [message["content"] for message in messages]
-        layout = _layout(tokenizer, roles, trained)
+        layout = (_kept_layout if len(roles) <= _KEPT_LAYOUT else _layout)(tokenizer, roles, trained)
         text = tokenizer.with_bos(tokenizer.template.render(messages), glue="")
         for variant in (contents, [content.strip() for content in contents]):
             filled = layout.fill(variant)
@@ -200,20 +205,22 @@ class _Layout:
         return "".join(parts), tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
 
 
-@lru_cache(maxsize=4096)
 def _layout(tokenizer: Tokenizer, roles: tuple[str, ...], trained: frozenset[int]) -> _Layout:
     plain = tokenizer.render(numbered(roles))
     slots = list(SLOT.finditer(plain))
     order = [int(slot[1]) for slot in slots]
+    times = Counter(order)
     for number, role in enumerate(roles):
-        if order.count(number) != 1:
-            how = f"writes message {number + 1} ({role}) {order.count(number)} times, not once"
+        if times[number] != 1:
+            how = f"writes message {number + 1} ({role}) {times[number]} times, not once"
             raise DataError(f"the chat template of {tokenizer.where} {how}: leave it out, or use another template")
     text, found = find_turns(tokenizer, numbered(roles), None, trained)
+    ends = [slot.end() for slot in slots]
+    sizes = list(accumulate([len(slot[0]) for slot in slots], initial=0))
 
     def mark(position: int) -> tuple[int, int]:
-        before = [len(slot[0]) for slot in slots if slot.end() <= position]
-        return len(before), position - sum(before)
+        before = bisect_right(ends, position)
+        return before, position - sizes[before]
 
     return _Layout(
         literals=tuple(SLOT.split(text)[::2]),
@@ -221,3 +228,6 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...], trained: frozenset[int
         spans=tuple((mark(start), mark(end)) for number in sorted(found) for start, end in found[number]),
         closing=text[len(plain) :],
     )
+
+
+_kept_layout = lru_cache(maxsize=4096)(_layout)

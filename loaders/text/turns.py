@@ -7,19 +7,21 @@ turn. A turn of which the template leaves something out is an error, not a turn 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import DataError
 from afina.loaders.text.chat_template import numbered
+from afina.loaders.text.openings import Messages, Openings, Span, Tools
+from afina.loaders.text.written import Search
 
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
+_SPACE = re.compile(r"\s*")
+# A SLOT, also as JSON spells it. Contents have no more digits than that in place of their number.
+_MARK = re.compile(r"(?:\ue001|\\ue001)([0-9]{1,9})(?:\ue002|\\ue002)")
 
 
 def find_turns(
@@ -34,17 +36,26 @@ def find_turns(
     written = "".join([part for part, _ in pieces])
     text = tokenizer.with_bos(written, glue="")
     runs = _runs(pieces, len(text) - len(written))
-    _check_all_written(tokenizer, messages, tools, text)
+    search = Search()
+    _check_all_written(tokenizer, messages, tools, text, search)
+    openings = Openings(tokenizer, messages, tools, text)
+    found = {n: runs.get(n) or _between(tokenizer, messages, tools, n, text, openings) for n in sorted(trained)}
+    last_user = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for number, ranges in found.items():
+        if not ranges:
+            raise DataError(
+                f"message {number + 1} ({messages[number]['role']}): the chat template of {tokenizer.where} writes "
+                "nothing for it: leave the row out"
+            )
+        turn = " ".join([text[a:b] for a, b in ranges])
+        _check_whole(tokenizer, messages, number, turn, search, last=number > last_user)
+    starts = openings.starts({n: ranges[0] for n, ranges in found.items() if messages[n]["role"] == "assistant"})
     spans: dict[int, list[Span]] = {}
     end = 0
-    for number in sorted(trained):
-        found = runs.get(number) or _between(tokenizer, messages, tools, number, text)
-        where = f"message {number + 1} ({messages[number]['role']})"
-        if not found:
-            raise DataError(f"{where}: the chat template of {tokenizer.where} writes nothing for it: leave the row out")
-        _check_whole(tokenizer, messages, number, " ".join([text[a:b] for a, b in found]))
-        first, last = found[0], found[-1]
-        found[0] = (max(_start(tokenizer, messages, tools, number, text, first), end), first[1])
+    for number, ranges in found.items():
+        first, last = ranges[0], ranges[-1]
+        start = starts[number] if number in starts else _content_start(messages[number], text, first)
+        ranges[0] = (max(start, end), first[1])
         stop = _end(tokenizer, text, last)
         if number == len(messages) - 1 and (eos := tokenizer.eos_token):
             if stop is None and not text[last[1] :].strip():
@@ -52,9 +63,10 @@ def find_turns(
             if text[last[1] if stop is None else stop :].strip() == eos:  # the end of the text
                 stop = len(text.rstrip())
         stop = last[1] if stop is None else stop
-        found[-1] = (found[-1][0], stop)
-        spans[number] = [(a, b) for a, b in found if a < b]
+        ranges[-1] = (ranges[-1][0], stop)
+        spans[number] = [(a, b) for a, b in ranges if a < b]
         if not spans[number]:
+            where = f"message {number + 1} ({messages[number]['role']})"
             raise DataError(f"{where}: the chat template of {tokenizer.where} leaves nothing of it to learn")
         end = stop
     return text, spans
@@ -76,20 +88,11 @@ def _runs(pieces: Iterable[tuple[str, int | None]], shift: int) -> dict[int, lis
     return runs
 
 
-def _prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools | None, number: int) -> str | None:
-    """What generation is given to write message ``number``; None where the template refuses such a conversation."""
-    if not number:
-        return None
-    try:
-        return tokenizer.with_bos(
-            tokenizer.template.render(messages[:number], tools=tools, add_generation_prompt=True), glue=""
-        )
-    except DataError:
-        return None
-
-
-def _between(tokenizer: Tokenizer, messages: Messages, tools: Tools | None, number: int, text: str) -> list[Span]:
+def _between(
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, number: int, text: str, openings: Openings
+) -> list[Span]:
     """A turn that a template writes outside its loop: where the conversation up to it, and with it, begin the text."""
+    openings.spend(2 * number)
     try:
         before, through = (
             tokenizer.with_bos(tokenizer.template.render(messages[:end], tools=tools), glue="")
@@ -101,24 +104,10 @@ def _between(tokenizer: Tokenizer, messages: Messages, tools: Tools | None, numb
     return [(len(before), len(through))] if found else []
 
 
-def _start(tokenizer: Tokenizer, messages: Messages, tools: Tools | None, number: int, text: str, turn: Span) -> int:
-    """Where what the model writes begins in a ``turn``: behind the generation prompt."""
-    if messages[number]["role"] != "assistant":
-        content = str(messages[number]["content"] or "").strip()
-        return max(text.find(content, *turn), turn[0]) if content else turn[0]
-    header = tokenizer.template.generation_prompt
-    prompt = _prompt(tokenizer, messages, tools, number)
-    if prompt is not None and text.startswith(prompt) and turn[0] <= len(prompt) <= turn[1]:
-        # Some templates open no turn behind another one of the assistant's.
-        unopened = bool(header) and not prompt.endswith(header) and text.startswith(header, len(prompt))
-        return len(prompt) + unopened * len(header)
-    # What came before is written in another way here, or the prompt opens a thought that this turn has not: what both
-    # begin with, up to the end of a line or of a control token.
-    same = _common(header, text[turn[0] : turn[1]])
-    if len(same) < len(header):
-        ends = [match.end() for match in tokenizer.special_pattern.finditer(header)]
-        same = same[: max([end for end in ends if end <= len(same)] + [same.rfind("\n") + 1])]
-    return turn[0] + len(same)
+def _content_start(message: Mapping[str, Any], text: str, turn: Span) -> int:
+    """Where the content of a message that is not the assistant's begins in its ``turn``."""
+    content = str(message["content"] or "").strip()
+    return max(text.find(content, *turn), turn[0]) if content else turn[0]
 
 
 def _end(tokenizer: Tokenizer, text: str, turn: Span) -> int | None:
@@ -127,27 +116,23 @@ def _end(tokenizer: Tokenizer, text: str, turn: Span) -> int | None:
     tokens = list(tokenizer.special_pattern.finditer(body))
     if tokens and tokens[-1].end() == len(body):
         return turn[0] + len(body)
-    rest = text[turn[1] :]
-    after = tokenizer.special_pattern.match(rest, len(rest) - len(rest.lstrip()))
+    after = tokenizer.special_pattern.match(text, _SPACE.match(text, turn[1]).end())  # type: ignore[union-attr]
     if after and tokenizer.token_id(after[0]) in tokenizer.eos_ids:
-        return turn[1] + after.end()  # some templates end every turn but the last
+        return after.end()  # some templates end every turn but the last
     return None
-
-
-def _common(one: str, other: str) -> str:
-    """The longest text that both start with."""
-    size = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-    return one[:size]
 
 
 # What a template leaves out
 
 
-def _check_whole(tokenizer: Tokenizer, messages: Messages, number: int, turn: str) -> None:
-    """Raise DataError for what the template did not write of an assistant's message into its turn."""
+def _check_whole(
+    tokenizer: Tokenizer, messages: Messages, number: int, turn: str, search: Search, *, last: bool
+) -> None:
+    """Raise DataError for what the template did not write of a message into its turn; ``last``: as in `_parts`."""
     message = messages[number]
-    for what, value in _parts(message, last=all(m["role"] != "user" for m in messages[number:])):
-        if not _holds(turn, value):
+    search.into(turn)
+    for what, value in _parts(message, last=last):
+        if not search.holds(value):
             raise DataError(
                 f"message {number + 1} ({message['role']}): the chat template of {tokenizer.where} does not write "
                 f"{what} as it stands: leave it out, or use a chat template that writes it"
@@ -168,8 +153,9 @@ def _parts(message: Mapping[str, Any], *, last: bool) -> Iterator[tuple[str, Any
     for place, call in enumerate(message.get("tool_calls") or (), 1):
         yield f"the name of tool call {place}", call["function"]["name"]
         for key, value in call["function"]["arguments"].items():
+            what = f"the argument {key!r} of tool call {place}"
             for leaf in (key, *_leaves(value)):
-                yield f"the argument {key!r} of tool call {place}", leaf
+                yield what, leaf
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -184,35 +170,26 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _holds(text: str, value: Any) -> bool:
-    """Whether ``value`` stands in ``text``, as it is or as JSON spells it."""
-    if isinstance(value, str):
-        spelled = {value, *(json.dumps(value, ensure_ascii=flag)[1:-1] for flag in (False, True))}
-    else:
-        spelled = {json.dumps(value), str(value)}
-    return any(one in text for one in spelled)
-
-
-def _check_all_written(tokenizer: Tokenizer, messages: Messages, tools: Tools | None, text: str) -> None:
+def _check_all_written(
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, text: str, search: Search
+) -> None:
     """Raise DataError for a message that the template drops, and for tools that it does not show to the model."""
+    search.into(text)
     for tool in tools or ():
-        if not _holds(text, name := tool["function"]["name"]):
+        if not search.holds(name := tool["function"]["name"]):
             raise DataError(
                 f"tools: the chat template of {tokenizer.where} does not write {name!r}: leave the tools out, or use a "
                 "chat template that shows them to the model"
             )
-    marked = [m if m["role"] == "assistant" else {**m, "content": mark} for m, mark in zip(messages, _marks(messages))]
+    marks = numbered([message["role"] for message in messages])
+    marked = [m if m["role"] == "assistant" else {**m, "content": mark["content"]} for m, mark in zip(messages, marks)]
     try:
-        found = tokenizer.template.render(marked, tools=tools)
+        written = {int(mark[1]) for mark in _MARK.finditer(tokenizer.template.render(marked, tools=tools))}
     except DataError:  # the template looks at contents, and goes no further than it must
         return
-    for number, message in enumerate(marked):
-        if message["role"] != "assistant" and not _holds(found, message["content"]):
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" and number not in written:
             raise DataError(
                 f"message {number + 1} ({message['role']}): the chat template of {tokenizer.where} does not write it: "
                 "leave it out, or use a chat template that does"
             )
-
-
-def _marks(messages: Messages) -> list[str]:
-    return [message["content"] for message in numbered([message["role"] for message in messages])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +29,14 @@ def _row(**fields: Any) -> str:
 def _talk(content: str, turns: int = 2) -> str:
     roles = ("user", "assistant")
     return _row(messages=[{"role": roles[i % 2], "content": content} for i in range(turns)])
+
+
+def _thoughts(turns: int) -> str:
+    """A conversation whose turns are found one by one: no row with the same roles knows them."""
+    roles, more = ("user", "assistant"), {"reasoning_content": "Well."}
+    return _row(
+        messages=[{"role": roles[i % 2], "content": f"{i}", **(more if i % 6 == 5 else {})} for i in range(turns)]
+    )
 
 
 def _eos() -> str:
@@ -60,8 +68,9 @@ def texts() -> dict[str, tuple[str, str]]:
         "end tokens in messages": (".jsonl", _talk(eos * (MB // 2 // len(eos)))),
         "end tokens in plain text": (".txt", eos * (MB // len(eos))),
         "half end tokens": (".jsonl", _talk(eos[:-1] * (MB // 2 // len(eos)))),
-        "4,000 turns": (".jsonl", _talk("Hello there.", 4000)),
-        "1,000 turns": (".jsonl", _talk("Hi.", 1000)),
+        "5,000 turns": (".jsonl", _talk("Hello there.", 5000)),
+        "6,000 turns": (".jsonl", _talk("Hi.", 6000)),
+        "5,000 turns with thoughts": (".jsonl", _thoughts(5000)),
         "40,000 empty turns": (".jsonl", _talk("", 25_000)),
         "marks": (".jsonl", _row(text=marks)),
         "marks in plain text": (".txt", marks),
@@ -167,8 +176,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object], bool | None]]:
     yield "config: one key", _config("{" + '"a": 1,\n' * (MB // 8) + '"a": 1}'), True
     yield "config: numbers", _config('{"a": [' + "NaN,\n" * (MB // 5) + "1]}"), True
     yield "90,000 wrong names", _wrong_names, True
-    turns = tuple({"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(4000))
-    yield "render 4,000 turns", lambda: render_example(_tiny(), Example(messages=turns, where="row 1")), True
+    for count, refused in ((5000, False), (6000, True)):
+        turns = tuple({"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(count))
+        row = Example(messages=turns, where="row 1")
+        yield f"render {count:,} turns", partial(render_example, _tiny(), row), refused
 
 
 def _parquet(number: int) -> Callable[[], object]:
