@@ -27,7 +27,7 @@ from afina.kernels import launch, selftest
 from afina.kernels.cases import CASES, SPECIAL_CASES, Draw
 
 SMALL = 1 << 16  # elements: what is not larger is computed, so that targets and offsets have values
-LAYERS = 2  # of a model: the others launch the same
+LAYERS, MICRO_BATCHES = 2, 2  # of a model, and of its step: the others launch the same
 NOT_KERNELS = ("bench_fp8_linear",)  # benchmarks of ours whose products are torch's own
 
 
@@ -92,7 +92,8 @@ def training() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(model, what runs one of its steps) of the training benchmark, with all its methods."""
     module = import_module("bench_train_gpu")
     for name, shape in module.SHAPES["gpu"].items():
-        small = shape._replace(config=shape.config | {"num_hidden_layers": LAYERS})
+        micro_batches = min(MICRO_BATCHES, shape.micro_batches)
+        small = shape._replace(config=shape.config | {"num_hidden_layers": LAYERS}, micro_batches=micro_batches)
         yield f"train {name}", partial(_step, module, small)
 
 

@@ -103,8 +103,8 @@ def _clear_line_from(line, left, ROWS: gl.constexpr):
 
 @gluon.jit
 def _dkdv_consumer(
-    dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, ME: gl.constexpr, shape: gl.constexpr,
-    tiling: gl.constexpr,
+    dk, dv, spans, q, k, v, dout, lses, deltas, columns, sizes, post_scale, grad_scale, ME: gl.constexpr,
+    shape: gl.constexpr, tiling: gl.constexpr,
 ):  # fmt: skip
     """The keys [64 ME, 64 ME + 64) of each tile, or of the part of it that is in one document."""
     BLOCK_M: gl.constexpr = tiling.BLOCK_M
@@ -167,8 +167,8 @@ def _dkdv_consumer(
                     p = gl.exp2(s * post_scale - lses.index(slot).load(COLUMN)[None, :])
                     if shape.CAUSAL:  # noqa: SIM102  # The first is known to the compiler, the second to the GPU.
                         if query_start < position + HALF - 1:
-                            column = query_start + gl.arange(0, BLOCK_M, COLUMN)
-                            row = position + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
+                            column = columns.load(COLUMN)  # `gl.arange` would keep registers through the loop.
+                            row = position - query_start + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
                             p = gl.where(row[:, None] <= column[None, :], p, 0.0)
 
                     # dv, ds = p * (do v^T - delta), and dk.
@@ -211,15 +211,17 @@ def _gluon_dkdv(
     dout = make_ring(dout_desc, tiling.SLOTS, tiling.BLOCK_M, BLOCK_D, 2)
     lses = gl.allocate_shared_memory(gl.float32, [tiling.SLOTS, tiling.BLOCK_M], lse_desc.layout)  # come with q
     deltas = gl.allocate_shared_memory(gl.float32, [tiling.SLOTS, tiling.BLOCK_M], lse_desc.layout)  # come with dout
+    columns = gl.allocate_shared_memory(gl.int32, [tiling.BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    columns.store(gl.arange(0, tiling.BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])))  # 0, 1, 2 ...: for the mask
     gl.warp_specialize(
         [
             (
                 _dkdv_consumer,
-                (dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, 0, shape, tiling),
+                (dk, dv, spans, q, k, v, dout, lses, deltas, columns, sizes, post_scale, grad_scale, 0, shape, tiling),
             ),
             (
                 _dkdv_consumer,
-                (dk, dv, spans, q, k, v, dout, lses, deltas, sizes, post_scale, grad_scale, 1, shape, tiling),
+                (dk, dv, spans, q, k, v, dout, lses, deltas, columns, sizes, post_scale, grad_scale, 1, shape, tiling),
             ),
             (
                 _dkdv_producer,

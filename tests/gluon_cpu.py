@@ -339,8 +339,8 @@ def language() -> ModuleType:
     gl.convert_layout = lambda x, layout: x
     gl.load, gl.store, gl.allocate_shared_memory = load, store, allocate
     gl.warp_specialize = lambda partitions, warps, registers: current.program.run(partitions)
-    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout"):
-        setattr(gl, name, lambda *a, **k: None)
+    for name in ("NVMMADistributed", "DotOperand", "Slice", "Blocked", "NVMMAShared", "SwizzledShared"):
+        setattr(gl, f"{name}Layout", lambda *a, **k: None)
     gl.NVMMASharedLayout.get_default_for = lambda *a, **k: None
     return gl
 

@@ -2,80 +2,137 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import REPO
 
-# Its own process: kernels here belong to the interpreter.
-RUN = """
-import sys
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+from compile_gate import MOST_SPILT, MOST_SPILT_A_TILE, Job, Result, complaints
+
+# Compiled are the smallest kernels only. A process of its own, one for all runs: here kernels are the interpreter's.
+RUNS = """
+import copy, io, json, sys
+from contextlib import redirect_stdout
 sys.path.insert(0, "benchmarks")
 import compile_gate
 from pathlib import Path
 from afina.kernels import launch
-compile_gate.CACHE = Path(sys.argv[1])
 table = launch.table()
-{change}
-sys.argv = ["compile_gate.py", "glu", "--targets", "90", "--workers", "1"]
-sys.exit(compile_gate.main())
+kept = copy.deepcopy(table), dict(compile_gate.SHARED), dict(compile_gate.OPS), dict(compile_gate.SOURCES)
+for name, (ops, change) in json.loads(sys.argv[2]).items():
+    for now, before in zip((table, compile_gate.SHARED, compile_gate.OPS, compile_gate.SOURCES), copy.copy(kept)):
+        now.clear()
+        now.update(copy.deepcopy(before))
+    exec(change)
+    compile_gate.CACHE = Path(sys.argv[1])
+    sys.argv[3:] = []
+    arguments, sys.argv = sys.argv, ["compile_gate.py", *ops, "--targets", "90", "--workers", "1"]
+    said = io.StringIO()
+    with redirect_stdout(said):
+        status = compile_gate.main()
+    sys.argv = arguments
+    print(json.dumps([name, status, said.getvalue()]))
 """
+CHANGES = {
+    "first": (["glu"], ""),
+    "again": (["glu"], ""),
+    "another block": (["glu"], "table['glu'][1]['BLOCK'] = 512"),
+    "spills": (["glu"], "table['glu'][1].update(num_warps=1, maxnreg=32)"),
+    "shared memory": (["glu"], "compile_gate.SHARED[90] = -1"),
+    "unused row": (["glu"], "table['glu'].append({'capability': 90, 'size': 7, 'BLOCK': 8})"),
+    "no op": (
+        [],
+        "table.clear(); table['other'] = []; compile_gate.OPS.clear(); compile_gate.SOURCES.clear()",
+    ),
+}
 
 
-def gate(cache: Path, change: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", RUN.format(change=change), str(cache)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+class Run(NamedTuple):
+    status: int
+    said: str
 
 
-def test_passes_and_remembers(tmp_path: Path) -> None:
-    for again in (False, True):
-        done = gate(tmp_path / "cache.json", "")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.splitlines()[0].split() == ["kernel", "target", "regs", "spill", "shared", "s", "variant"]
-        assert ("(0 now, the rest cached), 0 failures" in done.stdout) == again
-    changed = gate(tmp_path / "cache.json", "table['glu'][1]['BLOCK'] = 512")
-    assert "(4 now" in changed.stdout
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """What the gate answers with each change, by name, in this order, over one cache."""
+    cache = tmp_path_factory.mktemp("gate") / "cache.json"
+    command = [sys.executable, "-c", RUNS, str(cache), json.dumps(CHANGES)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return {name: Run(status, said) for name, status, said in map(json.loads, done.stdout.splitlines())}
+
+
+def test_passes_and_remembers(runs: dict[str, Run]) -> None:
+    for name in ("first", "again"):
+        assert runs[name].status == 0, runs[name].said
+        heads = ["kernel", "target", "regs", "spill", "shared", "s", "variant"]
+        assert runs[name].said.splitlines()[0].split() == heads
+        assert ("(0 now, the rest cached), 0 failures" in runs[name].said) == (name == "again")
+    assert "(4 now" in runs["another block"].said
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("name", "complaint"),
     [
-        ("table['glu'][1].update(BLOCK=8192, num_warps=1)", "bytes of registers spilt to local memory"),
-        ("compile_gate.SHARED[90] = -1", "0 bytes of shared memory, of -1"),
-        ("table['glu'].append({'capability': 90, 'size': 7, 'BLOCK': 8})", "no call uses the row {'capability': 80"),
+        ("spills", "bytes of registers spilt to local memory"),
+        ("shared memory", "0 bytes of shared memory, of -1"),
+        ("unused row", "no call uses the row {'capability': 80"),
+        ("no op", "FAILED the launch table's other: no op of this script covers it"),
     ],
 )
-def test_fails(tmp_path: Path, change: str, complaint: str) -> None:
-    done = gate(tmp_path / "cache.json", change)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert complaint in done.stdout
+def test_fails(runs: dict[str, Run], name: str, complaint: str) -> None:
+    assert runs[name].status == 1, runs[name].said
+    assert complaint in runs[name].said
 
 
-def test_a_kernel_that_no_op_covers_fails(tmp_path: Path) -> None:
-    code = RUN.format(
-        change="table.clear(); table['other'] = []; compile_gate.OPS.clear(); compile_gate.SOURCES.clear()"
-    ).replace('"glu", ', "")
-    command = [sys.executable, "-c", code, str(tmp_path / "cache.json")]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAILED the launch table's other: no op of this script covers it" in done.stdout
+def job(target: int = 90, **options: int) -> Job:
+    return Job("m", "k", target, (), (), (), tuple(options.items()))
 
 
-def test_a_matrix_kernel_needs_wgmma_on_hopper_and_loads_ahead() -> None:
-    code = """
-import sys
-sys.path.insert(0, "benchmarks")
-from compile_gate import Job, Result, complaints
-job = Job("m", "k", {target}, (), (), (), (("num_stages", 2),))
-print(list(complaints(job, Result(32, 0, 0, 0, 0, 1.0, wgmma={wgmma}, dots=True, ahead={wgmma}))))
-"""
-    for target, wgmma, told in ((90, False, True), (90, True, False), (80, False, False)):
-        command = [sys.executable, "-c", code.format(target=target, wgmma=wgmma)]
-        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
-        assert ("without wgmma" in done.stdout) == told
-        assert ("no load runs ahead" in done.stdout) != wgmma
+def result(**found: Any) -> Result:
+    return Result(32, 0, 0, 0, 0, 1.0, wgmma=False, dots=False, ahead=False)._replace(**found)
+
+
+@pytest.mark.parametrize(("target", "wgmma", "told"), [(90, False, True), (90, True, False), (80, False, False)])
+def test_a_matrix_kernel_needs_wgmma_on_hopper_and_loads_ahead(target: int, wgmma: bool, told: bool) -> None:
+    said = " ".join(complaints(job(target, num_stages=2), result(dots=True, wgmma=wgmma, ahead=wgmma)))
+    assert ("without wgmma" in said) == told
+    assert ("no load runs ahead" in said) != wgmma
+
+
+@pytest.mark.parametrize(
+    ("spills", "hot", "loops", "told"),
+    [(8, 2, 500, 0), (8, 2, 499, 1), (MOST_SPILT, 0, 10, 0), (MOST_SPILT + 8, 0, 10, 1), (0, 0, 0, 0)],
+)
+def test_a_loop_may_reach_for_a_spilt_word_as_one_instruction_in_250(
+    spills: int, hot: int, loops: int, told: int
+) -> None:
+    assert len(list(complaints(job(), result(spills=spills, hot=hot, loops=loops)))) == told
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({}, 0),
+        ({"spills": MOST_SPILT_A_TILE, "loops": 800}, 0),
+        ({"spills": MOST_SPILT_A_TILE + 8, "loops": 800}, 1),
+        ({"spills": 8, "hot": 1, "loops": 800}, 1),
+        ({"groups": False}, 1),
+        ({"waits": "C7514"}, 1),
+    ],
+    ids=str,
+)
+def test_warpgroups_spill_nothing_in_a_loop(found: dict[str, Any], told: int) -> None:
+    """Nor may their registers be others than were asked for, or their products wait for each other."""
+    good = result(wgmma=True, dots=True, ahead=True, gluon=True)
+    assert len(list(complaints(job(), good._replace(**found)))) == told
 
 
 # A kernel that takes a view: a pointer and a stride, a constant that is wrapped and one that is an integer equal to 1.
@@ -112,60 +169,9 @@ for stride, length in ((32, 16), (33, 1)):
     print(tuple(job.signature[0][1]), dict(job.signature)["length"], "|", job.label(), "|", places)
     print(compiled(job).registers > 0)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=240)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, timeout=240
+    )
     kinds = "('*fp32', 'i32', 'constexpr', 'constexpr') i32 | x.step=1 x.SCALE=3 BLOCK=64 | "
     assert done.stdout.splitlines() == [f"{kinds}[(0, 0), (0, 1), (1,)]", "True", f"{kinds}[(1,)]", "True"], done.stderr
-
-
-@pytest.mark.parametrize(
-    ("sass", "count"),
-    [
-        ("/*0000*/ STL [R1], R2 ;\n/*0010*/ FADD R3, R3, R4 ;\n/*0020*/ LDL R2, [R1] ;\n/*0030*/ BRA 0x30;", (2, 4)),
-        (
-            "/*0000*/ STL [R1], R2 ;\n/*0010*/ FADD R3, R3, R4 ;\n/*0020*/ @P0 BRA 0x10 ;\n/*0030*/ LDL R2, [R1] ;",
-            (0, 2),
-        ),
-        ("/*0000*/ STL [R1], R2 ;\n/*0010*/ LDL.LU R3, [R1] ;\n/*0020*/ @!P0 BRA P1, 0x10 ;\n/*0030*/ EXIT ;", (1, 2)),
-        # An outer loop from 0 to 40 around an inner one from 20 to 30.
-        ("/*0000*/ LDL R2, [R1] ;\n/*0020*/ FADD R3, R3, R4 ;\n/*0030*/ BRA 0x20 ;\n/*0040*/ BRA 0x0 ;", (0, 2)),
-        # A loop of products from 10 to 40: in it a wait from 20 to 20, and behind it, at 50, the way back from another.
-        (
-            "/*0000*/ STL [R1], R2 ;\n/*0010*/ HGMMA R2 ;\n/*0020*/ @!P0 BRA 0x20 ;\n/*0030*/ LDL R2, [R1] ;\n"
-            "/*0040*/ @P1 BRA 0x10 ;\n/*0050*/ BRA 0x10 ;",
-            (1, 4),
-        ),
-    ],
-)
-def test_spills_count_where_they_are_repeated_most(sass: str, count: tuple[int, int]) -> None:
-    code = f"import sys; sys.path.insert(0, 'benchmarks'); import compile_gate as g; print(*g.local_accesses({sass!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert tuple(map(int, done.stdout.split())) == count
-
-
-def test_a_loop_may_reach_for_a_spilt_word_as_one_instruction_in_250() -> None:
-    code = """
-import sys
-sys.path.insert(0, "benchmarks")
-from compile_gate import Job, Result, complaints
-job = Job("m", "k", 80, (), (), (), ())
-for spills, hot, loops in ((8, 2, 500), (8, 2, 499), (32, 0, 10), (40, 0, 10), (0, 0, 0)):
-    print(len(list(complaints(job, Result(255, spills, hot, loops, 0, 1.0, False, False, False)))))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "1", "0", "1", "0"]
-
-
-def test_warpgroups_have_limits_of_their_own() -> None:
-    """Of spills; of registers that are not what was asked for, and of products that wait, there may be none."""
-    code = """
-import sys
-sys.path.insert(0, "benchmarks")
-from compile_gate import Job, Result, complaints
-job = Job("m", "k", 90, (), (), (), ())
-base = Result(168, 0, 0, 0, 0, 1.0, True, True, True, gluon=True)
-for change in ({}, {"spills": 192}, {"spills": 200}, {"spills": 8, "hot": 6, "loops": 384},
-               {"spills": 8, "hot": 7, "loops": 384}, {"groups": False}, {"waits": "C7514"}):
-    print(len(list(complaints(job, base._replace(**change)))))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "0", "1", "0", "1", "1", "1"]

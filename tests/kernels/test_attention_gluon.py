@@ -264,6 +264,13 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "query_start < position + HALF - 1",
         "query_start < position",
     ),
+    "the columns of dk's mask are never written": ("dense", "backward", "columns.store(", "id("),
+    "the columns of dk's mask are another tile's": (
+        "dense",
+        "backward",
+        "row = position - query_start + gl.arange",
+        "row = position - query_start - BLOCK_M + gl.arange",
+    ),
     "the shift of unequal lengths is left out": ("dense", "both", "shift = sizes.keys - sizes.queries", "shift = 0"),
     "the last tile of keys is left out": (
         "dense",
