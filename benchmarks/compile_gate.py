@@ -139,14 +139,18 @@ def cross_entropies(size: int, dtype: torch.dtype) -> None:
 
 
 def adamw_steps(size: int, dtype: torch.dtype) -> None:
-    """fp32 parameters with a bf16 copy; bf16 parameters, rounded stochastically, with bf16 and with 8-bit moments."""
+    """fp32 parameters with a bf16 copy; bf16 parameters, rounded stochastically, with bf16 and with 8-bit moments; and
+    each with step and rate on the device, as a CUDA graph has them."""
     options: dict[str, Any] = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     x, master = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(64, 256)
     skip = torch.zeros((), dtype=torch.bool)
-    adamw.adamw_([master], [x], [master], [master], copies=[x], skip=skip, backend="triton", **options)
-    adamw.adamw_([x], [x], [x], [x], seed=0, backend="triton", **options)
     m, v = (blockwise.State8.zeros_like(x, signed=signed) for signed in (True, False))
-    adamw.adamw_([x], [x], [m], [v], seed=0, skip=skip, backend="triton", **options)
+    on_device = {"step": torch.tensor(1), "lr": torch.tensor(1e-3, dtype=torch.float64)}
+    for clock in ({}, on_device):
+        every = options | clock
+        adamw.adamw_([master], [x], [master], [master], copies=[x], skip=skip, backend="triton", **every)
+        adamw.adamw_([x], [x], [x], [x], seed=0, skip=skip if clock else None, backend="triton", **every)
+        adamw.adamw_([x], [x], [m], [v], seed=0, skip=skip, backend="triton", **every)
 
 
 def dequantize(size: int, dtype: torch.dtype) -> None:

@@ -206,31 +206,40 @@ class AdamW:
         return norm
 
     @torch.no_grad()
-    def step(self, lr: float, *, skip: Tensor | None = None) -> None:
+    def step(self, lr: float | Tensor, *, skip: Tensor | None = None, count: Tensor | None = None) -> None:
         """Apply one update at learning rate ``lr`` from the parameters' ``.grad``; those without one stay.
 
         Where ``skip``, bool () on the parameters' device, is true, weights and moments stay as they are, which on a GPU
         is decided there. The update is counted nevertheless: whoever learns that it was skipped takes 1 from
         ``num_updates`` before the next one.
+
+        With ``count``, int64 (), which update this is (from 1), and ``lr``, float64 (), on the parameters' device, the
+        update is a fixed sequence of launches, for a CUDA graph: the host has no part in it, nor is it counted. State
+        on the host's memory cannot take part.
         """
-        self.num_updates += 1
+        if count is None:
+            self.num_updates += 1
         # Groups draw from seeds of their own, so that the roundings of one do not repeat those of another.
         for i, (names, *_) in enumerate(self.groups):
             given = [n for n in names if self.params[n].grad is not None]
-            self.update([n for n in given if n not in self.on_host], lr, skip=skip, draw=i)
+            self.update([n for n in given if n not in self.on_host], lr, skip=skip, draw=i, count=count)
         waiting = self.host_gradients.norms if self.host_gradients else {}
         for i, name in enumerate(self.params, len(self.groups)):
             if name in self.on_host and (self.params[name].grad is not None or name in waiting):
                 self.update([name], lr, skip=skip, draw=i)
 
     @torch.no_grad()
-    def update(self, names: Sequence[str], lr: float, *, skip: Tensor | None, draw: int) -> None:
-        """Apply the update that ``num_updates`` counts to parameters with gradients that share their factors, or to one
-        whose state is on the host; with ``adamw_bf16`` calls of one update need a ``draw`` each, below 2**18."""
+    def update(
+        self, names: Sequence[str], lr: float | Tensor, *, skip: Tensor | None, draw: int, count: Tensor | None = None
+    ) -> None:
+        """Apply an update, the ``num_updates``-th, to parameters with gradients that share their factors, or to one
+        whose state is on the host; with ``adamw_bf16`` calls of one update need a ``draw`` each, below 2**18. ``count``
+        is that of ``step``."""
         if not names:
             return
         if names[0] in self.on_host:
             (name,) = names
+            assert isinstance(lr, float), "what is on the host is no part of a fixed sequence of launches"
             self._update_from_host(name, lr, skip, draw)
             return
         self._apply(
@@ -239,7 +248,7 @@ class AdamW:
             [g for n in names if (g := self.params[n].grad) is not None],
             [(self.exp_avgs[n], self.exp_avg_sqs[n]) for n in names],
             [self.params[n] if self._has_copy(n) else None for n in names],
-            lr, skip, draw,
+            lr, skip, draw, count,
         )  # fmt: skip
 
     def _update_from_host(self, name: str, lr: float, skip: Tensor | None, draw: int) -> None:
@@ -276,8 +285,8 @@ class AdamW:
 
     def _apply(
         self, names: Sequence[str], weights: Sequence[Tensor], grads: Sequence[Tensor],
-        moments: Sequence[tuple[Moment, Moment]], copies: Sequence[Tensor | None], lr: float, skip: Tensor | None,
-        draw: int,
+        moments: Sequence[tuple[Moment, Moment]], copies: Sequence[Tensor | None], lr: float | Tensor,
+        skip: Tensor | None, draw: int, count: Tensor | None = None,
     ) -> None:  # fmt: skip
         weight_decay, lr_scale = self.factors[names[0]]
         adamw_(
@@ -285,7 +294,7 @@ class AdamW:
             grads,
             [first for first, _ in moments],
             [second for _, second in moments],
-            step=self.num_updates,
+            step=self.num_updates if count is None else count,
             lr=lr * lr_scale,
             betas=self.betas,
             eps=self.eps,

@@ -116,8 +116,8 @@ def adamw_(
     exp_avgs: Sequence[Moment],
     exp_avg_sqs: Sequence[Moment],
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -139,8 +139,13 @@ def adamw_(
     Where `skip`, bool () on the device of the parameters, is true, nothing changes. The Triton kernels read it on the
     device, so that the host need not wait for it; the torch path reads it on the host.
 
-    Raises ValueError for lists of different lengths, for shapes, dtypes or devices that do not fit, for a step below 1,
-    for another seed or skip, and for a backend that is unknown or cannot run.
+    For a CUDA graph, which repeats launches with the numbers that they were made with, `step` and `lr` may be tensors
+    on the device of the parameters, int64 () and float64 (): then the host reads nothing, and has no part in the
+    result. The torch path can do so only where moments have their parameter's dtype and nothing is rounded
+    stochastically.
+
+    Raises ValueError for lists of different lengths, for shapes, dtypes or devices that do not fit, for a step below 1
+    or one that is a tensor while lr is none, for another seed or skip, and for a backend that is unknown or cannot run.
     """
     if copies is None:
         copies = [None] * len(params)
@@ -149,7 +154,12 @@ def adamw_(
             f"params: {len(params)} tensors, but {len(grads)} grads, {len(exp_avgs)} exp_avgs, "
             f"{len(exp_avg_sqs)} exp_avg_sqs, {len(copies)} copies"
         )
-    if step < 1:
+    on_device = isinstance(step, Tensor)
+    if on_device != isinstance(lr, Tensor):
+        raise ValueError("step and lr: expected two numbers or two tensors, found one of each")
+    if isinstance(step, Tensor) and isinstance(lr, Tensor):
+        _check_clock(step, lr)
+    elif step < 1:
         raise ValueError(f"step: expected a count from 1, found {step}")
     if seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected None or 0 to 2**32 - 1, found {seed}")
@@ -157,20 +167,27 @@ def adamw_(
         raise ValueError(f"skip: expected None or a bool of shape (), found {skip.dtype} {tuple(skip.shape)}")
     if not params:
         return
-    if skip is not None and skip.device != params[0].device:
-        raise ValueError(f"skip: expected on {params[0].device} as params[0], found on {skip.device}")
+    for name, x in (("skip", skip), ("step", step), ("lr", lr)):
+        if isinstance(x, Tensor) and x.device != params[0].device:
+            raise ValueError(f"{name}: expected on {params[0].device} as params[0], found on {x.device}")
     options = Options(step, lr, float(betas[0]), float(betas[1]), eps, weight_decay, seed)
     lists = Lists(params, grads, exp_avgs, exp_avg_sqs, copies)
     groups = _plan(lists).groups
     chosen = [choose("adamw", backend, params[group.members[0]]) for group in groups]
-    if skip is not None and "torch" in chosen and skip:
+    if not on_device and skip is not None and "torch" in chosen and skip:
         return
     for group, name in zip(groups, chosen):
         own = lists if len(groups) == 1 else lists.of(group.members)
         if name == "triton":
             update_triton(group, own, options, skip)
         else:
-            update_torch(own, options)
+            update_torch(own, options, skip if on_device else None)
+
+
+def _check_clock(step: Tensor, lr: Tensor) -> None:
+    for name, x, dtype in (("step", step, torch.int64), ("lr", lr, torch.float64)):
+        if x.dtype != dtype or x.dim() > 0:
+            raise ValueError(f"{name}: expected a number or {dtype} of shape (), found {x.dtype} {tuple(x.shape)}")
 
 
 def _check(

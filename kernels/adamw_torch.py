@@ -35,8 +35,8 @@ class Lists(NamedTuple):
 class Options(NamedTuple):
     """The settings of an update, as `adamw_` takes them."""
 
-    step: int
-    lr: float
+    step: int | Tensor  # both are numbers, or both tensors on the device, int64 () and float64 ()
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -44,15 +44,23 @@ class Options(NamedTuple):
     seed: int | None
 
 
-def update_torch(lists: Lists, options: Options) -> None:
-    """Update parameters that share their dtypes in place."""
+def update_torch(lists: Lists, options: Options, skip: Tensor | None = None) -> None:
+    """Update parameters that share their dtypes in place, unless `skip`, bool (), is true.
+
+    Where the step is a tensor, nothing is read on the host. Raises ValueError where that cannot be.
+    """
     params, grads, exp_avgs, exp_avg_sqs, copies = lists
     dtype, device = params[0].dtype, params[0].device
     generator = None
-    if options.seed is not None:
+    same = isinstance(exp_avgs[0], Tensor) and exp_avgs[0].dtype == dtype
+    if isinstance(options.step, Tensor):
+        if options.seed is not None or not same:
+            raise ValueError(
+                "step: a tensor needs the Triton kernels, or moments of their parameter's dtype and no seed"
+            )
+    elif options.seed is not None:
         # A generator on a CPU takes 32 bits of a seed, so seed and step are mixed into as many.
         generator = torch.Generator(device).manual_seed((options.seed + 2654435761 * options.step) % 2**32)
-    same = isinstance(exp_avgs[0], Tensor) and exp_avgs[0].dtype == dtype
     work = dtype if same and not (generator and dtype == torch.bfloat16) else torch.float32
     held: tuple[Sequence[Moment], ...] = (params, exp_avgs, exp_avg_sqs)
     dense = [[_dense(x, work) for x in xs] for xs in held]
@@ -62,7 +70,7 @@ def update_torch(lists: Lists, options: Options) -> None:
         dense[1],
         dense[2],
         [],
-        [torch.tensor(float(options.step), device=device)] * len(params),
+        [torch.as_tensor(options.step, dtype=torch.float32, device=device)] * len(params),
         amsgrad=False,
         maximize=False,
         lr=options.lr,
@@ -70,6 +78,7 @@ def update_torch(lists: Lists, options: Options) -> None:
         beta2=options.beta2,
         weight_decay=options.weight_decay,
         eps=options.eps,
+        found_inf=None if skip is None else skip.float(),
     )
     if given := [copy for copy in copies if copy is not None]:  # Members of a group have all a copy, or none has.
         torch._foreach_copy_(given, dense[0])

@@ -12,7 +12,7 @@ parameters of a call. So neither the size of the chunks nor the order of the pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Tables(NamedTuple):
 class Scalars(NamedTuple):
     """The factors of one update."""
 
-    decay: float  # 1 - lr * weight_decay
+    decay: float  # 1 - lr * weight_decay; not read, like the other two that change, where they are `live`
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -110,11 +110,17 @@ def _nearest_code(scaled, bounds):
 
 
 @jit
-def _update(line, grad, start, size, codes, scalars, seed, variant: tl.constexpr, MASKED: tl.constexpr):
+def _update(line, grad, start, size, codes, scalars, live, seed, variant: tl.constexpr, MASKED: tl.constexpr):
     """Update the elements from `start` on, ROWS x 256, of one tensor; MASKED where the tensor ends among them."""
     ROWS: tl.constexpr = variant.ROWS
     ALIGNED: tl.constexpr = variant.ALIGNED
     STOCHASTIC: tl.constexpr = variant.STOCHASTIC
+
+    # What differs from update to update comes as a number, or is in memory where the launch is repeated as it was.
+    if live is None:
+        decay, step_size, v_correction = scalars.decay, scalars.step_size, scalars.v_correction
+    else:
+        decay, step_size, v_correction = tl.load(live), tl.load(live + 1), tl.load(live + 2)
 
     # Load parameters, gradients and moments.
     place = start + tl.arange(0, ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
@@ -139,7 +145,7 @@ def _update(line, grad, start, size, codes, scalars, seed, variant: tl.constexpr
     # Compute the update.
     m = scalars.beta1 * m.to(tl.float32) + scalars.one_minus_beta1 * g
     v = scalars.beta2 * v.to(tl.float32) + scalars.one_minus_beta2 * g * g
-    p = scalars.decay * p - scalars.step_size * (m / (tl.sqrt(v) * scalars.v_correction + scalars.eps))
+    p = decay * p - step_size * (m / (tl.sqrt(v) * v_correction + scalars.eps))
 
     # Draw the noise of the rounding. A Philox block serves four neighbours. The 32 bits of an element serve its three
     # roundings: two take independent halves, and the third their exclusive or, which is independent of either half.
@@ -177,16 +183,19 @@ def _update(line, grad, start, size, codes, scalars, seed, variant: tl.constexpr
 
 
 @jit(do_not_specialize=["seed"])
-def _adamw(tables, codes, skip, scalars, seed, variant: tl.constexpr):
+def _adamw(tables, codes, skip, scalars, live, seed, variant: tl.constexpr):
     """Update one chunk; codes (1024,) are those of 8-bit moments, None where the moments are not held so.
 
-    `skip`, None or a pointer to one byte: where the byte is not 0, nothing changes.
+    `skip`, None or a pointer to one byte: where the byte is not 0, nothing changes. `live`, None or a pointer to the
+    decay, the step size and the correction of v, fp32 (3,); then `seed` is a pointer, too.
     `seed` stays an argument of its own, because `do_not_specialize` does not reach into tuples: there, each kind of
     number would be compiled anew.
     """
     if skip is not None:  # noqa: SIM102 (decided when the kernel is compiled; the next line when it runs)
         if tl.load(skip) != 0:
             return
+    if live is not None:
+        seed = tl.load(seed)
     chunk = tables.chunks + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk).to(tl.int64)
     start = tl.load(chunk + 1).to(tl.int64) * (256 * variant.ROWS)
@@ -195,9 +204,9 @@ def _adamw(tables, codes, skip, scalars, seed, variant: tl.constexpr):
     size = tl.load(line + NUMEL)
     # Only the last chunk of a tensor pays for masks, which make loads narrow.
     if start + 256 * variant.ROWS <= size:
-        _update(line, grad, start, size, codes, scalars, seed, variant, False)
+        _update(line, grad, start, size, codes, scalars, live, seed, variant, False)
     else:
-        _update(line, grad, start, size, codes, scalars, seed, variant, True)
+        _update(line, grad, start, size, codes, scalars, live, seed, variant, True)
 
 
 @dataclass(eq=False)
@@ -208,6 +217,8 @@ class Group:
     random_blocks: list[int]  # the block of four random numbers at which each of them starts
     tables: tuple[Tensor, Tensor] | None = None  # the tables of tensors and of chunks, made by the first launch
     aligned: bool = False  # whether all tensors but the gradients start at multiples of 16 bytes
+    # The tables of gradients that launches to be repeated read: these stay where they are.
+    fixed_grads: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
 
 def data(moment: Moment) -> Tensor:
@@ -257,10 +268,19 @@ def update_triton(group: Group, lists: Lists, options: Options, skip: Tensor | N
         group.aligned = not any(pointer % 16 for column in columns[:4] for pointer in column)
     tensors, chunks = group.tables
     grads = [grad.contiguous() for grad in grads]
-    addresses = [grad.data_ptr() for grad in grads]
-    # The addresses leave pinned memory, so that their copy does not wait for the GPU.
-    host = torch.tensor(addresses, device="cpu", pin_memory=device.type == "cuda")
-    tables = Tables(tensors, host.to(device, non_blocking=True), chunks)
+    addresses = tuple(grad.data_ptr() for grad in grads)
+    live: Tensor | None = None
+    seed: int | Tensor = 0
+    if isinstance(options.step, Tensor):
+        live, seed = _live_scalars(options), (options.seed or 0) | options.step << 32
+        if addresses not in group.fixed_grads:
+            group.fixed_grads[addresses] = _addresses(addresses, device)
+        table = group.fixed_grads[addresses]
+    else:
+        table = _addresses(addresses, device)
+        if options.seed is not None:
+            seed = options.seed | options.step << 32
+    tables = Tables(tensors, table, chunks)
     variant = Variant(
         _type(params[0]),
         _type(grads[0]),
@@ -271,19 +291,35 @@ def update_triton(group: Group, lists: Lists, options: Options, skip: Tensor | N
         rows,
     )
     codes = _codes(device) if isinstance(first, State8) else None
-    seed = 0 if options.seed is None else options.seed | options.step << 32
     byte = None if skip is None else skip.view(torch.uint8)
-    launch(_adamw, (len(chunks),), tables, codes, byte, _scalars(options), seed, variant=variant, **tile)
+    launch(_adamw, (len(chunks),), tables, codes, byte, _scalars(options), live, seed, variant=variant, **tile)
     # torch's own in-place updates do so too: a backward pass through an older forward pass is refused.
     torch.autograd.graph.increment_version([*params, *(x for x in copies if x is not None)])
 
 
+def _addresses(addresses: Sequence[int], device: torch.device) -> Tensor:
+    """These numbers on the device. They leave pinned memory, so that their copy does not wait for the GPU."""
+    host = torch.tensor(addresses, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def _changing(options: Options) -> tuple[Any, Any, Any]:
+    """The decay, the step size and the correction of v: numbers, or float64 tensors where the step is one."""
+    step, lr, beta1, beta2, _, weight_decay, _ = options
+    if isinstance(step, Tensor):
+        step = step.double()  # powers of integers would be fp32
+    return 1.0 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+
+
+def _live_scalars(options: Options) -> Tensor:
+    """`_changing` in one fp32 (3,): computed on the device and rounded once, as a kernel rounds the numbers it gets."""
+    return torch.stack(_changing(options)).float()
+
+
 def _scalars(options: Options) -> Scalars:
-    step, lr, beta1, beta2, eps, weight_decay, _ = options
-    return Scalars(
-        1.0 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-        lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, float(eps),
-    )  # fmt: skip
+    _, _, beta1, beta2, eps, _, _ = options
+    decay, step_size, v_correction = (0.0,) * 3 if isinstance(options.step, Tensor) else _changing(options)
+    return Scalars(decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, v_correction, float(eps))
 
 
 def _type(x: Tensor) -> Any:

@@ -117,6 +117,22 @@ def test_what_a_resumed_run_may_change(small_model: str, small_rows: str, tmp_pa
     assert resumed.metrics["steps"] == 3
 
 
+def test_dropout_goes_on_with_the_random_numbers_of_the_checkpoint(
+    small_model: str, small_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"method": "lora", "lora_dropout": 0.5, "eval_steps": 9, "save_steps": 9}
+    straight = fit(small_model, small_rows, tmp_path / "straight", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopRequest", lambda: Stop(5))
+        with pytest.raises(train.Interrupted):
+            fit(small_model, small_rows, tmp_path / "run", **options)
+    assert list((tmp_path / "run").glob("checkpoint-[1-7]"))
+    resumed = fit(small_model, small_rows, tmp_path / "run", resume=True, **options)
+    assert lines(resumed, "loss") == lines(straight, "loss")
+    ends = [load_checkpoint(r.output_dir / "checkpoint-8") for r in (resumed, straight)]
+    assert ends[0].meta["rng"] == ends[1].meta["rng"]
+
+
 def test_a_best_model_that_is_gone_or_damaged_does_not_count(
     small_model: str, small_rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from small_run import fit, lines
 
 import afina
 from afina.engine import optim, train, training_step
+from afina.engine.objectives import sft
 from afina.engine.optim import AdamW
 from afina.engine.training_step import accumulate
 from afina.kernels.adamw import adamw_
@@ -43,6 +44,28 @@ def test_accumulation_does_not_change_the_gradient(small_model: str, small_rows:
         parts = gradient(small_model, small_rows, batch_size, accumulation, clip)
         for name, grad in whole.items():
             assert (grad - parts[name]).norm() <= 1e-6 * grad.norm(), name
+
+
+def test_a_step_clips_its_whole_gradient_once(small_model: str, small_rows: str) -> None:
+    """However its rows fall into micro-batches: the weights after an update with the clip active."""
+    data = prepare(small_rows, load_tokenizer(small_model), max_length=64, val_size=0.1, seed=42, progress=False)
+    left = []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        model = afina.load_model(small_model).train()
+        optimizer = AdamW(model, decay=set(), eps=1.0)  # an update that is proportional to the gradient, nearly
+        step = training_step.TrainingStep(model, optimizer, sft, max_grad_norm=0.05, in_backward=False)
+        batches = Batches(data.train, batch_size=batch_size, accumulation=accumulation, seed=1)
+        polls: list[int] = []
+        figures = step.update(batches.step(0), 1.0, poll=lambda polls=polls: polls.append(1), settle=lambda: None)
+        assert len(polls) == accumulation
+        assert float(figures[1]) > 0.1
+        left.append((figures, {name: p.detach() for name, p in model.named_parameters()}))
+        assert all(p.grad is None for p in model.parameters())
+    assert torch.allclose(left[0][0], left[1][0], rtol=1e-5)
+    before = dict(afina.load_model(small_model).named_parameters())
+    for name, weight in left[0][1].items():
+        moved = weight - before[name]
+        assert (weight - left[1][1][name]).norm() <= 1e-3 * moved.norm(), name
 
 
 def test_packing_changes_nothing_but_the_speed(small_model: str, small_rows: str, tmp_path: Path) -> None:

@@ -288,6 +288,65 @@ def test_a_skipped_update_changes_nothing(types: tuple[Any, ...], backend: str) 
     assert params[0].isnan().any()
 
 
+def clock(step: int, lr: float) -> dict[str, Tensor]:
+    """Step and rate as tensors, as a CUDA graph takes them."""
+    count = torch.tensor(step, dtype=torch.int64, device=DEVICE)
+    return {"step": count, "lr": torch.tensor(lr, dtype=torch.float64, device=DEVICE)}
+
+
+FIXED = [(types, "triton") for types in [*TYPES, (torch.bfloat16, State8, torch.bfloat16, None)]]
+FIXED += [(types, "torch") for types in TYPES[:2]]
+
+
+@pytest.mark.parametrize(("types", "backend"), FIXED)
+def test_a_step_and_a_rate_on_the_device_give_the_same_bits(
+    types: tuple[Any, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they change in place, as between two replays of a graph, and where the update is skipped. Nothing is
+    read on the host."""
+    sizes, seed = [700, 3], 5 if types[3] is None and types[0] == torch.bfloat16 else None
+    now, no = clock(1, 0.0), torch.tensor(False, device=DEVICE)
+    left: list[list[Any]] = []
+    for fixed in (False, True):
+        params = [draw(n, seed=n, dtype=types[0]).to(DEVICE) for n in sizes]
+        moments = list(zip(*(states(p, types[1]) for p in params)))
+        copies = [None if types[3] is None else p.to(types[3]) for p in params]
+        grads = [draw(n, seed=n + 1, dtype=types[2]).to(DEVICE) for n in sizes]
+        options: dict[str, Any] = OPTIONS | {"copies": copies, "seed": seed, "backend": backend}
+        for step, lr in ((1, 0.03), (2, 0.02), (3, 0.01)):
+            if not fixed:
+                adamw_(params, grads, *moments, **options | {"step": step, "lr": lr})
+                continue
+            now["step"].fill_(step)
+            now["lr"].fill_(lr)
+            with monkeypatch.context() as patch:
+                for read in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+                    patch.setattr(Tensor, read, None)
+                adamw_(params, grads, *moments, skip=no, **options | now)
+        held = [*params, *moments[0], *moments[1], *(c for c in copies if c is not None)]
+        left.append([values(x).clone() for x in held])
+        if fixed:
+            for grad in grads:
+                grad.fill_(torch.nan)
+            adamw_(params, grads, *moments, skip=~no, **options | now)
+            left.append([values(x) for x in held])
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*left, strict=True))
+
+
+def test_what_of_step_and_rate_does_not_fit_is_refused() -> None:
+    lists: list[Any] = [[torch.ones(2)] for _ in range(4)]
+    rest = {name: OPTIONS[name] for name in ("betas", "eps", "weight_decay")}
+    good = {name: x.cpu() for name, x in clock(1, 0.1).items()}
+    wrong = [("step", good["step"].float()), ("step", good["step"][None]), ("lr", good["lr"].float()), ("lr", 0.1)]
+    for name, value in [*wrong, ("step", good["step"].to("meta"))]:
+        with pytest.raises(ValueError, match=f"^{name}|^step and lr"):
+            adamw_(*lists, **rest, **good | {name: value})
+    for other in ([State8.zeros_like(torch.ones(2), signed=signed)] for signed in (True, False)):
+        lists[3 if not other[0].signed else 2] = other
+    with pytest.raises(ValueError, match=r"^step: a tensor needs the Triton kernels"):
+        adamw_(*lists, **rest, **good, backend="torch")
+
+
 @pytest.mark.gpu
 def test_nothing_waits_for_skip() -> None:
     types = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
