@@ -1,7 +1,7 @@
 """What a tokenizer.json may not ask of the `tokenizers` library: it does as it is told, and dies if memory ends.
 
-A normalizer (or decoder) of a few hundred bytes can multiply a text a million-fold, and a post-processor can put ids
-around a text that no embedding has.
+A normalizer (or decoder) of a few hundred bytes can multiply a text a million-fold, a post-processor can put ids around
+a text that no embedding has, and a regular expression can take hours (`regex_check.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
+
+from afina.loaders.text.regex_check import Unbounded, longest_for
 
 MAX_GROWTH = 64  # times that a normalizer or decoder may make a text longer; those of published models stay below 4
 MAX_AROUND = 64  # ids that a post-processor may put around a text
@@ -29,6 +31,33 @@ def problem_of(backend: tokenizers.Tokenizer) -> str | None:
         if backend.id_to_token(number) is None:
             return f"its post_processor puts the id {number} around a text, which the vocabulary has not"
     return None
+
+
+def longest_text(backend: tokenizers.Tokenizer) -> int | None:
+    """How many characters a text may have, where the regular expressions of a tokenizer take their square; else None.
+    Raises Unbounded for an expression that may take more, with its place and the beginning of it."""
+    longest: int | None = None
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        for pattern in _patterns(_state(getattr(backend, name))):
+            try:
+                found = longest_for(pattern)
+            except Unbounded as problem:
+                raise Unbounded(
+                    f"the regular expression {pattern[:60]!r} of its {name} may take any time ({problem})"
+                ) from problem
+            longest = found if longest is None else min(longest, found or longest)
+    return longest
+
+
+def _patterns(state: Any) -> Iterator[str]:
+    """The regular expressions in a part of a tokenizer."""
+    if isinstance(state, dict):
+        if isinstance(pattern := state.get("Regex"), str):
+            yield pattern
+        state = list(state.values())
+    if isinstance(state, list):
+        for item in state:
+            yield from _patterns(item)
 
 
 def _state(part: Any) -> Any:

@@ -24,9 +24,10 @@ from afina.durable import open_file
 from afina.errors import DataError, TokenizerError, nearest
 from afina.inside import open_own
 from afina.loaders.jsonfile import MAX_BYTES, parse_json, show
-from afina.loaders.text.backend_checks import problem_of
+from afina.loaders.text.backend_checks import longest_text, problem_of
 from afina.loaders.text.chat_template import ChatTemplate
 from afina.loaders.text.own_templates import DEFAULT_TEMPLATE
+from afina.loaders.text.regex_check import Unbounded
 from afina.loaders.weights.hub import resolve
 from afina.loaders.weights.peft import find_base, is_adapter
 
@@ -110,8 +111,12 @@ class Tokenizer:
         names = self._json("special_tokens_map.json") | config
         self._backend = self._build(config)
         self._register(config, names)
-        if (problem := problem_of(self._backend)) is not None:
-            raise self._error("tokenizer.json", f"{problem}: download it again")
+        if (found := problem_of(self._backend)) is not None:
+            raise self._error("tokenizer.json", f"{found}: download it again")
+        try:
+            self._longest = longest_text(self._backend)
+        except Unbounded as problem:
+            raise self._error("tokenizer.json", f"{problem}: use the tokenizer of another model") from problem
         self._model_config = [
             parse_json(files[name], f"{where}/{name}", error=TokenizerError)
             for name in ("generation_config.json", "config.json")
@@ -330,6 +335,11 @@ class Tokenizer:
             data = joined.encode()  # native code would say less about what it cannot take
         except UnicodeEncodeError as problem:
             raise DataError("a text holds half a character (a lone surrogate): mend it in the data") from problem
+        if self._longest and (longest := max(map(len, texts), default=0)) > self._longest:
+            raise DataError(
+                f"a text of {longest:,} characters: a regular expression in {self.where}/tokenizer.json takes the "
+                f"square of a text's length, so at most {self._longest:,} are read: split the text"
+            )
         # One pass in native code over all the bytes: next to nothing beside encoding them.
         if (self._missing_bytes and len(data.translate(None, self._missing_bytes)) < len(data)) or (
             self._drops_characters and not self._spelt.issuperset(joined)

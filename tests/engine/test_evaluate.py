@@ -14,9 +14,11 @@ import torch
 from tiny_model import LINES, tiny_model, tiny_tokenizer
 
 from afina.engine.evaluate import evaluate_loss, loss_text_bytes
+from afina.engine.lora import new_adapter
 from afina.engine.model import GPT
 from afina.loaders.data.dataset import TokenSet, prepare
 from afina.loaders.text.tokenizer import Tokenizer
+from afina.loaders.weights.peft import AdapterConfig
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,19 @@ def test_nothing_is_disturbed(model: GPT, token_set: TokenSet, training: bool) -
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before[2], strict=True))
     assert torch.is_grad_enabled()
     model.eval()
+
+
+def test_dropout_is_off_while_the_loss_is_measured(tokenizer: Tokenizer, token_set: TokenSet) -> None:
+    """And on again afterwards. Adapters alone have dropout."""
+    model = tiny_model(tokenizer)
+    adapter = new_adapter(model, AdapterConfig(r=4, alpha=8, base="", dropout=0.5), targets=["all-linear"], seed=1)
+    for lora in adapter.loras.values():
+        torch.nn.init.normal_(lora.B, std=0.3)
+    model.train()
+    first, second = (evaluate_loss(model, token_set, batch_size=4).sums for _ in range(2))
+    assert (first == second).all()
+    ids = torch.as_tensor(token_set.row(0)[0]).long()[None]
+    assert not torch.equal(model(ids), model(ids))
 
 
 def test_the_mode_is_restored_when_it_fails(model: GPT, token_set: TokenSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,17 @@ def tokenizer_bombs() -> dict[str, dict[str, Any]]:
         return {"post_processor": {"type": "TemplateProcessing", "single": [around] * times + parts[:1], "pair": parts,
                                    "special_tokens": special}}  # fmt: skip
 
+    def split(pattern: str) -> dict[str, Any]:
+        part = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        return {"pre_tokenizer": part}
+
     return {
+        "regex: a repetition of a repetition": split("(a+)+$"),
+        "regex: alternatives": split("(a|a)*c"),
+        "regex: twenty options": split("([ab]?){20}c"),
+        "regex: the third power": split("a*a*a*b[^c]"),
+        "regex: a reference": split(r"(.*)\1x"),
+        "regex of a normalizer": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a|ab)*c"}, "content": "x"}},
         "padding": {"padding": padding | {"strategy": {"Fixed": 10**9}}},
         "padding to multiples": {"padding": padding | {"strategy": "BatchLongest", "pad_to_multiple_of": 10**9}},
         "normalizer": {"normalizer": {"type": "Sequence", "normalizers": [replace] * 4}},
