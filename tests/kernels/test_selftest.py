@@ -396,6 +396,7 @@ def test_on_this_gpu() -> None:
 # ---------------------------------------------------------------- kernels that might wait for ever
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_tells_what_it_found() -> None:
     """On a CPU each case fails, for there is no Hopper GPU; and the process says so."""
     results = selftest.check_apart("attention_gluon", CPU)
