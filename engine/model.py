@@ -327,17 +327,7 @@ class GPT(nn.Module):
             positions = torch.arange(tokens, device=input_ids.device)
             lengths, longest = torch.full_like(positions, tokens), tokens
 
-        residual = self.embed(input_ids)
-        if self.config.embed_scale is not None:
-            # Rounded to the weights' dtype first, as the models were trained.
-            residual = residual * _rounded(self.config.embed_scale, residual.dtype)
-        if self.config.learned_positions:
-            if longest > self.config.max_positions and (found := int(lengths.max())) > self.config.max_positions:
-                raise ConfigError(
-                    f"a sequence of {found} tokens is longer than the model's {self.config.max_positions} learned "
-                    "positions: lower max_length"
-                )
-            residual = residual + self.pos_embed(positions)
+        residual = self.embedded(input_ids, positions, lengths, longest)
         if slots is None:
             tables = [table(positions, lengths) for table in self.ropes]
         else:
@@ -359,6 +349,22 @@ class GPT(nn.Module):
             else:
                 residual, branch = self._layer(index, residual, branch, context, only)
         return self.norm.add(residual, branch)[0]
+
+    def embedded(self, input_ids: Tensor, positions: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """input_ids (...) at ``positions`` of sequences of ``lengths``, of which none is longer than ``longest`` -> the
+        residual stream (..., C) that enters the first layer."""
+        residual = self.embed(input_ids)
+        if self.config.embed_scale is not None:
+            # Rounded to the weights' dtype first, as the models were trained.
+            residual = residual * _rounded(self.config.embed_scale, residual.dtype)
+        if self.config.learned_positions:
+            if longest > self.config.max_positions and (found := int(lengths.max())) > self.config.max_positions:
+                raise ConfigError(
+                    f"a sequence of {found} tokens is longer than the model's {self.config.max_positions} learned "
+                    "positions: lower max_length"
+                )
+            residual = residual + self.pos_embed(positions)
+        return residual
 
     def _layer(
         self, index: int, residual: Tensor, branch: Tensor | None, context: ForwardContext, positions: Tensor | None

@@ -7,14 +7,12 @@ A layout comes beside the weight. So either both are held for a while (``PackedM
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from afina.engine.layouts import Half, Layout, OneDNN, fits_half, half_works, onednn_works
+from afina.engine.layouts import Half, Layout, OneDNN, Plain, fits_half, half_works, onednn_works
 from afina.engine.linear import Linear, Lora
 
 if TYPE_CHECKING:
@@ -26,14 +24,14 @@ LEAST_HALF = 1 << 17
 
 
 def packed(weight: Tensor) -> Layout | None:
-    """The quickest layout of a weight (O, C), or None where none is quicker than the weight itself."""
+    """The quickest layout of a weight (O, C) on a CPU; None on a GPU."""
     if weight.device.type != "cpu":
         return None
     if weight.numel() >= LEAST_HALF and half_works() and fits_half(weight):
         return Half(weight)
     if weight.numel() >= LEAST and onednn_works(weight.dtype):
         return OneDNN(weight)
-    return None
+    return Plain(weight)
 
 
 class PackedLora:
@@ -56,7 +54,7 @@ class PackedLora:
 
 def _thin(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """x (..., C) -> x W^T for an adapter's matrix, whose bits so depend less on the number of rows."""
-    return OneDNN(weight) if onednn_works(weight.dtype) else partial(F.linear, weight=weight)
+    return OneDNN(weight) if onednn_works(weight.dtype) else Plain(weight)
 
 
 class PackedLinear:

@@ -162,7 +162,9 @@ def saved() -> Saved:
 
 def _glu(gate_up: Tensor, gelu: bool, backend: str | None) -> Tensor:
     if lean.on:
-        return _torch_glu(gate_up, gelu)
+        width = gate_up.shape[-1] // 2
+        gate, up = gate_up.narrow(-1, 0, width), gate_up.narrow(-1, width, width)
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)).mul_(up)
     check_floating("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected (..., 2 I), found {tuple(gate_up.shape)}")

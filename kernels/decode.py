@@ -18,6 +18,7 @@ of a row begin follows from its length, which the kernel reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from afina.kernels.attention_triton import View, tanh
-from afina.kernels.backend import check_floating, check_like, check_shape, choose, lean, wide_dtype
+from afina.kernels.backend import check_floating, check_like, check_shape, choose, wide_dtype
 from afina.kernels.launch import INTERPRETED, cdiv, config, jit, launch, power_of_two, tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -248,37 +249,47 @@ def _splits(work: int, slots: int, tiles: int) -> int:
     return min(range(1, max(1, most) + 1), key=lambda splits: (cdiv(work * splits, slots) / splits, splits))
 
 
-def _row_by_row(
+def decode_rows(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    softcap: float | None,
-    window: int | None,
-    scale: float,
+    rows: Sequence[tuple[Tensor, Tensor] | None],
+    *,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Attention to a pool in torch, where each row's products have the shapes that they have without the others."""
-    wide, room, kv_heads = wide_dtype(q.dtype), k.shape[0], k.shape[1]
-    rows = (q.to(wide) * scale).unflatten(1, (kv_heads, -1)).unbind()  # (Hkv, G, D) each
-    keys, values = k.permute(1, 2, 0), v.transpose(0, 1)  # (Hkv, D, N), (Hkv, N, D)
-    found = []
-    for row, start, length in zip(rows, starts.tolist(), lengths.tolist()):
-        if length == 0:
-            found.append(torch.zeros_like(row))
+    """`decode_attention` to a pool in torch, unchecked: row b of q (B, Hq, D) attends to rows[b], the keys (Hkv, D, S)
+    and values (Hkv, S, D) that count for it; None, or where `rows` ends: to nothing, which gives 0.
+
+    Each row's products have the shapes that they have without the others, and are few calls: those take the time.
+    """
+    wide, found = wide_dtype(q.dtype), next((row for row in rows if row is not None), None)
+    out = torch.zeros(q.shape, dtype=wide, device=q.device)
+    if found is None:
+        return out.to(q.dtype)
+    shape = len(q), len(found[0]), -1, q.shape[-1]
+    scaled = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)).view(shape)
+    for row, query, into in zip(rows, scaled.unbind(), out.view(shape).unbind()):
+        if row is None:
             continue
-        if start < 0 or length < 0 or start + length > room:
-            raise ValueError(f"lengths: expected rows within the pool's {room}, found {length} from {start} on")
-        count = length if window is None else min(window, length)
-        first = start + length - count
-        k_row, v_row = keys.narrow(2, first, count), values.narrow(1, first, count)
-        if k.dtype != wide:
-            k_row, v_row = k_row.to(wide), v_row.to(wide)
-        scores = torch.bmm(row, k_row)
+        keys, values = (x.to(wide) for x in row) if row[0].dtype != wide else row
+        scores = torch.bmm(query, keys)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        found.append(torch.bmm(torch.softmax(scores, -1), v_row))
-    return torch.stack(found).flatten(1, 2).to(q.dtype)
+        torch.bmm(torch.softmax(scores, -1), values, out=into)
+    return out.to(q.dtype)
+
+
+def counted(start: int, length: int, window: int | None) -> tuple[int, int]:
+    """The first of a row's tokens in the pool that count, and how many do."""
+    count = length if window is None else min(window, length)
+    return start + length - count, count
+
+
+def _checked_rows(starts: Tensor, lengths: Tensor, room: int) -> list[tuple[int, int]]:
+    rows = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    for start, length in rows:
+        if length and (start < 0 or length < 0 or start + length > room):
+            raise ValueError(f"lengths: expected rows within the pool's {room}, found {length} from {start} on")
+    return rows
 
 
 def decode_attention(
@@ -304,10 +315,6 @@ def decode_attention(
     outside [0, S]. Triton takes those as the nearest of 0 and S, because a look at them would make the CPU wait for
     the GPU.
     """
-    if lean.on and starts is not None:
-        return _row_by_row(
-            q, k_cache, v_cache, starts, lengths, softcap, window, q.shape[-1] ** -0.5 if scale is None else scale
-        )
     with torch.no_grad():
         return _checked(q, k_cache, v_cache, lengths, starts, longest, softcap, window, scale, backend)
 
@@ -354,7 +361,12 @@ def _checked(
     if batch == 0:
         return torch.zeros_like(q)
     if starts is not None:
-        return _row_by_row(q, k_cache, v_cache, starts, lengths, softcap, window, scale)
+        keys, values = k_cache.permute(1, 2, 0), v_cache.transpose(0, 1)
+        views: list[tuple[Tensor, Tensor] | None] = []
+        for start, length in _checked_rows(starts, lengths, len(k_cache)):
+            first, count = counted(start, length, window)
+            views.append((keys.narrow(2, first, count), values.narrow(1, first, count)) if length else None)
+        return decode_rows(q, views, softcap=softcap, scale=scale)
     low, high = (int(x) for x in torch.aminmax(lengths))
     if low < 0 or high > k_cache.shape[1]:
         raise ValueError(f"lengths: expected in [0, {k_cache.shape[1]}], found {low} to {high}")

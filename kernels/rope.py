@@ -58,7 +58,7 @@ def rope(
     for a backend that is unknown or cannot run.
     """
     if lean.on and q_weight is None:
-        return turn(q, k, cos, sin)
+        return turn(q, cos, sin), turn(k, cos, sin)
     _check(q, k, cos, sin, q_weight, k_weight)
     wide = wide_dtype(q.dtype)
     if choose("rope", backend, q) == "triton" and q.numel() and k.numel():

@@ -21,33 +21,36 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return out.to(x.dtype)
 
 
-def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Few tokens, without gradient: q, k, cos and sin as ``rope`` takes them -> q, k, turned.
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Few tokens, without gradient: x (..., T, H, D), cos and sin as ``rope`` takes them -> x, turned. Angles are laid
+    out once for all layers."""
+    found = _layouts.get(cos)
+    if found is None:
+        found = _layouts[cos] = laid_out(cos, sin, x.dtype)
+    return turned(x, *found)
 
-    As many calls as need be: they, and not the numbers, take the time. Angles are laid out once for all layers.
+
+def turned(x: Tensor, whole: Tensor, signed: Tensor) -> Tensor:
+    """x (..., H, D), turned by the angles that ``laid_out`` gives.
+
+    As many calls as need be: they, and not the numbers, take the time.
     """
-    whole, signed = _laid_out(cos, sin, q.dtype)
-    found, width = [], whole.shape[-1]
-    for x in (q, k):
-        part = x if x.shape[-1] == width else x[..., :width]
-        turned = torch.mul(part, whole).addcmul_(torch.roll(part, width // 2, -1), signed)
-        if x.shape[-1] > width:
-            turned = torch.cat((turned, x[..., width:]), -1)
-        found.append(turned.to(x.dtype))
-    return found[0], found[1]
+    width = whole.shape[-1]
+    part = x if x.shape[-1] == width else x[..., :width]
+    out = torch.mul(part, whole).addcmul_(torch.roll(part, width // 2, -1), signed)
+    if x.shape[-1] > width:
+        out = torch.cat((out, x[..., width:]), -1)
+    return out.to(x.dtype)
 
 
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _laid_out(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[cos, cos] and [-sin, sin] (..., T, 1, 2 h), which are made once for a tensor ``cos``."""
-    found = _layouts.get(cos)
-    if found is None:
-        wide = wide_dtype(dtype)
-        whole, signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        found = _layouts[cos] = whole.unsqueeze(-2).to(wide), signed.unsqueeze(-2).to(wide)
-    return found
+def laid_out(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., h) -> [cos, cos] and [-sin, sin] (..., 1, 2 h) for x in ``dtype``."""
+    wide = wide_dtype(dtype)
+    whole, signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return whole.unsqueeze(-2).to(wide), signed.unsqueeze(-2).to(wide)
 
 
 class TorchRope(torch.autograd.Function):

@@ -140,6 +140,7 @@ TESTED_WITH = {
     "engine/decode_step": "engine/test_batcher",
     "engine/guesses": "engine/test_batcher",
     "engine/kv_pool": "engine/test_batcher",
+    "engine/lean_layers": "engine/test_batcher",
     "engine/packed": "engine/test_batcher",
     "engine/row_exact": "engine/test_batcher",
     "engine/sampler": "engine/test_generate",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import parametrize, saved
+from hf_models import CASES, parametrize, saved
 from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,7 @@ from afina.engine.sampling import Sampling
 from afina.engine.text_stream import WINDOW, TextStream
 from afina.engine.weights import load_model
 from afina.errors import ConfigError, DataError
+from afina.kernels.backend import trusted
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.weights.peft import AdapterConfig
 
@@ -400,6 +401,33 @@ def test_what_a_graph_captures_looks_at_nothing(name: str, monkeypatch: pytest.M
     assert len(calls) == model.config.num_layers
     monkeypatch.undo()
     assert torch.equal(step(table), expected)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"dora": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"), [(str(case), None) for case in CASES] + [("llama", adapter) for adapter in ADAPTERS]
+)
+@torch.no_grad()
+def test_lean_layers_compute_what_layers_do(name: str, adapter: str | None) -> None:
+    """In every family: on a CPU a step goes another way through the layers than all else does."""
+    model = load_model(saved(name).folder)
+    for parameter in model.parameters():  # norms' weights are all 1 at first, and biases 0
+        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+    if adapter is not None:
+        adapted(model, **ADAPTERS[adapter])
+    pool = KVPool(model.config, 64, torch.device("cpu"), torch.float32)
+    pool.memory.normal_(generator=torch.Generator().manual_seed(0))
+    step = DecodeStep(model, pool, 48)
+    table = torch.tensor([[3, 4, 5, 0, 0], [0, 20, 20, 0, 0], [6, 40, 41, 0, 0], [5, 59, 60, 64, 64]])
+    expected = step.compute(table)
+    written = pool.memory.clone()
+    pool.memory[..., table[3], :] = 0
+    with PackedModel(model), trusted():
+        found = step(table)
+    torch.testing.assert_close(found[:3], expected[:3], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(pool.memory[..., :-1, :], written[..., :-1, :], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from afina.engine import layouts, packed
-from afina.engine.layouts import ROUNDING, Half, OneDNN, fits_half, half_works, onednn_works
+from afina.engine.layouts import ROUNDING, Half, OneDNN, Plain, fits_half, half_works, onednn_works
 from afina.engine.row_exact import _agreeing
 
 needs_half = pytest.mark.skipif(not half_works(), reason="torch has no float16 product here")
@@ -68,13 +68,13 @@ def test_which_layout_a_weight_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     def kinds() -> list[Any]:
         return [type(packed.packed(weight)) for weight in (small, middle, large, inexact)]
 
-    dense = OneDNN if onednn_works(torch.float32) else type(None)
+    dense = OneDNN if onednn_works(torch.float32) else Plain
     if half_works():
-        assert kinds() == [type(None), Half, Half, dense]
+        assert kinds() == [Plain, Half, Half, dense]
     monkeypatch.setattr(packed, "half_works", lambda: False)
-    assert kinds() == [type(None), type(None), dense, dense]
+    assert kinds() == [Plain, Plain, dense, dense]
     monkeypatch.setattr(packed, "onednn_works", lambda dtype: False)
-    assert kinds() == [type(None)] * 4
+    assert kinds() == [Plain] * 4
     assert packed.packed(large.to("meta")) is None
 
 
@@ -91,3 +91,13 @@ def test_rows_of_half_have_the_same_bits_in_several_batches() -> None:
     """Its code takes up to six rows at a time, and other code the last one or two: not all sizes agree."""
     half = Half(bfloat16_weight(96, 64))
     assert {4, 6, 8, 12, 24} <= _agreeing(half, 64, [1, 2, 3, 4, 6, 8, 12, 24, 36], torch.float32)
+
+
+def test_a_plain_weight_computes_what_it_did() -> None:
+    weight, bias, x = bfloat16_weight(40, 24), torch.randn(40), torch.randn(3, 5, 24)
+    plain = Plain(weight)
+    for rows in (x, x[0]):
+        torch.testing.assert_close(plain(rows), rows @ weight.t())
+        torch.testing.assert_close(plain(rows, bias), rows @ weight.t() + bias)
+    assert torch.equal(plain.dense(), weight)
+    assert plain.data.data_ptr() == weight.data_ptr()
