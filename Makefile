@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where Python may not keep what it compiles, each process that a test starts would compile all of afina again.
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest
 PIP := $(BIN)/pip install --quiet --constraint requirements.lock
 
 .PHONY: demo real test test-slow mutants install clean
@@ -23,11 +25,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(TESTS) -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 	$(BIN)/python benchmarks/compile_gate.py
 
 test-slow: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
+	$(TESTS) -n auto --dist loadfile --no-loadscope-reorder -m slow
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/faults/mutants.py
