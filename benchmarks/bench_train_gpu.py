@@ -9,13 +9,13 @@ A step is the engine's own: `accumulate` over one micro-batch, clipping, AdamW w
 training takes dense rows of 1,024 tokens; lora and qlora take packed documents of 2,048 tokens, two a step, with
 adapters of rank 16 on all linear layers, and Llama-3-8B's rows say what it has to reach on an H200 (`target`). The
 cases "524k" are LLM.Q's: 524,288 tokens a step in micro-batches, bf16 weights and moments, ours alone.
-Providers: afina (Triton), afina-torch (AFINA_BACKEND=torch), and transformers' model of the same shapes under the same
-optimizer, with its scaled_dot_product_attention, with eager attention, and patched by Liger; for adapters PEFT on that
-model, with Liger too, over bitsandbytes' NF4 for qlora. Peers' adapters are held as ours are, in bf16 beside the
-optimizer's fp32, which spares them PEFT's casts. Where a batch does not fit, half of it is tried, and the case says
-so. MFU: 6 operations a trained parameter and token, 4 a frozen one, and attention's products, none of it counted twice
-where it is recomputed, over the measured rate of a bf16 matrix product (what `ceiling_tflops` names), not the data
-sheet's. On a CPU tiny models, in fp32.
+Providers: afina (Triton), the same as CUDA graphs (afina-graph, its rows packed), afina-torch (AFINA_BACKEND=torch),
+and transformers' model of the same shapes under the same optimizer, with its scaled_dot_product_attention, with eager
+attention, and patched by Liger; for adapters PEFT on that model, with Liger too, over bitsandbytes' NF4 for qlora.
+Peers' adapters are held as ours are, in bf16 beside the optimizer's fp32, which spares them PEFT's casts. Where a batch
+does not fit, half of it is tried, and the case says so. MFU: 6 operations a trained parameter and token, 4 a frozen
+one, and attention's products, none of it counted twice where it is recomputed, over the measured rate of a bf16 matrix
+product (what `ceiling_tflops` names), not the data sheet's. On a CPU tiny models, in fp32.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 from harness import DEVICE, GPU, Unavailable, ceilings, one_line, tail
 from torch import Tensor, nn
 
+from afina.engine.buckets import StaticInputs
 from afina.engine.known_models import KNOWN
 from afina.engine.linear import Linear
 from afina.engine.lora import linears, new_adapter
@@ -42,6 +43,7 @@ from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import NF4Weight
 from afina.engine.optim import AdamW
+from afina.engine.step_graph import CudaGraph, GraphedStep
 from afina.engine.training_step import accumulate
 from afina.kernels.nf4 import quantize_nf4
 from afina.kernels.selftest import verify
@@ -103,6 +105,7 @@ def like_llmq(name: str, rows: int, length: int, micro_batches: int, speed: floa
 SHAPES = {
     "gpu": {
         "Qwen2.5-0.5B": Shape(QWEN["Qwen2.5-0.5B"], 16, 1024),
+        "Qwen2.5-0.5B small": Shape(QWEN["Qwen2.5-0.5B"], 1, 1024),  # the host's launches are what takes time
         "Qwen2.5-1.5B": Shape(QWEN["Qwen2.5-1.5B"], 8, 1024),
         **like_llmq("Qwen2.5-0.5B", 16, 1024, 32, 150_000),
         **like_llmq("Qwen2.5-1.5B", 8, 1024, 64, 60_000),
@@ -126,7 +129,37 @@ class Engine(NamedTuple):
     trained: int
 
 
-def afina(shape: Shape) -> Engine:
+def graphed(model: GPT, optimizer: AdamW, micro_batches: int) -> Callable[[MicroBatch, float], Tensor]:
+    """A step of so many times the batch by CUDA graphs, as the engine takes it."""
+    if not GPU:
+        raise Unavailable("a CUDA graph needs a GPU")
+    pool, told = torch.cuda.graph_pool_handle(), list[str]()
+
+    def loss(static: StaticInputs) -> Tensor:
+        ids, spans, targets, weights, _ = static.inputs
+        return model.weighted_loss(ids, targets, weights, spans=spans, positions=static.positions)
+
+    steps = GraphedStep(
+        optimizer,
+        loss=loss,
+        reference=lambda batch: accumulate(model, [batch]),
+        max_grad_norm=1.0,
+        dtype=dtype(),
+        graph=lambda: CudaGraph(DEVICE, pool),
+        log=told.append,
+        passed=lambda: None,
+    )
+
+    def step(batch: MicroBatch, lr: float) -> Tensor:
+        figures = steps.update([batch] * micro_batches, lr, poll=lambda: None, settle=lambda: None)
+        if figures is None:
+            raise Unavailable(told[0] if told else "no graph holds this batch")
+        return figures[0]
+
+    return step
+
+
+def afina(shape: Shape, graph: bool = False) -> Engine:
     if DEVICE.type == "cuda":
         print("the kernels' self-test: its first compilation takes 35 to 40 s", file=sys.stderr, flush=True)
         verify(DEVICE)  # as loading a model does
@@ -142,12 +175,16 @@ def afina(shape: Shape) -> Engine:
     decay = model.decay_parameters() if shape.method == "full" else set()
     optimizer = AdamW(model.train(), decay=decay, variant=shape.optim)
 
+    graphs = graphed(model, optimizer, shape.micro_batches) if graph else None
+
     def step(ids: Tensor) -> Tensor:
         rows, length = ids.shape
         starts = None
-        if shape.method != "full":
+        if shape.method != "full" or graph:
             ids, starts = ids.view(1, -1), torch.arange(rows + 1, dtype=torch.int32) * length
         batch = MicroBatch(ids, ids, starts, list(range(rows)), rows * (length - 1), ids.numel())
+        if graphs is not None:
+            return graphs(batch, RATES[shape.method])
         return finished(optimizer, accumulate(model, [batch] * shape.micro_batches), RATES[shape.method])
 
     return Engine(step, trained(model))
@@ -219,6 +256,7 @@ def with_peft(model: Any, quantized: bool) -> Any:
 
 PROVIDERS: dict[str, Callable[[Shape], Engine]] = {
     "afina": afina,
+    "afina-graph": lambda shape: afina(shape, graph=True),
     "afina-torch": afina,
     "transformers-sdpa": peer,
     "transformers-eager": lambda shape: peer(shape, "eager"),
@@ -226,7 +264,10 @@ PROVIDERS: dict[str, Callable[[Shape], Engine]] = {
     "transformers-liger": lambda shape: peer(shape, liger=True),  # last: it patches transformers for good
     "peft-liger": lambda shape: peer(shape, liger=True),
 }
-ADAPTED = ("afina", "peft", "peft-liger")  # of them, for lora and qlora
+ADAPTED = ("afina", "afina-graph", "peft", "peft-liger")  # of them, for lora and qlora
+
+
+OURS = ("afina", "afina-graph")
 
 
 def takes(provider: str, method: str) -> bool:
@@ -317,7 +358,7 @@ def run(name: str, shape: Shape, provider: str, warmup: int, seconds: float) -> 
     before = os.environ.get("AFINA_BACKEND")
     if provider == "afina-torch":
         os.environ["AFINA_BACKEND"] = "torch"
-    elif provider == "afina" and GPU:
+    elif provider in OURS and GPU:
         os.environ["AFINA_BACKEND"] = "triton"
     rows = shape.rows
     try:
@@ -372,7 +413,7 @@ def main() -> int:
             continue
         speeds: dict[str, float] = {}
         for name, shape in chosen.items():
-            if not takes(provider, shape.method) or (shape.micro_batches > 1 and provider != "afina"):
+            if not takes(provider, shape.method) or (shape.micro_batches > 1 and provider not in OURS):
                 continue
             if time.monotonic() > deadline:
                 print(dumps(heading(name, shape, provider) | {"skipped": "time limit"} | tail()), flush=True)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from afina.engine import linear, weight_offload
+from afina.engine.buckets import Bucket, bucket_size, static_bytes
 from afina.engine.linear import Linear
 from afina.engine.model import DENSE, GPT, MLP, Attention, Layer, Norm
 from afina.engine.optim import AdamW
@@ -85,14 +86,20 @@ def plan(
     in_backward: bool = False,
     accumulates: bool = True,
     offload_params: bool = False,
+    graphs: bool = False,
     backend: str | None = None,
     longest: int | None = None,
 ) -> MemoryPlan:
     """The memory of a training step whose largest micro-batch has ``tokens`` tokens (padding included), of which
     ``loss_tokens`` have a loss, which ``lean_loss`` computes in little room, in rows of at most ``longest`` tokens.
     ``in_backward``: the weights move in the backward pass; ``accumulates``: a step has several micro-batches;
-    ``offload_params``: the layers' matrices are in the host's memory; ``backend``: of all operations, None for those
+    ``offload_params``: the layers' matrices are in the host's memory; ``graphs``: steps are CUDA graphs, whose batches
+    are padded, whose gradients stay, and whose activations have a place of their own beside those of the ordinary step
+    that they are checked against; ``backend``: of all operations, None for those
     of the model's device."""
+    bucket = Bucket(bucket_size(tokens), bucket_size(loss_tokens)) if graphs else None
+    if bucket is not None:
+        tokens, loss_tokens = bucket.tokens, min(bucket)
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     lora = {p for layer in layers if layer.lora is not None for p in layer.lora.parameters()}
     base = {p for p in model.parameters() if p not in lora}
@@ -103,9 +110,11 @@ def plan(
     activations, gradients = walk.peak(
         set(optimizer.params.values()),
         in_backward=in_backward,
-        accumulates=accumulates and not in_backward,
+        accumulates=(accumulates or graphs) and not in_backward,
         leave=leave,
     )
+    if bucket is not None:
+        activations = 2 * activations + static_bytes(Bucket(tokens, loss_tokens))
     if leave:  # those of norms and biases stay
         gradients += _nbytes(p for name, p in optimizer.params.items() if name not in optimizer.on_host)
     away = sum(weight_offload.layer_bytes(model.layers)) if offload_params else 0

@@ -49,6 +49,7 @@ class ForwardContext:
     cache: Cache | None
     slots: Any  # those of the cache
     attention_backend: str | None  # as attention() takes it
+    spans: Tensor | None = None  # in place of cu_seqlens
 
 
 class Norm(nn.Module):
@@ -117,11 +118,9 @@ class Attention(nn.Module):
             q, k = rope(q, k, *context.tables[self.rope], **fused)
         if context.cache is not None and context.slots is not None:
             out = context.cache.attend(self.index, q, k, v, context.slots, **self.options)
-        elif context.cu_seqlens is not None:
-            packed = q[0], k[0], v[0]
-            out = attention(*packed, cu_seqlens=context.cu_seqlens, backend=context.attention_backend, **self.options)[
-                None
-            ]
+        elif context.cu_seqlens is not None or context.spans is not None:
+            options: dict[str, Any] = self.options | {"cu_seqlens": context.cu_seqlens, "spans": context.spans}
+            out = attention(q[0], k[0], v[0], backend=context.attention_backend, **options)[None]
         else:
             out = attention(q, k, v, backend=context.attention_backend, **self.options)
         out = out.flatten(2)
@@ -184,6 +183,17 @@ class Layer(nn.Module):
 @cache
 def _rounded(value: float, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype).item()
+
+
+def next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """labels (B, T), aligned with their tokens -> what each position is to predict, flat (B T,): -100 at the end of a
+    row or, with ``cu_seqlens``, of a packed document."""
+    targets = labels.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    if cu_seqlens is not None:
+        # An empty document ends where another does; one at the very start would end at -1, the last token anyway.
+        targets[0, cu_seqlens[1:].to(targets.device).long() - 1] = IGNORE
+    return targets.flatten()
 
 
 def _add(norm: Norm | None, residual: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -283,26 +293,30 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         positions: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> the hidden states after the final norm (B, T, C), or (n, C) for the flat
         ``positions`` (n,) int64.
 
         ``cu_seqlens`` int32 (n + 1,): input_ids is (1, T), n documents one after the other that do not see each other.
         On the CPU, whatever the model's device, it is checked without waiting for the GPU.
+        ``spans`` int32 (2, T) on the model's device, in place of ``cu_seqlens``: where each token's document starts and
+        ends. Nothing of it is read on the host, or checked.
         ``cache``: the tokens continue what the cache holds, and are added to it (see ``kv_cache.Cache``); no gradient.
         Raises ``ConfigError`` where learned positions do not reach, ``ValueError`` for shapes that do not fit.
         """
-        if input_ids.dim() != 2 or (cu_seqlens is not None and input_ids.shape[0] != 1):
-            expected = "(B, T)" if cu_seqlens is None else "(1, T) with cu_seqlens"
+        packed = cu_seqlens is not None or spans is not None
+        if input_ids.dim() != 2 or (packed and input_ids.shape[0] != 1):
+            expected = "(1, T) with packed documents" if packed else "(B, T)"
             raise ValueError(f"input_ids: expected {expected}, found {tuple(input_ids.shape)}")
         if cache is None:
-            return self._run(input_ids, cu_seqlens, None, None, positions)
+            return self._run(input_ids, cu_seqlens, None, None, positions, spans)
         with torch.no_grad():
             slots = cache.slots(input_ids, cu_seqlens)
             if (again := cache.restart(input_ids, slots)) is not None:
-                packed, starts, new = again
+                every, starts, new = again
                 wanted = new.flatten() if positions is None else new.flatten()[positions]
-                hidden = self.hidden(packed, cu_seqlens=starts, cache=cache, positions=wanted)
+                hidden = self.hidden(every, cu_seqlens=starts, cache=cache, positions=wanted)
                 return hidden.view(*new.shape, -1) if positions is None else hidden
             hidden = self._run(input_ids, cu_seqlens, cache, slots, positions)
             cache.advance(input_ids, slots)
@@ -315,6 +329,7 @@ class GPT(nn.Module):
         cache: Cache | None,
         slots: Any,
         wanted: Tensor | None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """``wanted`` is what ``hidden`` calls positions; here they are where each token stands in its document."""
         tokens = input_ids.shape[1]
@@ -323,6 +338,9 @@ class GPT(nn.Module):
         elif cu_seqlens is not None:
             _, positions, lengths = packed_positions(cu_seqlens.to(input_ids.device, non_blocking=True), tokens)
             longest = tokens
+        elif spans is not None:
+            positions, lengths = torch.arange(tokens, device=input_ids.device) - spans[0], spans[1] - spans[0]
+            longest = 0  # whoever makes spans knows that learned positions reach
         else:
             positions = torch.arange(tokens, device=input_ids.device)
             lengths, longest = torch.full_like(positions, tokens), tokens
@@ -332,7 +350,7 @@ class GPT(nn.Module):
             tables = [table(positions, lengths) for table in self.ropes]
         else:
             tables = [table.looked_up(positions, lengths, longest) for table in self.ropes]
-        context = ForwardContext(tables, cu_seqlens, cache, slots, self.attention_backend)
+        context = ForwardContext(tables, cu_seqlens, cache, slots, self.attention_backend, spans)
         branch: Tensor | None = None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         host = HostCopies(residual.device) if recompute and self.activation_policy == "offload" else None
@@ -439,12 +457,7 @@ class GPT(nn.Module):
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels: expected input_ids' shape {tuple(input_ids.shape)}, found {tuple(labels.shape)}")
-        targets = labels.roll(-1, dims=1)
-        targets[:, -1] = IGNORE
-        if cu_seqlens is not None:
-            # An empty document ends where another does; one at the very start would end at -1, the last token anyway.
-            targets[0, cu_seqlens[1:].to(targets.device).long() - 1] = IGNORE
-        targets = targets.flatten()
+        targets = next_tokens(labels, cu_seqlens)
         loss_positions = (targets != IGNORE).nonzero().squeeze(1)
         if reduction != "none" and loss_positions.numel() > DENSE * targets.numel():
             # The head skips the few ignored tokens itself.
@@ -466,6 +479,36 @@ class GPT(nn.Module):
         if reduction != "none":
             return losses
         return losses.new_zeros(labels.numel()).index_put((loss_positions + 1,), losses).view(labels.shape)
+
+    def weighted_loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        *,
+        spans: Tensor,
+        positions: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        lean: bool = False,
+    ) -> Tensor:
+        """The sum of the cross-entropies (nats, fp32) of packed tokens, each times its weight, as a fixed sequence of
+        launches: nothing is read on the host, so that a CUDA graph can repeat it on other contents of its arguments.
+
+        All of them lie on the model's device. input_ids int64 (1, T) with the ``spans`` of `hidden`; targets int64 (n,)
+        at the flat ``positions`` int64 (n,) (all T without them), already shifted, -100 to ignore; weights fp32 (n,).
+        """
+        return linear_cross_entropy(
+            self.hidden(input_ids, positions=positions, spans=spans).flatten(0, -2),
+            self.head_weight,
+            targets,
+            reduction="sum",
+            softcap=self.config.logit_softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            lean=lean,
+            row_weights=weights,
+        )
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

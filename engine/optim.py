@@ -139,7 +139,7 @@ class AdamW:
                 self.host_gradients = HostGradients(away, self._staged.size, self.device)
             if self.device.type != "meta":
                 self._chunks = {n: self._staged.chunks(*of, self.params[n].numel()) for n, of in held.items()}
-        self.betas, self.eps = betas, eps
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         # Weight decay and the factor of the learning rate of each parameter; those of equal ones are updated together.
         self.factors = {n: (weight_decay if n in decay else 0.0, (lr_scales or {}).get(n, 1.0)) for n in self.params}
         groups: dict[tuple[float, float], list[str]] = {}
@@ -147,6 +147,19 @@ class AdamW:
             groups.setdefault(factors, []).append(name)
         self.groups = [(names, *factors) for factors, names in groups.items()]
         self.num_updates = 0
+
+    def like(self, model: nn.Module) -> AdamW:
+        """A new optimizer under the same settings for another model: all of its matrices decay."""
+        decay = {name for name, p in model.named_parameters() if p.dim() == 2}
+        return AdamW(
+            model,
+            decay=decay,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            variant=self.variant,
+            seed=self.seed,
+        )
 
     def _master(self, name: str, parameter: Tensor) -> Tensor:
         """The fp32 weight that stands behind a parameter of another dtype."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from afina.engine.cuda_graph import ruled_out
 from afina.engine.known_models import KNOWN
 from afina.engine.linear import Linear
 from afina.engine.memory import MemoryPlan, plan
@@ -184,6 +185,8 @@ class Planner:
             in_backward=combination.optim_in_backward,
             offload_params=combination.place[1],
             accumulates=self.config.gradient_accumulation_steps > 1,
+            graphs=self.config.cuda_graph == "true"
+            and ruled_out(self.config, torch.device("cuda"), combination.settings) is None,
             backend="triton",
         )
         return Option(combination.settings, 1.0, memory)

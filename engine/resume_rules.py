@@ -29,6 +29,7 @@ FREE_ON_RESUME = frozenset(
         "offload_optimizer",
         "offload_params",
         "attention_backend",
+        "cuda_graph",
         "threads",
         "report_to",
     }

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from afina.engine.cuda_graph import decide
 from afina.engine.fp8 import use_fp8
 from afina.engine.methods import choose_trained, default_learning_rate
 from afina.engine.model import GPT
@@ -62,6 +63,8 @@ def read_model(
         notes["learning_rate"] = f"it was {show(rate)} before the run went on here"
     if config.linear_dtype == "fp8":
         notes["linear_dtype"] = use_fp8(model, choose_device(config.device))
+    if (reason := decide(config, device_of(model, config))[1]) is not None:
+        notes["cuda_graph"] = reason
     return model, config, notes
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from afina.engine.cuda_graph import decide
 from afina.engine.memory import MemoryPlan, plan
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
+from afina.engine.run_inputs import device_of
 from afina.engine.train_config import TrainConfig
 from afina.loaders.data.dataset import Data
 
@@ -50,6 +52,7 @@ def predicted_memory(config: TrainConfig, model: GPT, optimizer: AdamW, data: Da
         lean_loss=config.lean_loss,
         in_backward=config.optim_in_backward,
         offload_params=config.offload_params,
+        graphs=decide(config, device_of(model, config))[0],
         accumulates=config.gradient_accumulation_steps > 1,
         longest=longest[0],
     )

@@ -89,6 +89,8 @@ def checked(owner: type, name: str, value: Any, where: str) -> Any:
     """``value`` in the type of the setting ``name``; ConfigError, beginning with ``where``, if it cannot be."""
     kind, metadata = kinds(owner)[name], fields(owner)[name].metadata
     choices, limit = metadata["choices"], metadata["limit"]
+    if isinstance(value, bool) and "true" in choices:  # as YAML and Python write it
+        value = str(value).lower()
     try:
         value = _CONVERT[kind](value)
     except (ValueError, TypeError, OverflowError):

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from afina.engine.checkpoint import Checkpoint, publish_best, save_checkpoint
+from afina.engine.cuda_graph import open_graphs
 from afina.engine.dev_metric import DevMetric
 from afina.engine.dev_rows import DevRows, MetricRows, read_dev_rows
 from afina.engine.evaluate import evaluate_loss
@@ -175,12 +176,16 @@ class Run:
             host_weights=model.host_weights,
             device=torch.device("meta") if model.embed.weight.is_meta else self.device,
         )
+        objective = training_objective(c)
         self.training_step = TrainingStep(
             model,
             self.optimizer,
-            training_objective(c),
+            objective,
             max_grad_norm=c.max_grad_norm,
             in_backward=c.optim_in_backward,
+            graphs=None
+            if self.optimizer.device.type == "meta"
+            else open_graphs(c, model, self.optimizer, objective, self.device, self.log),
         )
         self.batches = Batches(
             self.data.train,

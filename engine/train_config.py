@@ -205,6 +205,12 @@ class TrainConfig(Settings):
         "what the layers' matrices multiply in while they train: auto is dtype, fp8 needs a GPU from Ada or Hopper on",
         choices=("auto", "fp8"),
     )
+    cuda_graph: str = setting(
+        "auto",
+        "repeat a step's launches on a GPU as a CUDA graph, checked on the first rows: auto is true where that check "
+        "has passed on this GPU before",
+        choices=("auto", "true", "false"),
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", limit=DEVICE)
     seed: int = setting(42, "seed of the split, the order of the rows and a random start", limit=SEED)
     threads: int | None = setting(None, "CPU threads (default: torch's choice)", limit=POSITIVE)

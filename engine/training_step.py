@@ -17,6 +17,7 @@ from afina.engine.model import GPT
 from afina.engine.objectives import Objective, sft
 from afina.engine.optim import AdamW
 from afina.engine.optim_in_backward import UpdatesInBackward
+from afina.engine.step_graph import GraphedStep
 from afina.loaders.data.batches import MicroBatch
 
 
@@ -53,11 +54,20 @@ class TrainingStep:
         model, optimizer, objective: What is trained, by what, for what.
         max_grad_norm: The global 2-norm that gradients are clipped to; 0 leaves them as they are.
         in_backward: Whether each weight moves as soon as its gradient is there; then a step has one micro-batch.
+        graphs: What runs those steps that it can as CUDA graphs.
     """
 
     def __init__(
-        self, model: GPT, optimizer: AdamW, objective: Objective, *, max_grad_norm: float, in_backward: bool
+        self,
+        model: GPT,
+        optimizer: AdamW,
+        objective: Objective,
+        *,
+        max_grad_norm: float,
+        in_backward: bool,
+        graphs: GraphedStep | None = None,
     ) -> None:
+        self.graphs = graphs
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.max_grad_norm, self.in_backward = max_grad_norm, in_backward
 
@@ -71,6 +81,10 @@ class TrainingStep:
         when the work of this step is on its way and before its update: it has to make sure that the result of the last
         step, of which the optimizer must know whether it was skipped, has been looked at.
         """
+        if self.graphs is not None:
+            figures = self.graphs.update(micro_batches, lr, poll=poll, settle=settle)
+            if figures is not None:
+                return figures
         try:
             act = self._update_in_backward if self.in_backward else self._update
             return act(micro_batches, lr, poll, settle)

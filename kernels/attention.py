@@ -202,6 +202,22 @@ def _beyond_sdpa(q: Tensor, k: Tensor, options: Options, documents: _Documents |
     return None
 
 
+def _masked(q: Tensor, k: Tensor, v: Tensor, options: Options, spans: Tensor) -> Tensor:
+    """Attention within ``spans`` in plain torch, all scores at once: for small shapes, and where no kernel runs."""
+    wide, group = wide_dtype(q.dtype), q.shape[1] // k.shape[1]
+    scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide).repeat_interleave(group, 1)) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    place = torch.arange(q.shape[0], device=q.device)
+    seen = (place >= spans[0, :, None]) & (place < spans[1, :, None])
+    if options.causal:
+        seen &= place <= place[:, None]
+    if options.window is not None:
+        seen &= place > place[:, None] - options.window
+    p = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)  # each token sees itself at least
+    return torch.einsum("hij,jhd->ihd", p, v.to(wide).repeat_interleave(group, 1)).to(q.dtype)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -212,12 +228,16 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    spans: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of q (B, T, Hq, D) to k and v (B, S, Hkv, D) -> (B, T, Hq, D). Hq is a multiple of Hkv; any strides.
 
     cu_seqlens: int32 (n + 1,), the boundaries of n packed documents that do not see each other; q, k and v are then
         (T, H, D). A tensor on the CPU is checked without a wait for the GPU, and the same tensor only once.
+    spans: int32 (2, T) on q's device, in place of cu_seqlens: where the document of each token starts and where it
+        ends. Nothing is read on the host, so a CUDA graph may change it; nor is it checked. "torch" then holds all
+        scores, and "sdpa" cannot be had.
     causal: query i stands at position S - T + i and sees the keys up to there. Where S < T the first queries see no key
         and give 0.
     window: with w, which needs causal, a query sees only the last w of those keys, its own included.
@@ -228,10 +248,16 @@ def attention(
     Raises ValueError for shapes, dtypes, devices, boundaries or options that do not fit.
     """
     chosen = backend if backend in ("sdpa", "gluon") else choose("attention", backend, q)
-    _check(q, k, v, causal, window, softcap, cu_seqlens)
+    if cu_seqlens is not None and spans is not None:
+        raise ValueError("spans: expected None where cu_seqlens is given")
+    if spans is not None and (spans.dtype, spans.device) != (torch.int32, q.device):
+        raise ValueError(f"spans: expected int32 on {q.device}, found {spans.dtype} on {spans.device}")
+    _check(q, k, v, causal, window, softcap, packed=cu_seqlens is not None or spans is not None)
+    if spans is not None and spans.shape != (2, q.shape[0]):
+        raise ValueError(f"spans: expected (2, {q.shape[0]}), found {tuple(spans.shape)}")
     documents = None if cu_seqlens is None else _documents_of(cu_seqlens, q.shape[0])
     width = q.shape[-1]
-    length = k.shape[1] if documents is None else max(documents.lengths, default=0)
+    length = max(documents.lengths, default=0) if documents else k.shape[0 if spans is not None else 1]
     if window is not None and window >= length:
         window = None
     options = Options(causal, window, softcap, width**-0.5 if scale is None else scale)
@@ -239,7 +265,7 @@ def attention(
         if backend == "triton":
             raise ValueError(f"q: backend 'triton' takes heads of at most {MAX_HEAD_DIM} dimensions, found {width}")
         chosen = "torch"
-    beyond = _beyond_sdpa(q, k, options, documents)
+    beyond = "spans" if spans is not None else _beyond_sdpa(q, k, options, documents)
     if backend == "sdpa" and beyond is not None:
         raise ValueError(f"backend: 'sdpa' cannot compute attention with {beyond}; use 'triton' or 'torch'")
     is_open = backend is None and requested(None, q.device) is None
@@ -248,11 +274,14 @@ def attention(
     if chosen == "sdpa":
         return _sdpa(q, k, v, options, documents)
     if chosen == "torch":
+        if spans is not None:
+            return _masked(q, k, v, options, spans)
         plan = None if documents is None else documents.plan(not causal, q.device)
         return torch_attention(q, k, v, options, plan)
     if options.scale < 0:  # the kernels look for the largest score before they scale it
         q, options = -q, options._replace(scale=-options.scale)
-    spans = None if documents is None or cu_seqlens is None else documents.spans(cu_seqlens, q.device)
+    if documents is not None and cu_seqlens is not None:
+        spans = documents.spans(cu_seqlens, q.device)
     on_gluon = chosen == "gluon"
     if on_gluon and (missing := _takes_gluon(q, k, v, options)) is not None:
         raise ValueError(f"backend: 'gluon' needs {missing}; use 'triton' or 'torch'")
@@ -282,10 +311,10 @@ def saved(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, packed: bool
 ) -> None:
     check_floating("q", q)
-    layout, dims = ("(B, T, H, D)", 4) if cu_seqlens is None else ("(T, H, D)", 3)
+    layout, dims = ("(T, H, D)", 3) if packed else ("(B, T, H, D)", 4)
     if q.dim() != dims:
         raise ValueError(f"q: expected {layout}, found {tuple(q.shape)}")
     for name, x in (("k", k), ("v", v)):
@@ -296,7 +325,7 @@ def _check(
         raise ValueError(f"v: expected k's shape {tuple(k.shape)}, found {tuple(v.shape)}")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"k: expected a number of heads that divides q's {q.shape[-2]}, found {k.shape[-2]}")
-    if cu_seqlens is not None and k.shape[0] != q.shape[0]:
+    if packed and k.shape[0] != q.shape[0]:
         raise ValueError(f"k: expected q's {q.shape[0]} tokens, found {k.shape[0]}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window: expected at least 1, with causal=True, found {window} with causal={causal}")

@@ -84,13 +84,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         options: Options,
         wanted: tuple[bool, ...],
+        weights: Tensor | None,
     ) -> Tensor:
-        ctx.options = options
+        ctx.options, ctx.weighted = options, weights is not None
         if options.reduction == "none":
             losses, _ = head_loss(hidden, weight, bias, targets, options, (False, False, False))
             ctx.save_for_backward(hidden, weight, bias, targets)
             return losses
-        loss, gradients = head_loss(hidden, weight, bias, targets, options, wanted)
+        loss, gradients = head_loss(hidden, weight, bias, targets, options, wanted, weights, weights is not None)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -104,10 +105,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = [scaled(g, upstream) for g in ctx.saved_tensors]
         else:
             gradients = ctx.saved_tensors
-            # loss.backward() asks for exactly 1, and then the passes over the weight's gradient are saved.
-            if upstream.item() != 1.0:
+            if ctx.weighted or upstream.item() != 1.0:  # the host reads nothing
                 gradients = [None if g is None else g * upstream.to(g.dtype) for g in gradients]
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 class _TritonCrossEntropy(torch.autograd.Function):
@@ -169,6 +169,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     lean: bool = False,
+    row_weights: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the cross-entropy (nats) of softmax(hidden @ weight^T + bias) with targets, and never store the logits.
@@ -180,6 +181,10 @@ def linear_cross_entropy(
 
     targets may be on the CPU though hidden is on a GPU: then nothing waits for the GPU. Where they are on the GPU, one
     wait for the list of the rows that are not ignored cannot be avoided.
+
+    row_weights, fp32 (N,): the loss is the sum of the rows' losses, each times its weight, and the reduction has to be
+    "sum". Then no row is left out, those to ignore having no weight; their hidden and logits must be finite. With
+    targets on hidden's device nothing is read on the host, so that a CUDA graph can repeat it.
 
     Besides the gradients the function holds a chunk of logits, on a GPU up to 1.1 GB or a 64th of its memory, and that
     gradient in fp32 where several chunks add to a 16-bit weight's gradient; or a single chunk that takes no more room
@@ -203,7 +208,15 @@ def linear_cross_entropy(
     options = _check(hidden, targets, ignore_index, reduction, softcap, label_smoothing, z_loss, backend, lean)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets.long(), options, wanted)
+    targets = targets.long()
+    if row_weights is not None:
+        check_shape("row_weights", row_weights, targets.shape)
+        if reduction != "sum":
+            raise ValueError(f"reduction: expected 'sum' with row_weights, found {reduction!r}")
+        targets = to_device(targets, hidden.device)
+        kept = targets != ignore_index
+        targets, row_weights = targets.where(kept, 0), row_weights.where(kept, 0.0)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options, wanted, row_weights)
 
 
 def saved(dtype: torch.dtype, width: int) -> Saved:

@@ -132,22 +132,24 @@ def _mixed_product(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor
 
 def head_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, wanted: tuple[bool, ...],
-    rates: Tensor | None = None,
+    rates: Tensor | None = None, every: bool = False,
 ) -> tuple[Tensor, _Gradients]:  # fmt: skip
     """Compute the loss, and those of its gradients by (hidden, weight, bias) that are wanted.
 
     hidden (N, C), weight (V, C), bias (V,), targets (N,) int64. The loss is of the reduction of the options; with rates
-    (N,) the gradients are those of sum(rates * losses).
+    (N,) the gradients are those of sum(rates * losses), and with `every`, which takes a target for each row and reads
+    nothing on the host, so is the loss.
     """
+    rows, device = hidden.shape[0], hidden.device
     # This is the one wait for the GPU, and there is none if the targets are on the CPU.
-    index = (targets != options.ignore_index).nonzero().squeeze(1)
-    rows, count, device = hidden.shape[0], index.numel(), hidden.device
+    index = None if every else (targets != options.ignore_index).nonzero().squeeze(1)
+    count = rows if index is None else index.numel()
     dense = count == rows
-    targets = to_device(targets.contiguous() if dense else targets[index], device)
+    targets = to_device(targets.contiguous() if index is None or dense else targets[index], device)
     wide = wide_dtype(hidden.dtype)
     compute = _compute_dtype(hidden, options.backend)
     scale = 1.0 / max(1, count) if options.reduction == "mean" else 1.0
-    where = None if dense else to_device(index, device)
+    where = None if index is None or dense else to_device(index, device)
     head = _Head(hidden, weight, bias, where, targets, rates, options, compute, scale, wanted[1])
     losses = torch.zeros(rows, dtype=wide, device=device)
     new = torch.empty if count else torch.zeros
@@ -160,6 +162,8 @@ def head_loss(
         torch.zeros(weight.shape[0], dtype=wide, device=device) if wanted[2] else None,
     )
     (_run_tiles if options.lean else _run_chunks)(head, losses, gradients)
+    if every and rates is not None:
+        losses = losses * rates
     return losses if options.reduction == "none" else losses.sum() * scale, _Gradients(
         gradients.hidden,
         None if gradients.weight is None else gradients.weight.to(weight.dtype),
@@ -246,9 +250,7 @@ def _run_chunks(head: _Head, losses: Tensor, gradients: _Gradients) -> None:
         else:
             if head.bias is not None:
                 x += head.bias
-            found = loss_rows(x, targets, head.options, room[: h.shape[0]] if pitch > vocab else None)
-            if rate is not None:
-                x.mul_(rate.unsqueeze(1))
+            found = loss_rows(x, targets, head.options, room[: h.shape[0]] if pitch > vocab else None, rate)
         losses[here] = found
         grad = x.to(head.compute)
         if dhidden is not None:

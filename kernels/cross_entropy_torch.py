@@ -24,8 +24,10 @@ class Options(NamedTuple):
     lean: bool
 
 
-def loss_rows(x: Tensor, targets: Tensor, options: Options, room: Tensor | None = None) -> Tensor:
-    """Compute the losses (n,) of the logits x (n, V), and overwrite x by their gradient.
+def loss_rows(
+    x: Tensor, targets: Tensor, options: Options, room: Tensor | None = None, rates: Tensor | None = None
+) -> Tensor:
+    """Compute the losses (n,) of the logits x (n, V), and overwrite x by their gradient, times the rates (n,) if given.
 
     targets (n,) are not ignored ones. `room` (n, P) is the contiguous memory that x is the first V columns of; it is
     given where V is not a round number.
@@ -57,6 +59,9 @@ def loss_rows(x: Tensor, targets: Tensor, options: Options, room: Tensor | None 
     x.scatter_add_(1, column, torch.full_like(target_logit, smoothing - 1).unsqueeze(1))
     if slope is not None:
         x.mul_(slope)
+    if rates is not None:  # and the pass over x that they cost anyway serves targets outside, too
+        x.mul_(rates.where(inside, torch.nan).unsqueeze(1))
+        return loss.where(inside, torch.nan)
     if not inside.all():
         outside = ~inside
         loss[outside] = torch.nan

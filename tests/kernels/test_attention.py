@@ -478,3 +478,36 @@ def test_triton_refuses_wide_heads() -> None:
     with pytest.raises(ValueError, match=r"^q: "):
         attention(x, x, x, backend="triton")
     assert attention(x, x, x).shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 1.5, "scale": 0.9}, {"causal": False}])
+def test_spans_on_the_device_are_the_same_documents(options: dict[str, Any], backend: str) -> None:
+    """Also after they change in place, as between two replays of a CUDA graph."""
+    total = sum(LENGTHS)
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in tokens(total))
+    spans = torch.zeros(2, total, dtype=torch.int32, device=DEVICE)
+    for lengths in (LENGTHS, [total - 4, 4]):
+        bounds = offsets(lengths)
+        ends = torch.stack([bounds[:-1], bounds[1:]]).repeat_interleave(bounds.diff(), dim=1)
+        spans.copy_(ends)
+        found = attention(q, k, v, spans=spans, backend=backend, **options)
+        expected = attention(q, k, v, cu_seqlens=bounds, backend=backend, **options)
+        up = draw(*found.shape, seed=3).to(found)
+        pairs = [(found, expected)]
+        pairs += list(zip(*(torch.autograd.grad(y, (q, k, v), up) for y in (found, expected))))
+        for a, b in pairs:
+            assert torch.equal(a, b) if backend == "triton" else torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_spans_that_do_not_fit_are_refused() -> None:
+    q, k, v = (x.to(DEVICE) for x in tokens(6))
+    good = torch.stack([torch.zeros(6), torch.full((6,), 6.0)]).int().to(DEVICE)
+    bad = {"expected int32": good.long(), r"expected \(2, 6\)": good[:, :5], "int32 on": good.to("meta")}
+    for found, spans in bad.items():
+        with pytest.raises(ValueError, match=f"^spans: .*{found}"):
+            attention(q, k, v, spans=spans)
+    with pytest.raises(ValueError, match=r"^spans: expected None where cu_seqlens"):
+        attention(q, k, v, spans=good, cu_seqlens=offsets([6]))
+    with pytest.raises(ValueError, match="sdpa"):
+        attention(q, k, v, spans=good, backend="sdpa")

@@ -727,3 +727,37 @@ def test_the_lean_mode_holds_little(
             gradients = torch.autograd.grad(loss, [h, w])
         held = memory.peak - sum(g.nbytes for g in gradients)
         assert 1e6 < held < 100e6 / 16
+
+
+@HEADS
+def test_row_weights_are_the_weights_of_the_rows_losses(head: Any, dtype: torch.dtype) -> None:
+    """And the host reads nothing on the way, forward or backward."""
+    hidden, weight = (draw(n, 8, seed=n).to(DEVICE, dtype).requires_grad_() for n in (70, 33))
+    targets = torch.arange(70, device=DEVICE) % 33
+    targets[::3] = -100
+    row_weights = torch.rand(70, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    options: dict[str, Any] = {"softcap": 3.0, "label_smoothing": 0.3, "z_loss": 0.2}
+    rows = linear_cross_entropy_reference(hidden, weight, targets, reduction="none", **options)
+    want = torch.autograd.grad(exact := (rows * row_weights).sum(), (hidden, weight))
+    with pytest.MonkeyPatch.context() as patch, chunks(32):
+        for read in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
+            patch.setattr(Tensor, read, None)
+        loss = head(hidden, weight, targets, reduction="sum", row_weights=row_weights, **options)
+        found = torch.autograd.grad(loss, (hidden, weight))
+    for got, expected in zip((loss, *found), (exact, *want), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert not found[0][::3].any()
+
+
+@HEADS
+def test_row_weights_know_a_target_that_is_none(head: Any, dtype: torch.dtype) -> None:
+    hidden, weight = (draw(n, 8, seed=n).to(DEVICE, dtype).requires_grad_() for n in (3, 5))
+    ones = torch.ones(3, device=DEVICE, dtype=dtype)
+    loss = head(hidden, weight, torch.tensor([1, 7, -100], device=DEVICE), reduction="sum", row_weights=ones)
+    (dhidden,) = torch.autograd.grad(loss, hidden)
+    assert loss.isnan()
+    assert [bool(row.isnan().any()) for row in dhidden] == [False, True, False]
+    with pytest.raises(ValueError, match=r"^reduction: expected 'sum' with row_weights, found 'mean'"):
+        head(hidden, weight, torch.tensor([1, 2, 3], device=DEVICE), row_weights=ones)
+    with pytest.raises(ValueError, match=r"^row_weights"):
+        head(hidden, weight, torch.tensor([1, 2, 3], device=DEVICE), reduction="sum", row_weights=ones[:2])
