@@ -3,9 +3,10 @@
     python benchmarks/bench_generate.py [--models afina-tiny smollm2-135m-instruct] [--rounds 5] [--threads 1]
         [--rounded]
 
-Three cases, in float32, without an end token, so that both write as many tokens: `decode` is one row of 64 tokens
+Four cases, in float32, without an end token, so that both write as many tokens: `decode` is one row of 64 tokens
 behind a prompt of 32 (tokens/s after the first); `first` is the seconds to the first token of a prompt of 256; `rows`
-is 16 rows with prompts of 8 to 128 tokens, of which 8 to 96 are wanted (rows/s). Theirs pads prompts on the left and
+is 16 rows with prompts of 8 to 128 tokens, of which 8 to 96 are wanted (rows/s); `shared` 16 questions of 12 to 27
+tokens behind one system message of 192, of which 16 tokens are wanted. Theirs pads prompts on the left and
 runs until the longest row is done; ours lets rows leave. Both run in turn (A B A B ...) in one process. Memory is that
 of a process of its own for each: the peak from loading the model to the end of the 16 rows, less what it had before.
 One JSON line for each model and case: medians, the median of the rounds' ratios (ours / theirs), and how many texts are
@@ -34,6 +35,7 @@ import torch
 
 ENGINES = ("afina", "transformers")
 Rows = list[tuple[list[int], int]]  # prompts, and how many tokens are wanted behind each
+turn_ends: list[int] = []  # the tokens that end a turn, known once the tokenizer is loaded
 Written = tuple[list[list[int]], float, float]  # tokens of each row, seconds to the first one, seconds in all
 
 
@@ -43,6 +45,9 @@ def rows_of(case: str, vocab: int) -> Rows:
     def ids(count: int) -> list[int]:
         return torch.randint(10, min(vocab, 4000), (count,), generator=draw).tolist()
 
+    if case == "shared":
+        system = [*ids(191), *turn_ends[:1]]
+        return [([*system, *ids(12 + i)], 16) for i in range(16)]
     if case == "rows":
         return [(ids(8 + 8 * (7 * i % 16)), 8 + 88 * (5 * i % 16) // 15) for i in range(16)]
     return [(ids(32), 64)] if case == "decode" else [(ids(256), 1)]
@@ -56,8 +61,9 @@ def afina_engine(source: str) -> Callable[[Rows], Written]:
 
     model, tokenizer = afina.load_model(source, dtype="float32", device="cpu"), afina.load_tokenizer(source)
     release(model)
-    vars(tokenizer)["eos_ids"] = []
     batcher = Batcher(model, tokenizer, max_rows=16, cache_bytes=1 << 28)
+    turn_ends.extend(tokenizer.eos_ids)
+    vars(tokenizer)["eos_ids"] = []
 
     def write(rows: Rows) -> Written:
         began = time.perf_counter()
@@ -109,7 +115,7 @@ def figure(case: str, rows: Rows, written: Written) -> float:
     _, first, taken = written
     if case == "first":
         return first
-    return len(rows) / taken if case == "rows" else (rows[0][1] - 1) / (taken - first)
+    return len(rows) / taken if case in ("rows", "shared") else (rows[0][1] - 1) / (taken - first)
 
 
 def memory(engine: str, source: str) -> None:
@@ -155,7 +161,7 @@ def compare(name: str, source: str, rounds: int, cases: list[str]) -> list[dict[
             {
                 "model": name,
                 "case": case,
-                "unit": {"decode": "tokens/s", "first": "s to the first token", "rows": "rows/s"}[case],
+                "unit": {"decode": "tokens/s", "first": "s to the first token"}.get(case, "rows/s"),
                 **{engine: round(statistics.median(numbers), 4) for engine, numbers in values.items()},
                 "ratio": round(statistics.median(ratios), 2),
                 "ratios": [round(min(ratios), 2), round(max(ratios), 2)],
@@ -181,7 +187,7 @@ def peaks_of(name: str, source: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["afina-tiny", "smollm2-135m-instruct"])
-    parser.add_argument("--cases", nargs="+", default=["decode", "first", "rows", "memory"])
+    parser.add_argument("--cases", nargs="+", default=["decode", "first", "rows", "shared", "memory"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounded", action="store_true", help="weights rounded to bfloat16, for both")

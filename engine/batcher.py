@@ -7,11 +7,10 @@ follow from the row alone (``row_exact``), so on a CPU its text is the same, bit
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 
 from afina.engine.decode_step import DecodeStep
-from afina.engine.guesses import LEAST, Guesses
-from afina.engine.kv_pool import CPU_BYTES, ChunkCache, KVPool, Span
+from afina.engine.guesses import LEAST
+from afina.engine.kv_pool import CPU_BYTES, KVPool
 from afina.engine.packed import PackedModel
+from afina.engine.prefill import Prefill
+from afina.engine.row import Row
 from afina.engine.row_exact import exact_sizes, padded
 from afina.engine.sampler import Chooser, TokenLogprob, logprobs_of
 from afina.engine.sampling import Sampling
-from afina.engine.text_stream import TextStream
 from afina.errors import AfinaError, ConfigError, DataError
 from afina.kernels.backend import trusted
 
@@ -34,74 +34,6 @@ if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
 
 FEW = 4  # rows that cost little more than one, where weights are packed: both wait for the memory
-ECHOED = 32  # prompt positions whose logits exist at a time
-
-
-class Row:
-    """A prompt being continued. What a user may read grows with each step and is never taken back.
-
-    ``new``: the tokens so far. ``logprobs``: one each, if the sampling asks for them, and one of the end token, which
-    ``new`` does not have; ``prompt_logprobs``: those of the prompt. ``finish_reason``: None while it goes on, then
-    "stop" (an end token or a stop string), "length", "cancelled" or "error", whose ``error`` says what.
-    ``cached_tokens``: how many of the prompt's were not computed but copied. ``submitted``, ``first_token`` and
-    ``last_token`` are times of ``time.perf_counter``.
-    """
-
-    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer, limit: int, echo: bool) -> None:
-        self.prompt, self.sampling, self.limit, self.echo = prompt, sampling, limit, echo
-        self.new: list[int] = []
-        self.finish_reason: str | None = None
-        self.error: Exception | None = None
-        self.logprobs: list[TokenLogprob] = []
-        self.prompt_logprobs: list[TokenLogprob] | None = [] if echo else None
-        self.prompt_tokens, self.cached_tokens = len(prompt), 0
-        self.submitted = time.perf_counter()
-        self.first_token: float | None = None
-        self.last_token: float | None = None
-        self._lock = threading.Lock()
-        self._stream = TextStream(tokenizer, prompt, sampling.stop)
-        self._taken = 0
-        # A stop string may be a control token, which the text does not show.
-        self.ends = {*tokenizer.eos_ids, *(tokenizer.token_id(s) for s in sampling.stop)}
-        # What the batcher keeps of it.
-        self.span: Span | None = None
-        self.chooser: Chooser | None = None
-        self.filling: list[int] = prompt  # what is to be computed before the next token is chosen
-        self.done = 0  # how many tokens are in the cache
-        self.keys: list[tuple[int, bytes]] = []  # the boundaries of the chunks of ``filling``
-        self.cancelled = False
-        self.guesses = Guesses(prompt)
-
-    def choose(self, logits: Tensor) -> int:
-        """The next token, from logits (1, V)."""
-        assert self.chooser is not None
-        return self.chooser.choose(logits)
-
-    @property
-    def text(self) -> str:
-        """All of the text that is certain so far: never half a character nor a part of a stop string."""
-        with self._lock:
-            self._catch_up()
-            return self._stream.text(final=self.finish_reason is not None)
-
-    def _catch_up(self) -> bool:
-        while self._taken < len(self.new) and not self._stream.stopped:
-            self._stream.add(self.new[self._taken])
-            self._taken += 1
-        return self._stream.stopped
-
-    def offset(self) -> int:
-        """How long the text of all tokens so far is."""
-        with self._lock:
-            self._catch_up()
-            return len(self._stream.text(final=True))
-
-    def stopped(self) -> bool:
-        """Whether the text holds a stop string."""
-        if not self.sampling.stop:
-            return False
-        with self._lock:
-            return self._catch_up()
 
 
 class Batcher:
@@ -147,6 +79,7 @@ class Batcher:
         self.long_after = min(
             (rope.original_max_positions for rope in model.config.ropes if rope.kind == "longrope"), default=context
         )
+        self.prefill = Prefill(model, tokenizer, self.pool, size=prefill_chunk, long_after=self.long_after)
         self._waiting: deque[Row] = deque()
         self._filling: list[Row] = []
         self._decoding: list[Row] = []
@@ -232,17 +165,8 @@ class Batcher:
             with self._lock:
                 self._waiting.popleft()
             row.span, row.chooser = span, Chooser(row.prompt, row.sampling, self.model.config.vocab_size, self.device)
-            row.keys = list(self._boundaries(row.filling))
+            row.keys = list(self.prefill.boundaries(row.filling))
             self._filling.append(row)
-
-    def _boundaries(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Where the chunks of ``ids`` end, each with a digest of what decides the numbers of its tokens: their ids and
-        those before, the boundaries, LongRoPE's angles, and the adapter that computes them."""
-        digest = hashlib.blake2b(repr((len(ids) > self.long_after, id(self.model.adapter))).encode(), digest_size=16)
-        for first in range(0, len(ids), self.prefill_chunk):
-            chunk = ids[first : first + self.prefill_chunk]
-            digest.update(repr(chunk).encode())
-            yield first + len(chunk), digest.digest()
 
     def _prefill(self) -> list[Row]:
         changed, spent = [], 0
@@ -251,7 +175,7 @@ class Batcher:
             if spent and spent + count > self.prefill_chunk:
                 break
             try:
-                hidden, computed = self._chunk(row)
+                hidden, computed = self.prefill.chunk(row)
                 spent += computed
                 if hidden is None:
                     continue
@@ -264,56 +188,6 @@ class Batcher:
                 self._fail(row, problem)
                 changed.append(row)
         return changed
-
-    def _chunk(self, row: Row) -> tuple[Tensor | None, int]:
-        """Copy what is known of a row's prompt, and compute one chunk of the rest -> the hidden state (C,) of the
-        prompt's last token if that is reached, and how many tokens were computed."""
-        hidden = None if row.echo else self._copied(row)
-        if not row.keys or row.span is None:
-            return hidden, 0
-        (end, key), *row.keys = row.keys
-        count = end - row.done
-        ids = torch.tensor([row.filling[row.done : end]], device=self.device)
-        cache = ChunkCache(self.pool, row.span, row.done, len(row.filling))
-        if row.echo:
-            states = self.model.hidden(ids, cache=cache)[0]
-            self._echo(row, states)
-        else:
-            states = self.model.hidden(ids, cache=cache, positions=torch.tensor([count - 1], device=self.device))
-        row.done = end
-        self.pool.record(row.span, key)
-        if not row.keys:
-            row.span.last = states[-1].clone()
-        return row.span.last, count
-
-    def _copied(self, row: Row) -> Tensor | None:
-        """Copy the longest beginning of a row's prompt that another row has computed, chunk by chunk as this one would;
-        the hidden state (C,) of the last token if that is all."""
-        first, source, span = row.done, None, row.span
-        assert span is not None
-        while row.keys and (found := self.pool.find(row.keys[0][1], whole=len(row.keys) == 1)) is not None:
-            source = found
-            (row.done, key), *row.keys = row.keys
-            self.pool.record(span, key)
-        if source is None:
-            return None
-        self.pool.copy(source, span, first, row.done)
-        row.cached_tokens += row.done - first
-        span.last = None if row.keys else source.last
-        return span.last
-
-    def _echo(self, row: Row, states: Tensor) -> None:
-        """Note the log-probabilities of the prompt's tokens that ``states`` (t, C), the latest chunk's, predict."""
-        found = row.prompt_logprobs
-        if found is None or len(found) == len(row.prompt):
-            return
-        if not found:
-            found.append(TokenLogprob(row.prompt[0], None, [], 0))
-        for part in states.split(ECHOED):
-            tokens = row.prompt[len(found) : len(found) + len(part)]
-            scores = logprobs_of(self.model.logits(part[: len(tokens)]), tokens, row.sampling.logprobs or 0)
-            for token, (logprob, top) in zip(tokens, scores, strict=True):
-                found.append(TokenLogprob(token, logprob, top, len(self.tokenizer.decode(row.prompt[: len(found)]))))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden (n, C) -> logits (n, V), computed in a batch of a size that is exact."""
@@ -337,7 +211,7 @@ class Batcher:
         if row.span is not None:
             self.pool.forget(row.span)
         row.filling, row.done = [*row.prompt, *row.new], 0
-        row.keys = list(self._boundaries(row.filling))
+        row.keys = list(self.prefill.boundaries(row.filling))
         self._decoding.remove(row)
         self._filling.append(row)
         return True

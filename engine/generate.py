@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from afina.engine.batcher import Batcher, Row
+from afina.engine.batcher import Batcher
+from afina.engine.row import Row
 from afina.engine.sampler import TokenLogprob
 from afina.engine.sampling import Sampling
 from afina.errors import DataError

@@ -142,6 +142,8 @@ TESTED_WITH = {
     "engine/kv_pool": "engine/test_batcher",
     "engine/lean_layers": "engine/test_batcher",
     "engine/packed": "engine/test_batcher",
+    "engine/prefill": "engine/test_batcher",
+    "engine/row": "engine/test_batcher",
     "engine/row_exact": "engine/test_batcher",
     "engine/sampler": "engine/test_generate",
     "engine/sampling": "engine/test_generate",

@@ -21,9 +21,10 @@ from afina.serve.errors import RequestError, internal, loading
 from afina.serve.metrics import Gauge, Metrics
 
 if TYPE_CHECKING:
-    from afina.engine.batcher import Batcher, Row
+    from afina.engine.batcher import Batcher
     from afina.engine.lora import Adapter
     from afina.engine.model import GPT
+    from afina.engine.row import Row
     from afina.engine.sampling import Sampling
     from afina.loaders.text.tokenizer import Tokenizer
 

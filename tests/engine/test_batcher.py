@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afina.engine import kv_pool, layouts, packed
-from afina.engine.batcher import Batcher, Row
+from afina.engine.batcher import Batcher
 from afina.engine.decode_step import DecodeStep
 from afina.engine.guesses import LEAST, Guesses
 from afina.engine.kv_pool import KVPool
@@ -23,6 +23,7 @@ from afina.engine.model import GPT
 from afina.engine.model_config import RopeConfig
 from afina.engine.packed import PackedModel, release
 from afina.engine.rope_tables import RopeTables
+from afina.engine.row import Row
 from afina.engine.row_exact import padded
 from afina.engine.sampling import Sampling
 from afina.engine.text_stream import WINDOW, TextStream
@@ -238,6 +239,49 @@ def test_shared_beginnings_are_computed_once(model: GPT, tokenizer: Tokenizer, m
     assert [row.cached_tokens for row in rows] == [0, 22, 22, 16, 0]
     assert sum(computed) == 22 + 7 + 20
     assert len({tuple(row.new) for row in rows[:3]}) == 3
+
+
+def test_turns_are_shared(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system message and earlier turns of any length are computed once, and the numbers are those without that."""
+    end = tokenizer.eos_ids[0]
+    plain = [token for token in range(300) if token not in tokenizer.eos_ids]
+    system, question, other = [*plain[:33], end], [*plain[50:82], end, *plain[:9]], [*plain[99:110], end, 7, 8]
+    prompts = [system + question, system + other, system + question[:-9] + other]
+    prompts.append([*system[:10], 200, *system[11:], *question])  # shares nothing behind the token that differs
+
+    def fresh() -> Watched:
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "eos_ids", [end])
+            return Watched(model, tokenizer)
+
+    together = fresh()
+    monkeypatch.setattr(tokenizer, "eos_ids", [])
+    rows = [together.submit(prompt, greedy()) for prompt in prompts]
+    run(together)
+    assert sum(row.cached_tokens for row in rows) == 34 + 34 + 33
+    for prompt, row in zip(prompts, rows, strict=True):
+        alone = fresh()
+        lonely = alone.submit(prompt, greedy())
+        run(alone)
+        assert lonely.new == row.new
+        assert all(torch.equal(a, b) for a, b in zip(alone.seen[lonely], together.seen[row], strict=True))
+
+
+def test_where_prompts_are_cut(model: GPT, tokenizer: Tokenizer) -> None:
+    """Behind turns of 32 tokens and more, where 8 tokens and more follow, and where a chunk is full."""
+    prefill, end = Batcher(model, tokenizer, prefill_chunk=50).prefill, tokenizer.eos_ids[0]
+
+    def cuts(*lengths: int) -> list[int]:
+        """Of turns of these lengths, their ends included, but for the last, which has none."""
+        ids = [token for n in lengths for token in [*[5] * (n - 1), end]]
+        return [at for at, _ in prefill.boundaries([*ids[:-1], 5])]
+
+    assert cuts(32, 8) == [32, 40]
+    assert cuts(31, 20) == [50, 51]
+    assert cuts(20, 20, 20) == [40, 60]
+    assert cuts(32, 7) == [39]
+    assert cuts(70, 40, 9) == [50, 100, 119]
+    assert cuts(70, 14, 40) == [50, 84, 124]
 
 
 def test_log_probabilities(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

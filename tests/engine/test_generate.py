@@ -12,9 +12,10 @@ from metaspace import SCHEMES, metaspace_files
 from tiny_model import tiny_model, tiny_tokenizer
 
 from afina.engine import batcher as module
-from afina.engine.batcher import Batcher, Row
+from afina.engine.batcher import Batcher
 from afina.engine.generate import encode_prompt, generate, generate_batch, stream
 from afina.engine.model import GPT
+from afina.engine.row import Row
 from afina.engine.sampler import filtered, next_tokens
 from afina.engine.sampling import Sampling
 from afina.errors import ConfigError, DataError
