@@ -27,6 +27,7 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from json import dumps
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import NF4Weight
 from afina.engine.optim import AdamW
-from afina.engine.step_graph import CudaGraph, GraphedStep
+from afina.engine.step_graph import CudaGraph, GraphedStep, Shared
 from afina.engine.training_step import accumulate
 from afina.kernels.nf4 import quantize_nf4
 from afina.kernels.selftest import verify
@@ -133,7 +134,7 @@ def graphed(model: GPT, optimizer: AdamW, micro_batches: int) -> Callable[[Micro
     """A step of so many times the batch by CUDA graphs, as the engine takes it."""
     if not GPU:
         raise Unavailable("a CUDA graph needs a GPU")
-    pool, told = torch.cuda.graph_pool_handle(), list[str]()
+    told: list[str] = []
 
     def loss(static: StaticInputs) -> Tensor:
         ids, spans, targets, weights, _ = static.inputs
@@ -145,7 +146,7 @@ def graphed(model: GPT, optimizer: AdamW, micro_batches: int) -> Callable[[Micro
         reference=lambda batch: accumulate(model, [batch]),
         max_grad_norm=1.0,
         dtype=dtype(),
-        graph=lambda: CudaGraph(DEVICE, pool),
+        graph=partial(CudaGraph, Shared.on(DEVICE)),
         log=told.append,
         passed=lambda: None,
     )

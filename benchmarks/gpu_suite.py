@@ -90,7 +90,8 @@ SECOND = (
         ("attention_forward", "attention_dkdv", "attention_dq", "--dry-run", "--quick"),
         needs_gpu=True,
     ),
-    training("train-0.5b", 70, "full", "afina", cases="Qwen2.5-0.5B"),
+    training("train-0.5b", 60, "full", "afina", cases="Qwen2.5-0.5B"),
+    training("train-graph", 20, "full", "afina", "afina-graph", cases="Qwen2.5-0.5B small"),
 )
 TRAINING = (
     training("full-0.5b", 70, "full", "afina", cases="Qwen2.5-0.5B 524k"),

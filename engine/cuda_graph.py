@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from afina.engine.buckets import StaticInputs
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective
 from afina.engine.optim import AdamW
-from afina.engine.step_graph import CudaGraph, Graph, GraphedStep
+from afina.engine.step_graph import CudaGraph, Graph, GraphedStep, Shared
 from afina.engine.train_config import TrainConfig
 from afina.engine.training_step import accumulate
 from afina.kernels import launch
@@ -90,10 +91,7 @@ def open_graphs(
         reaches = not model.config.learned_positions or config.max_length <= model.config.max_positions
         if not reaches:  # the ordinary step says so when a row comes that is too long
             return None
-        pool = torch.cuda.graph_pool_handle()
-
-        def graph() -> Graph:
-            return CudaGraph(device, pool)
+        graph = partial(CudaGraph, Shared.on(device))
 
     def loss(static: StaticInputs) -> Tensor:
         ids, spans, targets, weights, _ = static.inputs

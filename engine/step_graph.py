@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +43,32 @@ class Graph(Protocol):
         """Repeat what was recorded, behind the work that is on its way."""
 
 
-class CudaGraph:
-    """A graph of a GPU. Graphs of one ``pool`` share their memory: none may keep a result there."""
+class Shared(NamedTuple):
+    """What the graphs of a run have in common: memory, where none may keep a result, and the stream that captures."""
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        self.device, self.pool = device, pool
-        self.graph = torch.cuda.CUDAGraph()
+    pool: Any
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def on(cls, device: torch.device) -> Shared:
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+class CudaGraph:
+    """A graph of a GPU."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared, self.graph = shared, torch.cuda.CUDAGraph()
 
     def capture(self, program: Callable[[], None]) -> None:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        pool, stream = self.shared
+        here = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 program()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=self.pool, stream=stream):
+        here.wait_stream(stream)
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             program()
 
     def replay(self) -> None:

@@ -165,6 +165,25 @@ def test_a_run_whose_graphs_are_wrong_says_so_and_is_the_run_without(
         assert lines(wrong, key) == lines(ordinary, key)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["adamw", "adamw_8bit", "adamw_bf16"])
+def test_on_a_gpu_a_run_by_graphs_passes_its_check(
+    variant: str, small_model: str, small_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(train, "say", log.append)
+    left = {}
+    for graph in (False, True):
+        out = tmp_path / str(graph)
+        left[graph] = afina.finetune(
+            model=small_model, data=small_rows, output_dir=str(out), max_length=64, max_steps=8, batch_size=4,
+            gradient_accumulation_steps=2, learning_rate=1e-3, optim=variant, device="cuda", cuda_graph=graph,
+        )  # fmt: skip
+    assert [line for line in log if "cuda_graph" in line] == []
+    assert has_passed(GPU)
+    assert lines(left[True], "loss") == pytest.approx(lines(left[False], "loss"), rel=2e-2)
+
+
 def test_the_plan_counts_what_stays_for_graphs() -> None:
     gpt = tiny_model()
     optimizer = AdamW(gpt, decay=set())
