@@ -6,7 +6,8 @@
 Each public function runs forward and backward on small CPU tensors while launches are recorded instead of run, once for
 each row of the launch table that the target would use; and what the benchmarks, a training step and the self-test
 launch is recorded by running them (`launches.py`), for the GPU that they are meant for, sm_90. Every recorded launch is
-then compiled as Triton would compile it on that GPU. Failures:
+then compiled as Triton would compile it on that GPU; for sm_89 from sm_80's PTX, which is the same (of each kernel one
+variant is compiled twice to see that). Failures:
 
 - registers spilt to local memory, but for a few bytes (`MOST_SPILT`), which cost some cycles of a program's tens of
   thousands where no loop reads them, and where one does, at most one instruction in `LOOP_SHARE`, or 0.4 % of it: dK
@@ -27,6 +28,7 @@ compiled again.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -36,8 +38,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from multiprocessing import get_context
@@ -50,13 +52,13 @@ import torch
 import triton  # before the kernels: they take the compiler only where something will use it
 import triton.language as tl
 from machine_code import local_accesses
-from torch import Tensor
+from op_calls import OPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from afina.kernels import activation, adamw, attention, blockwise, cross_entropy, decode, launch, nf4, norm, rope
+from afina.kernels import launch
 
 REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".compile_gate.json"
@@ -65,115 +67,7 @@ MOST_SPILT = 32  # bytes
 LOOP_SHARE = 250
 MOST_SPILT_A_TILE = 128  # bytes, of Gluon kernels: of dk and dv of packed documents, head dim 128, Triton 3.6
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one block can have
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-
-def backward(*outs: Tensor) -> None:
-    torch.autograd.backward(list(outs), [torch.ones_like(out) for out in outs])
-
-
-def glu(size: int, dtype: torch.dtype) -> None:
-    for function in (activation.swiglu, activation.geglu):
-        backward(function(leaf(16, 256, dtype=dtype), backend="triton"))
-
-
-def norms(size: int, dtype: torch.dtype) -> None:
-    width = min(size, 50_000)  # the last row of the table is for rows longer than any tile
-    x, residual, weight = leaf(4, width, dtype=dtype), leaf(4, width, dtype=dtype), leaf(width, dtype=dtype)
-    heads = leaf(2, 3, 5, 128, dtype=dtype)[:, :, :3]  # short rows, unevenly apart
-    backward(norm.rms_norm(heads, leaf(128, dtype=torch.float32), backend="triton"))
-    backward(*norm.rms_norm(x, weight, residual=residual, backend="triton"))
-    backward(norm.rms_norm(x, weight.detach(), backend="triton"))
-    backward(norm.layer_norm(x, weight, backend="triton"))
-    backward(*norm.layer_norm(x, weight, weight, residual=residual, backend="triton"))
-
-
-def ropes(size: int, dtype: torch.dtype) -> None:
-    for dim, half in ((128, 64), (256, 32), (512, 256)):  # the whole head, a part of it, the longest heads
-        heads = leaf(2, 4, 48, dim, dtype=dtype)
-        angles = torch.zeros(4, half)
-        arguments = heads[:, :, :32], heads[:, :, 32:40], angles, angles
-        backward(*rope.rope(*arguments, backend="triton"))
-        for weight in (leaf(dim, dtype=dtype), torch.zeros(dim)):
-            backward(*rope.rope(*arguments, q_weight=weight, k_weight=weight, backend="triton"))
-
-
-def decode_attention(size: int, dtype: torch.dtype) -> None:
-    dim = max(size, 16)
-    options: dict[str, Any]
-    for rows, options in ((1, {}), (300, {"softcap": 30.0, "window": 1000})):  # keys split, and not
-        cache = torch.zeros(rows, 512, 2, dim, dtype=dtype)
-        q, lengths = torch.zeros(rows, 8, dim, dtype=dtype), torch.zeros(rows, dtype=torch.int32)
-        decode.decode_attention(q, cache, cache, lengths, backend="triton", **options)
-
-
-def attentions(size: int, dtype: torch.dtype) -> None:
-    """Packed, as in training, for each row; at 128 and 256 also with every option, and without the causal mask."""
-    launch.config("attention_backend", torch.device("cpu"), dtype=dtype, size=size)
-    if size == 0:  # rows for heads of any size
-        return
-    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
-    q, k = leaf(256, 8, size, dtype=dtype), leaf(256, 2, size, dtype=dtype)
-    backward(attention.attention(q, k, k, cu_seqlens=offsets, backend="triton"))
-    if size in (128, 256) and dtype == torch.bfloat16:
-        backward(attention.attention(q, k, k, cu_seqlens=offsets, window=100, softcap=30.0, backend="triton"))
-        q, k = (x[None] for x in (q, k))
-        backward(attention.attention(q, k, k, causal=False, backend="triton"))
-
-
-def cross_entropies(size: int, dtype: torch.dtype) -> None:
-    targets = torch.zeros(64, dtype=torch.int64)
-    targets[:3] = -100
-    every: dict[str, Any] = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
-    hidden, weight, bias = leaf(64, 128, dtype=dtype), leaf(1024, 128, dtype=dtype), leaf(1024, dtype=dtype)
-    for reduction, options in (("mean", {}), ("none", every | {"bias": bias})):
-        arguments = {"reduction": reduction, "backend": "triton"} | options
-        for lean in (False, True):
-            backward(cross_entropy.linear_cross_entropy(hidden, weight, targets, lean=lean, **arguments))
-        arguments.pop("bias", None)
-        backward(cross_entropy.cross_entropy(leaf(64, 1024, dtype=dtype), targets, **arguments))
-        backward(cross_entropy.cross_entropy(leaf(64, 1023, dtype=dtype), targets, **arguments))
-
-
-def adamw_steps(size: int, dtype: torch.dtype) -> None:
-    """fp32 parameters with a bf16 copy; bf16 parameters, rounded stochastically, with bf16 and with 8-bit moments; and
-    each with step and rate on the device, as a CUDA graph has them."""
-    options: dict[str, Any] = {"step": 1, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-    x, master = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(64, 256)
-    skip = torch.zeros((), dtype=torch.bool)
-    m, v = (blockwise.State8.zeros_like(x, signed=signed) for signed in (True, False))
-    on_device = {"step": torch.tensor(1), "lr": torch.tensor(1e-3, dtype=torch.float64)}
-    for clock in ({}, on_device):
-        every = options | clock
-        adamw.adamw_([master], [x], [master], [master], copies=[x], skip=skip, backend="triton", **every)
-        adamw.adamw_([x], [x], [x], [x], seed=0, skip=skip if clock else None, backend="triton", **every)
-        adamw.adamw_([x], [x], [m], [v], seed=0, skip=skip, backend="triton", **every)
-
-
-def dequantize(size: int, dtype: torch.dtype) -> None:
-    for double_quant in (True, False):
-        weight = torch.ones(64, 256, dtype=dtype)
-        packed, state = nf4.quantize_nf4(weight, blocksize=size, double_quant=double_quant)
-        nf4.dequantize_nf4(packed, state, backend="triton")
-
-
-# Op -> (the kernels of the launch table that it covers, a call of it with the row's size and dtype).
-OPS: dict[str, tuple[tuple[str, ...], Callable[[int, torch.dtype], None]]] = {
-    "attention": (
-        ("attention_forward", "attention_dkdv", "attention_dq", "attention_delta", "attention_backend"),
-        attentions,
-    ),
-    "rope": (("rope", "rope_norm_backward"), ropes),
-    "norm": (("norm_forward", "norm_backward"), norms),
-    "glu": (("glu",), glu),
-    "cross_entropy": (("cross_entropy", "cross_entropy_scale"), cross_entropies),
-    "decode_attention": (("decode", "decode_combine"), decode_attention),
-    "adamw": (("adamw",), adamw_steps),
-    "nf4": (("nf4",), dequantize),
-}
+TWINS = {89: 80}  # Triton makes the same PTX for both, and only ptxas makes them differ.
 
 
 class Job(NamedTuple):
@@ -278,21 +172,58 @@ def _job(kernel: Any, target: int, arguments: dict[str, Any]) -> Job:
     )  # fmt: skip
 
 
-def compiled(job: Job) -> Result:
-    """Compile as Triton does, in the folder that it has for that, and read what ptxas says and the machine code."""
-    kernel = getattr(import_module(job.module), job.kernel)
+def compiled(jobs: list[Job], check: bool) -> tuple[list[Result], list[str]]:
+    """The results of jobs that differ in their targets only, and complaints.
+
+    The first is compiled as Triton does it, and the others, its twins, by Triton's ptxas from the first one's PTX. With
+    `check` it is compiled for them, too, to see that this is what Triton would have made.
+    """
+    gc.disable()  # It would take a tenth of the time, over the compiler's many small objects.
+    made, log, seconds = _built(jobs[0])
+    results, told = [_result(jobs[0], made, made.asm["cubin"], log, seconds)], []
+    for job in jobs[1:]:
+        ptx = _retargeted(made.asm["ptx"], job.target)
+        if check and _retargeted(_built(job)[0].asm["ptx"], job.target) != ptx:
+            told.append(f"{job.kernel}: for sm_{job.target} Triton makes other PTX than for sm_{jobs[0].target}")
+        backend = make_backend(GPUTarget("cuda", job.target, 32))
+        started = time.perf_counter()
+        with _ptxas_log() as said:
+            cubin = backend.make_cubin(ptx, {}, backend.parse_options(dict(job.options)), job.target)
+        results.append(_result(job, made, cubin, said.getvalue(), time.perf_counter() - started))
+    gc.collect()
+    return results, told
+
+
+def _kernel(job: Job) -> Any:
+    return getattr(import_module(job.module), job.kernel)
+
+
+def _built(job: Job) -> tuple[Any, str, float]:
+    """A kernel as Triton compiles it, what ptxas says, and the seconds it took."""
+    kernel = _kernel(job)
     kind = GluonASTSource if kernel.is_gluon() else ASTSource
     source = kind(fn=kernel, signature=dict(job.signature), constexprs=dict(job.constants), attrs=dict(job.attributes))
     started = time.perf_counter()
-    triton.knobs.nvidia.dump_ptxas_log = True  # on standard output
-    with redirect_stdout(StringIO()) as said:
+    with _ptxas_log() as said:
         made = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=dict(job.options))
-    seconds = time.perf_counter() - started
-    log, ir, ptx = said.getvalue(), made.asm["ttgir"], made.asm["ptx"]
+    return made, said.getvalue(), time.perf_counter() - started
+
+
+@contextmanager
+def _ptxas_log() -> Iterator[StringIO]:
+    with redirect_stdout(StringIO()) as said, mock.patch.dict(os.environ, {"TRITON_DUMP_PTXAS_LOG": "1"}):
+        yield said
+
+
+def _retargeted(ptx: str, target: int) -> str:
+    return re.sub(r"(?m)^\.target sm_\d+", f".target sm_{target}", ptx)
+
+
+def _result(job: Job, made: Any, cubin: bytes, log: str, seconds: float) -> Result:
     registers = int(re.findall(r"Used (\d+) registers", log)[0])
     spills = int(re.findall(r"(\d+) bytes stack frame", log)[0])
-    hot, loops = local_accesses(_disassembled(made.asm["cubin"])) if spills else (0, 0)
-    gluon = kernel.is_gluon()
+    hot, loops = local_accesses(_disassembled(cubin)) if spills else (0, 0)
+    gluon, ir, ptx = _kernel(job).is_gluon(), made.asm["ttgir"], made.asm["ptx"]
     return Result(
         registers, spills, hot, loops, made.metadata.shared, round(seconds, 2),
         wgmma="wgmma" in ptx,
@@ -338,8 +269,7 @@ def complaints(job: Job, result: Result) -> Iterator[str]:
 
 def cache_key(job: Job) -> str:
     """Changes with whatever the machine code could change with: the kernel and what it calls, its arguments, Triton."""
-    kernel = getattr(import_module(job.module), job.kernel)
-    return hashlib.sha256(repr((kernel.cache_key, triton.__version__, job, Result._fields)).encode()).hexdigest()
+    return hashlib.sha256(repr((_kernel(job).cache_key, triton.__version__, job, Result._fields)).encode()).hexdigest()
 
 
 def recorded_by(name: str, target: int) -> tuple[list[str], dict[Job, str]]:
@@ -376,16 +306,29 @@ def main() -> int:
             failures += told
             keys |= recorded_keys
         cache = json.loads(CACHE.read_text()) if CACHE.exists() else {}
-        new = sorted((job for job in keys if keys[job] not in cache), key=_short_last)
-        fresh = {job: pool.submit(compiled, job) for job in new}
+        new = [job for job in keys if keys[job] not in cache]
+        alike: dict[Job, list[Job]] = {}
+        for job in new:
+            alike.setdefault(job._replace(target=TWINS.get(job.target, job.target)), []).append(job)
+        fresh: dict[Job, tuple[Future[tuple[list[Result], list[str]]], int]] = {}
+        checked: set[str] = set()  # kernels of which one variant is compiled for its twin as well
+        for first in sorted(alike, key=_short_last):
+            group = sorted(alike[first], key=lambda job: job.target)
+            check = len(group) > 1 and first.kernel not in checked
+            checked |= {first.kernel} if check else set()
+            future = pool.submit(compiled, group, check)
+            fresh |= {job: (future, i) for i, job in enumerate(group)}
         print(f"{'kernel':30} {'target':6} {'regs':>4} {'spill':>5} {'shared':>7} {'s':>6}  variant", flush=True)
         for job, key in keys.items():
             if job in fresh:
-                cache[key] = fresh[job].result()
+                future, i = fresh[job]
+                cache[key] = future.result()[0][i]
             result = Result(*cache[key])
             row = f"{job.kernel:30} sm_{job.target:<3} {result.registers:4} {result.spills:5} {result.shared:7} "
             print(f"{row}{result.seconds:6.1f}  {job.label()}", flush=True)
             failures += [f"{job.kernel} on sm_{job.target} ({job.label()}): {text}" for text in complaints(job, result)]
+    for future in dict.fromkeys(future for future, _ in fresh.values()):
+        failures += future.result()[1]
     if not args.ops and (missing := set(launch.table()) - {name for kernels, _ in OPS.values() for name in kernels}):
         failures.append(f"the launch table's {', '.join(sorted(missing))}: no op of this script covers it")
     CACHE.write_text(json.dumps(cache))

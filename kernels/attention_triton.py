@@ -426,15 +426,16 @@ def _dkdv_rows(
         head_wide, start_wide = tl.cast(head, tl.int64), tl.cast(query_start, tl.int64)
         query = _load_tile(_begun_at(q, 0, head_wide, start_wide), column, seen.stop - query_start, shape)
         do = _load_tile(_begun_at(dout, 0, head_wide, start_wide), column, seen.stop - query_start, shape)
-        at = head * queries + query_start + column
-        column_lse = tl.load(lse + at, mask=inside, other=0.0)
-        column_delta = tl.load(delta + at, mask=inside, other=0.0)
+        # Of the equal ways to write these addresses, and p, this is one that Triton 3.6 and 3.7 have registers for.
+        column_lse = tl.load(lse + (head * queries + query_start + column), mask=inside, other=0.0)
+        column_delta = tl.load(delta + (head * queries + query_start) + column, mask=inside, other=0.0)
 
         # Scores, and p from the log-sum-exp.
         s = tl.dot(key, tl.trans(query), input_precision="ieee")
         if variant.SOFTCAP:
             s = tanh(s * scales.pre_scale, key.dtype == tl.float32)
-        p = tl.exp2(s * scales.post_scale - column_lse[None, :])
+        minus_lse = -column_lse
+        p = tl.exp2(s * scales.post_scale + minus_lse[None, :])
 
         # Mask, in the tiles that need it. Queries from seen.stop on were read as 0 and add nothing.
         if needs_mask:

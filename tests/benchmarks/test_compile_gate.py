@@ -32,8 +32,8 @@ for name, (ops, change) in json.loads(sys.argv[2]).items():
         now.update(copy.deepcopy(before))
     exec(change)
     compile_gate.CACHE = Path(sys.argv[1])
-    sys.argv[3:] = []
-    arguments, sys.argv = sys.argv, ["compile_gate.py", *ops, "--targets", "90", "--workers", "1"]
+    targets = ("80", "89") if name.startswith("twins") else ("90",)
+    arguments, sys.argv = sys.argv, ["compile_gate.py", *ops, "--targets", *targets, "--workers", "1"]
     said = io.StringIO()
     with redirect_stdout(said):
         status = compile_gate.main()
@@ -47,6 +47,11 @@ CHANGES = {
     "spills": (["glu"], "table['glu'][1].update(num_warps=1, maxnreg=32)"),
     "shared memory": (["glu"], "compile_gate.SHARED[90] = -1"),
     "unused row": (["glu"], "table['glu'].append({'capability': 90, 'size': 7, 'BLOCK': 8})"),
+    "twins": (["nf4"], ""),
+    "twins that differ": (
+        ["nf4"],
+        "table['nf4'][1]['num_warps'] = 8; compile_gate._retargeted = lambda ptx, target: ptx",
+    ),
     "no op": (
         [],
         "table.clear(); table['other'] = []; compile_gate.OPS.clear(); compile_gate.SOURCES.clear()",
@@ -78,12 +83,23 @@ def test_passes_and_remembers(runs: dict[str, Run]) -> None:
     assert "(4 now" in runs["another block"].said
 
 
+def test_what_is_the_same_for_two_targets_is_compiled_for_one(runs: dict[str, Run]) -> None:
+    said = runs["twins"].said
+    assert runs["twins"].status == 0, said
+    assert "8 compiled kernels (8 now, the rest cached), 0 failures" in said
+    registers = {
+        target: [line.split()[2:5] for line in said.splitlines() if f" sm_{target}" in line] for target in (80, 89)
+    }
+    assert len(registers[80]) == len(registers[89]) == 4
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
         ("spills", "bytes of registers spilt to local memory"),
         ("shared memory", "0 bytes of shared memory, of -1"),
         ("unused row", "no call uses the row {'capability': 80"),
+        ("twins that differ", "FAILED _nf4_dequantize: for sm_89 Triton makes other PTX than for sm_80"),
         ("no op", "FAILED the launch table's other: no op of this script covers it"),
     ],
 )
@@ -167,7 +183,7 @@ for stride, length in ((32, 16), (33, 1)):
     job = _job(kernel, 90, dict(x=view, out=x, length=length, BLOCK=64, num_warps=1))
     places = [place for place, _ in job.attributes]
     print(tuple(job.signature[0][1]), dict(job.signature)["length"], "|", job.label(), "|", places)
-    print(compiled(job).registers > 0)
+    print(compiled([job], False)[0][0].registers > 0)
 """
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
