@@ -83,6 +83,19 @@ def test_the_prediction_is_that_of_the_model_itself(method: str) -> None:
         assert option.needed == found.total + RESERVE
 
 
+def test_graphs_are_counted_where_there_can_be_some() -> None:
+    fixed = {"optim", "lean_loss", "offload_optimizer", "optim_in_backward"}
+    found = {}
+    for graph in (True, False):
+        options = Planner(run(cuda_graph=graph), HF, fixed=fixed).options(batch_size=4, max_length=256)
+        found[graph] = {option.settings["activation_policy"]: option.memory for option in options}
+    for policy in ("keep", "full"):
+        more, plain = found[True][policy], found[False][policy]
+        assert more.activations > 1.8 * plain.activations
+        assert more.gradients >= plain.gradients
+    assert found[True]["offload"] == found[False]["offload"]  # it rules graphs out
+
+
 def test_from_fast_to_lean() -> None:
     planner = Planner(run(), HF, fixed=set())
     options = planner.options(batch_size=4, max_length=1024)
