@@ -84,8 +84,14 @@ def read_dev_rows(folder: Path) -> DevRows | None:
         if (kept := content["metric"]) is not None:
             last = None if kept["after"] is None else np.array(kept["after"], np.float64)
             metric = MetricRows(str(kept["name"]), np.array(kept["before"], np.float64), last)
-        if not rows or (tokens < 1).any() or not isinstance(step, int | None):
+        if not rows or (tokens < 1).any() or type(step) not in (int, type(None)):
             raise ValueError("no rows, or rows without a loss token")
+        if {a.shape for a in (before, tokens if after is None else after)} != {tokens.shape} or tokens.ndim != 1:
+            raise ValueError("a row with several losses")
+        if metric is not None and (not 1 <= metric.before.ndim <= 2 or not metric.before.size):
+            raise ValueError("the metric's values are no rows")
+        if metric is not None and metric.after is not None and metric.after.shape != metric.before.shape:
+            raise ValueError("the metric of other rows after training than before")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{path} is damaged: expected rows of where, tokens, loss_before and loss") from error
     return DevRows(where, tokens, before, after, step, metric)

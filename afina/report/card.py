@@ -183,9 +183,8 @@ def _data(run: RunFacts) -> Iterator[str]:
         value = found.get(key)
         if isinstance(value, int) and (value or key in _ALWAYS):
             rows.append((told, f"{value:,}"))
-    facts = run.record.get("facts")
-    if isinstance(facts, dict) and "data_sha256" in facts:
-        rows.append(("SHA-256 of rows, order and split", code(facts["data_sha256"])))
+    if "data_sha256" in run.contents:
+        rows.append(("SHA-256 of rows, order and split", code(run.contents["data_sha256"])))
     yield table(("", ""), rows)
     yield "The rows themselves are not part of this card.\n"
 
@@ -221,8 +220,7 @@ def _figures(run: RunFacts) -> Iterator[str]:
 def _recipe(run: RunFacts) -> Iterator[str]:
     yield f"The run: {prose(run.state)}. Settings that are not the default ones:\n"
     yield block(to_yaml(_settings(run.config), {}).rstrip("\n"), "yaml")
-    versions = run.record.get("started", {}).get("versions", {})
-    told = ", ".join(f"{prose(name)} {code(version)}" for name, version in versions.items())
+    told = ", ".join(f"{prose(name)} {code(version)}" for name, version in run.versions.items())
     yield f"Versions: {told or 'unknown'}.\n"
 
 

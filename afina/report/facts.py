@@ -19,6 +19,9 @@ from afina.inside import open_own
 Line = dict[str, Any]
 
 
+MAX_FIGURE = 1e38  # about the largest number of float32; no axis can be drawn for much larger ones
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """A run as its folder tells it. ``record``: run.json. ``steps`` and ``evaluations``: the lines of metrics.jsonl."""
@@ -43,6 +46,26 @@ class RunFacts:
     def data(self) -> dict[str, Any]:
         """What became of the rows; nothing where the run is of a version that did not say so."""
         return _object(self.record.get("data"))
+
+    @property
+    def started(self) -> dict[str, Any]:
+        """When, where and with which versions the run began."""
+        return _object(self.record.get("started"))
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        return _object(self.started.get("versions"))
+
+    @property
+    def resumed(self) -> list[dict[str, Any]]:
+        """The times that it was gone on with: at which step, and which settings it had lower from there on."""
+        found = self.record.get("resumed")
+        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What the run depends on beyond its settings, such as hashes."""
+        return _object(self.record.get("facts"))
 
     @property
     def last_step(self) -> int:
@@ -127,4 +150,4 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FIGURE

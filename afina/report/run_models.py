@@ -143,5 +143,4 @@ class RunModels:
         return new_model(c.config, vocab_size=size, seed=c.seed, dtype=c.dtype, device=self.device).eval()
 
     def _recorded(self, name: str) -> object:
-        facts = self.facts.record.get("facts")
-        return facts.get(name) if isinstance(facts, dict) else None
+        return self.facts.contents.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,8 @@ def training(facts: RunFacts) -> str:
         )
     ]  # fmt: skip
     rates = facts.series(facts.steps, "lr")
-    charts.append(curves("rate", "Learning rate", line=rates, label="learning rate"))
+    if rates:
+        charts.append(curves("rate", "Learning rate", line=rates, label="learning rate"))
     clip = facts.config.max_grad_norm
     norms = [point for point in facts.series(facts.steps, "grad_norm") if point[1] > 0]
     if norms:
@@ -296,7 +298,7 @@ def data(facts: RunFacts) -> str:
     found = facts.data
     if not found:
         return note("The run folder does not say what became of the rows: it is of an earlier version.")
-    lengths = found.get("train_lengths") or {}
+    lengths = found.get("train_lengths")
     pairs: list[tuple[str, object]] = [("training rows from", found.get("data")), ("kind of row", found.get("schema"))]
     pairs += [("dev rows from", found["val_file"])] if "val_file" in found else []
     names = {
@@ -321,7 +323,7 @@ def data(facts: RunFacts) -> str:
         for name, told in names.items()
         if isinstance(found.get(name), int) and (name in always or found[name])
     ]
-    if lengths:
+    if lengths and isinstance(lengths, dict):
         told = f"median {lengths.get('p50')}, 95 % below {lengths.get('p95')}, longest {lengths.get('max')} tokens"
         pairs.append(("length of rows", told))
     return facts_list(pairs)
@@ -340,20 +342,24 @@ def time_and_memory(facts: RunFacts) -> str:
     ]
     if isinstance(peak := done.get("peak_memory_gb"), int | float):
         pairs.append(("peak memory", f"{peak:.2f} GB"))
-    started = facts.record.get("started") or {}
-    pairs += [("machine", started.get("platform", "-")), ("begun", started.get("time", "-"))]
-    resumed = facts.record.get("resumed") or []
-    if resumed:
-        pairs.append(("resumed", ", ".join(f"at step {one.get('step')}" for one in resumed[:20])))
+    pairs += [("machine", facts.started.get("platform", "-")), ("begun", facts.started.get("time", "-"))]
+    if facts.resumed:
+        pairs.append(("resumed", ", ".join(map(_resumed, facts.resumed[:20]))))
     return facts_list(pairs)
 
 
+def _resumed(one: dict[str, Any]) -> str:
+    """Where a run was gone on with, and what was lowered there, as in "at step 8 (learning_rate 0.001 -> 0.00033)"."""
+    lowered = one.get("lowered")
+    pairs = lowered.items() if isinstance(lowered, dict) else ()
+    told = [f"{name} {two[0]} -> {two[1]}" for name, two in pairs if isinstance(two, list) and len(two) == 2]
+    return f"at step {one.get('step')}" + (f" ({', '.join(told)})" if told else "")
+
+
 def recipe(facts: RunFacts) -> str:
-    started = facts.record.get("started") or {}
-    versions = dict(started.get("versions") or {})
-    pairs = list(versions.items())
-    pairs.append(("git commit of the working folder", started.get("git_commit") or "none"))
-    for name, value in (facts.record.get("facts") or {}).items():
+    pairs = list(facts.versions.items())
+    pairs.append(("git commit of the working folder", facts.started.get("git_commit") or "none"))
+    for name, value in facts.contents.items():
         hashed = name.endswith("_sha256")
         told = f"{str(value)[:16]} …" if hashed else f"{value:,}" if isinstance(value, int) else value
         pairs.append((name.replace("_sha256", ", SHA-256"), told))

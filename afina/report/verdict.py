@@ -98,6 +98,10 @@ def _of_losses(found: Paired) -> dict[str, Any]:
     return found._asdict() | {"won": found.lost, "lost": found.won}
 
 
+_WIDTHS = {"chrf": 18, "bleu": 10, "macro_f1": 2}  # numbers that a metric keeps of a row; of the others it is one
+MAX_LABEL = 1_000_000
+
+
 def judge(rows: DevRows | None) -> Judged:
     """The verdict on what picked the best model: ``eval_metric`` where the run has one, else the dev loss. It needs no
     model."""
@@ -114,11 +118,17 @@ def judge(rows: DevRows | None) -> Judged:
 
 def _statistic(metric: MetricRows) -> Statistic | None:
     """What makes the figure of the rows' values; None where this version does not know the metric."""
-    if metric.name in ("chrf", "bleu"):
-        return partial(score_of_counts, metric.name)
-    if metric.name == "macro_f1":  # of rows of (predicted, wanted), whose labels are numbered from 0
+    values = np.concatenate([metric.before, *([] if metric.after is None else [metric.after])])
+    width = None if values.ndim == 1 else values.shape[1]
+    if not np.isfinite(values).all() or width != _WIDTHS.get(metric.name) or (width and values.min() < -1):
+        return None
+    if metric.name == "macro_f1":  # of rows of (predicted, wanted), whose labels are numbered from 0, -1: no label
+        if values[:, 1].min() < 0 or values.max() > MAX_LABEL:
+            return None
         return partial(macro_f1_of_numbers, int(metric.before[:, 1].max()) + 1)
-    return mean if metric.before.ndim == 1 else None
+    if width and values.min() < 0:
+        return None
+    return partial(score_of_counts, metric.name) if width else mean
 
 
 def judge_dev_loss(rows: DevRows | None) -> Judged:

@@ -56,6 +56,9 @@ def test_a_folder_without_has_none(tmp_path: Path) -> None:
         '{"step": "1", "metric": null, "rows": [{"where": "x", "tokens": 1, "loss_before": 1.0, "loss": 1.0}]}',
         '{"step": 1, "metric": 5, "rows": [{"where": "x", "tokens": 1, "loss_before": 1.0, "loss": 1.0}]}',
         '{"step": 1, "metric": null, "rows": [{"where": "x", "tokens": 1, "loss_before": "?", "loss": 1.0}]}',
+        '{"step": 1, "metric": null, "rows": [{"where": "x", "tokens": 1, "loss_before": 1.0, "loss": [1.0]}]}',
+        '{"step": 1, "metric": {"name": "x", "before": [1.0], "after": [1.0, 2.0]}, '
+        '"rows": [{"where": "x", "tokens": 1, "loss_before": 1.0, "loss": 1.0}]}',
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path: Path, content: str) -> None:

@@ -16,3 +16,9 @@ def test_a_run_killed_while_it_overwrites_another_leaves_one_of_the_two(
     assert found.keys() - {("none", "new")} == {("old", "old"), ("new", "new")}
     assert best_last or ("none", "new") not in found
     assert found["old", "old"] > 3
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_command_line(tmp_path: Path) -> None:
+    found = overwrite_kills.count_cli(tmp_path, 8)
+    assert found.keys() <= {("whole", "old"), ("whole", "new")}

@@ -18,12 +18,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from afina.engine.model_config import ModelConfig
+from afina.engine.run_folder import FORMAT
 from afina.engine.train_config import TrainConfig
 from afina.errors import AfinaError
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.text.train_bpe import train_bpe
 from afina.loaders.weights.peft import AdapterFile
 from afina.loaders.weights.safetensors import SafetensorsFolder
+from afina.report.card import model_card
+from afina.report.facts import read_run
+from afina.report.measure import Measured
+from afina.report.page import report_page
+from afina.report.sections import training
+from afina.report.verdict import judge
 
 MAX_MESSAGE = 2000  # characters
 VALUES: tuple[Any, ...] = (
@@ -219,13 +226,61 @@ def indexes(draw: random.Random) -> Callable[[], object]:
     return read
 
 
+def runs(draw: random.Random) -> Callable[[], object]:
+    """A run folder that somebody else wrote: its report's page and its model card."""
+    versions = {"versions": {"torch": "2.13"}, "platform": "x", "time": "now"}
+    files: dict[str, Any] = {
+        "run.json": {
+            "format": FORMAT,
+            "config": TrainConfig(model="afina-tiny", data="x.jsonl", output_dir="out", learning_rate=1e-3).to_dict(),
+            "facts": {"data_sha256": "a", "parameters": 1},
+            "started": versions,
+            "resumed": [{"step": 1, "lowered": {"learning_rate": [0.1, 0.01]}, **versions}],
+            "data": {"rows": 3, "schema": "messages", "train_lengths": {"p50": 1, "p95": 2, "max": 3}, "data": "x"},
+            "total_steps": 2,
+            "finished": {"steps": 2, "peak_memory_gb": 1.0, "dev_loss": 1.0, "stopped_early": False},
+        },
+        "metrics.jsonl": [
+            {"step": 0, "dev_loss": 3.0, "best": False},
+            {"step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5, "tokens": 9, "trained_tokens": 5},
+            {"step": 1, "dev_loss": 2.0, "best": True},
+        ],
+        "dev_rows.json": {
+            "step": 1,
+            "metric": draw.choice([None, {"name": "bleu", "before": [[9.0] * 10] * 2, "after": [[8.0] * 10] * 2}]),
+            "rows": [{"where": "x: line 1", "tokens": 3, "loss_before": 3.0, "loss": 2.0}] * 2,
+        },
+        "best/manifest.json": {"files": {}, "step": 1, "dev_loss": 2.0},
+    }
+    for name in draw.sample([*files, "run.json"], 2):
+        files[name] = varied(files[name], draw)
+
+    def read() -> None:
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "best").mkdir()
+            for file, content in files.items():
+                lines = "\n".join(map(json.dumps, content)) if file.endswith("l") and isinstance(content, list) else ""
+                (folder / file).write_text(lines or json.dumps(content))
+            about: dict[str, Any] = {"base": None, "base_folder": folder, "modelfile": None, "check": {}}
+            model_card(folder / "best", name="m", format="hf", files=["model.safetensors"], **about)
+            facts = read_run(folder)
+            report_page(facts, judge(facts.dev_rows), Measured(), training(facts))
+
+    return read
+
+
 KINDS: dict[str, Callable[[random.Random], Callable[[], object]]] = {
     "recipes": recipes,
     "configs": configs,
     "tokenizers": tokenizers,
     "adapters": adapters,
     "indexes": indexes,
+    "runs": runs,
 }
+
+
+SLOW = {"runs": 20}  # kinds that draw pages take so many times as long, so as many fewer are tried
 
 
 class FellError(Exception):
@@ -234,6 +289,8 @@ class FellError(Exception):
 
 def batches(kind: str, seed: int, rounds: int, size: int = 100) -> Iterator[tuple[str, Callable[[], object], int]]:
     """Random cases of a kind in batches: name, function that runs them and raises FellError, number of cases."""
+    if kind in SLOW:
+        rounds, size = rounds // SLOW[kind], max(1, size // SLOW[kind])
     for first in range(0, rounds, size):
         numbers = range(first, min(first + size, rounds))
         yield f"{kind} {first}", partial(_run, kind, seed, numbers), len(numbers)

@@ -11,6 +11,7 @@ import pytest
 from afina.engine.run_folder import FORMAT
 from afina.errors import RunError
 from afina.report.facts import read_run
+from afina.report.sections import data, recipe, time_and_memory, training
 
 CONFIG = {"model": "m", "data": "d.jsonl", "output_dir": "out"}
 
@@ -79,3 +80,19 @@ def test_no_run_folder(tmp_path: Path) -> None:
         read_run(tmp_path)
     with pytest.raises(RunError, match="does not exist"):
         read_run(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", [], [1, {}], {"versions": 5}, {"versions": {"torch": []}}])
+def test_a_record_of_somebody_else(wrong: Any, tmp_path: Path) -> None:
+    """Fields of another kind than ours are as good as absent."""
+    parts = dict.fromkeys(("started", "resumed", "facts", "data", "finished", "total_steps"), wrong)
+    facts = read_run(run_folder(tmp_path, [*LINES, {"step": 3, "loss": 1e300, "lr": 1e300, "seconds": 1e300}], **parts))
+    told = time_and_memory(facts) + recipe(facts) + data(facts) + training(facts)
+    assert "training" in told
+    assert isinstance(facts.versions, dict)
+
+
+def test_what_was_lowered_on_the_way_is_told(tmp_path: Path) -> None:
+    resumed = [{"step": 8, "lowered": {"learning_rate": [0.001, 0.00033]}}, {"step": 9, "lowered": {"a": 1}}]
+    told = time_and_memory(read_run(run_folder(tmp_path, LINES, resumed=resumed)))
+    assert "at step 8 (learning_rate 0.001 -&gt; 0.00033), at step 9" in told
