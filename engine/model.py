@@ -307,7 +307,7 @@ class GPT(nn.Module):
         """
         packed = cu_seqlens is not None or spans is not None
         if input_ids.dim() != 2 or (packed and input_ids.shape[0] != 1):
-            expected = "(1, T) with packed documents" if packed else "(B, T)"
+            expected = f"(1, T) with {'cu_seqlens' if spans is None else 'spans'}" if packed else "(B, T)"
             raise ValueError(f"input_ids: expected {expected}, found {tuple(input_ids.shape)}")
         if cache is None:
             return self._run(input_ids, cu_seqlens, None, None, positions, spans)
