@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from afina.errors import AfinaError
+from afina.inside import open_own
 from afina.loaders.weights.gguf_file import GGUFFile
 from afina.loaders.weights.hub import BUILT_IN, resolve
 from afina.loaders.weights.package_index import MODELS
@@ -103,7 +104,7 @@ def _of_gguf(path: Path) -> Licence:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_READ).decode("utf-8", "replace") if path.is_file() else ""
-    except OSError:
+        with open_own(path) as file:
+            return file.read(MAX_READ).decode("utf-8", "replace")
+    except (AfinaError, OSError):  # a link out of the folder and what is no file, such as a pipe, say nothing
         return ""

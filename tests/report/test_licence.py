@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,19 @@ def test_odd_files(tmp_path: Path) -> None:
     (tmp_path / "README.md").unlink()
     (tmp_path / "README.md").mkdir()
     assert licence_of(tmp_path) == Licence()
+
+
+def test_only_files_of_the_folder_are_read(tmp_path: Path) -> None:
+    """A pipe is not waited for, and a link out of the folder not followed."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "elsewhere").write_text("MIT License")
+    (tmp_path / "m" / "LICENSE").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "m" / "README.md")
+    found: list[Licence] = []
+    reader = threading.Thread(target=lambda: found.append(licence_of(tmp_path / "m")), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert found == [Licence()]
 
 
 @pytest.mark.parametrize(
