@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -128,7 +129,7 @@ def open_adapted(args: argparse.Namespace) -> tuple[GPT, Tokenizer, dict[str, Ad
         if not named or "/" in name or Path(text).exists():
             name, source = "", text
         folder = resolve(source)
-        name = name or (folder.parent.name if folder.name == "best" else folder.name)
+        name = name or (folder_name(folder.parent) if folder.name == "best" else folder_name(folder))
         if not is_adapter(folder):
             raise ConfigError(f"--adapter {text}: {folder} is a whole model, no adapter: give it as MODEL")
         if name in (*folders, "base"):
@@ -142,6 +143,11 @@ def open_adapted(args: argparse.Namespace) -> tuple[GPT, Tokenizer, dict[str, Ad
         return model, tokenizer, {"": model.adapter}
     set_adapter(model, next(iter(adapters.values())))
     return model, tokenizer, adapters
+
+
+def folder_name(path: str | Path) -> str:
+    """The last part of a path, of "." and ".." too; never empty."""
+    return os.path.basename(os.path.abspath(path)) or str(path)
 
 
 def exchanged(adapters: Mapping[str, Adapter | None]) -> set[str]:

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from afina.cli.options import Parser, Verb, exchanged, model_options, open_adapted, option
+from afina.cli.options import Parser, Verb, exchanged, folder_name, model_options, open_adapted, option
 from afina.engine.settings import fields
 from afina.errors import ConfigError
 from afina.serve.config import ServeConfig
@@ -46,10 +46,14 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
     from afina.serve.worker import Loaded
 
     model, tokenizer, adapters = open_adapted(args)
-    name = Path(args.model).name if Path(args.model).exists() else args.model
+    name = folder_name(args.model) if Path(args.model).exists() else args.model
     own = adapters.pop("", None)
     served = {name: own}
     if own is not None:  # MODEL is an adapter itself: what it was trained on is served beside it
+        if name == "base":
+            raise ConfigError(
+                f"{args.model}: 'base' is the name of what it was trained on: give its folder another name"
+            )
         served["base"] = None
     for other, adapter in adapters.items():
         if other in served:

@@ -163,4 +163,5 @@ class _Sent:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode(errors="backslashreplace") + b"\n\n"

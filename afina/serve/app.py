@@ -95,7 +95,8 @@ def build(state: State) -> Starlette:
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    # The name of a folder may hold bytes that are no UTF-8, which Python has as halves of surrogates: JSON's escapes.
+    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
     return Response(body, status, headers, "application/json")
 
 

@@ -11,6 +11,8 @@ import pytest
 from tiny_model import saved
 
 from afina.cli.main import run
+from afina.cli.options import Parser
+from afina.cli.serve import add_options, load
 from afina.engine.lora import new_adapter, save_adapter
 from afina.engine.weights import load_model
 from afina.errors import ConfigError
@@ -75,6 +77,30 @@ def test_models_and_adapters_that_do_not_fit(capsys: pytest.CaptureFixture[str],
         ((str(place / "model"), "--adapter", f"a={place / 'nothing'}"), "no such model"),
     ):
         assert told in refused(capsys, *argv), argv
+
+
+def test_an_adapter_in_a_folder_called_base(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be served as what it was trained on, without a word."""
+    monkeypatch.chdir(place)  # where the adapter's own base is found
+    (place / "base").symlink_to("adapter")
+    assert "'base' is the name of what it was trained on" in refused(capsys, "base")
+
+
+def test_names_of_folders_that_are_given_as_dots(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter without a name would be taken for MODEL's own, and answer under the base's name."""
+    parser = Parser()
+    add_options(parser)
+
+    def names(*argv: str) -> list[str]:
+        return list(load(parser.parse_args(argv), ServeConfig()).adapters)
+
+    monkeypatch.chdir(place / "adapter")
+    assert names("../model", "--adapter", ".") == ["model", "adapter"]
+    assert names("../model", "--adapter", "=.") == ["model", "adapter"]
+    monkeypatch.chdir(place / "model")
+    assert names(".") == ["model"]
 
 
 def test_the_extra_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

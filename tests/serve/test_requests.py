@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from afina.serve.answers import _line
+from afina.serve.app import json_response
 from afina.serve.errors import RequestError
 from afina.serve.requests import DEFAULT_MAX_TOKENS, read_chat, read_completion
 
@@ -139,3 +142,12 @@ def test_each_of_n_texts_has_its_seed() -> None:
     assert read_chat({"messages": HELLO, "seed": -1}, MOST).sampling["seed"] == 2**63 - 1
     assert len({read_chat({"messages": HELLO}, MOST).sampling["seed"] for _ in range(8)}) == 8
     assert read_chat({"messages": HELLO, "top_p": 0}, MOST).samplings(1)[0].temperature == 0
+
+
+def test_names_of_bytes_that_are_no_utf8_are_answered() -> None:
+    """As the name of a folder, or of ``--adapter``, on the command line."""
+    card = {"id": "a\udcffé"}
+    for answer in (json_response(card).body, _line(card).removeprefix(b"data: "), RequestError("a\udcff").to_json()):
+        assert b"\\udcff" in bytes(answer)
+    assert json.loads(bytes(json_response(card).body).decode()) == card
+    assert json.loads(_line(card).removeprefix(b"data: ").decode()) == card
