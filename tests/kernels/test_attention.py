@@ -485,7 +485,7 @@ def test_triton_refuses_wide_heads() -> None:
 def test_spans_on_the_device_are_the_same_documents(options: dict[str, Any], backend: str) -> None:
     """Also after they change in place, as between two replays of a CUDA graph."""
     total = sum(LENGTHS)
-    q, k, v = (x.to(DEVICE).requires_grad_() for x in tokens(total))
+    q, k, v = (x.to(DEVICE, torch.float32).requires_grad_() for x in tokens(total))
     spans = torch.zeros(2, total, dtype=torch.int32, device=DEVICE)
     for lengths in (LENGTHS, [total - 4, 4]):
         bounds = offsets(lengths)
