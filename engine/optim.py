@@ -213,7 +213,8 @@ class AdamW:
         if max_norm > 0:
             # The formula is that of torch's clip_grad_norm_, so that losses can be compared with its users'.
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale)
+            if grads:  # of adapters all may be away
+                torch._foreach_mul_(grads, scale)
             if away is not None:
                 away.scale = scale
         return norm

@@ -3,6 +3,7 @@ gradients that stay: added up over micro-batches, clipped, and skipped as a whol
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from test_host_memory import LateLink
 from test_optim_in_backward import batch, state
 from test_weight_offload import made
-from torch import Tensor
+from torch import Tensor, nn
 
 import afina
 from afina.engine import gradient_offload, optim_offload, train, weight_offload
@@ -137,6 +138,24 @@ def test_one_gradient_at_a_time_and_what_is_held() -> None:
     away._take = noted  # type: ignore[method-assign]
     step(model, optimizer, batches())
     assert held == [1] * 2 * len(matrices)
+
+
+def test_all_gradients_of_a_step_may_wait_on_the_host() -> None:
+    """As those of adapters do, which are matrices alone."""
+    figures = []
+    for there in (False, True):
+        torch.manual_seed(0)
+        matrix = nn.Linear(8, 8, bias=False)
+        optimizer = AdamW(matrix, decay=set(), offload=["weight"] * there, gradients=there)
+        loss = matrix(torch.ones(1, 8)).square().sum()
+        away = optimizer.host_gradients
+        assert (away is not None) == there
+        with away.leaving() if away is not None else contextlib.nullcontext():
+            loss.backward()
+        figures.append([float(optimizer.clip_(0.5))])
+        optimizer.step(1e-3)
+        figures[-1] += matrix.weight.flatten().tolist()
+    assert figures[0] == figures[1]
 
 
 def test_a_run_in_two_micro_batches_is_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
