@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import re
@@ -60,6 +61,29 @@ def read_json(path: Path, *, error: type[AfinaError] = RunError) -> dict[str, An
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def remembered(name: str, key: Any) -> Any:
+    """What ``remember`` noted under this name and key; None where that is nothing, or cannot be read."""
+    with contextlib.suppress(AfinaError, RuntimeError):  # RuntimeError: no home folder
+        held = read_json(_noted(name, key))
+        if held.get("key") == json.loads(json.dumps(key)):
+            return held.get("value")
+    return None
+
+
+def remember(name: str, key: Any, value: Any) -> None:
+    """Note in the cache, for later processes, what was found out under ``key``: all that it depends on, as JSON. Where
+    nothing can be written they find it out again."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _noted(name, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"key": key, "value": value}, indent=1) + "\n")
+
+
+def _noted(name: str, key: Any) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / f"{name}-{digest}.json"
 
 
 def working_name(path: Path, kind: str = "tmp") -> Path:

@@ -37,6 +37,7 @@ from harness import DEVICE, GPU, Unavailable, ceilings, one_line, tail
 from torch import Tensor, nn
 
 from afina.engine.buckets import StaticInputs
+from afina.engine.captured import CudaGraph, Shared
 from afina.engine.known_models import KNOWN
 from afina.engine.linear import Linear
 from afina.engine.lora import linears, new_adapter
@@ -44,7 +45,7 @@ from afina.engine.model import GPT
 from afina.engine.model_config import ModelConfig
 from afina.engine.nf4_weight import NF4Weight
 from afina.engine.optim import AdamW
-from afina.engine.step_graph import CudaGraph, GraphedStep, Shared
+from afina.engine.step_graph import GraphedStep
 from afina.engine.training_step import accumulate
 from afina.kernels.nf4 import quantize_nf4
 from afina.kernels.selftest import verify

@@ -16,7 +16,7 @@ variant is compiled twice to see that). Failures:
 - a matrix kernel without wgmma instructions on sm_90;
 - a matrix kernel whose loads do not run ahead of its products, though it has stages for that;
 - of the Gluon kernels, whose products are meant to run under each other's softmax: a warning of ptxas that it makes
-  products wait for each other (C7510 and its like; seven of Triton's variants, most of head dim 256, have it);
+  products wait for each other (C7510 and its like; seven of Triton's variants of head dim 256 have it);
 - of the same, whose warpgroups have registers of their own: another number than asked for; any instruction of
   a loop of products that reaches for a spilt one, or more than `MOST_SPILT_A_TILE` bytes of them (outside of that loop
   a program has thousands of cycles for each tile, so there they are nothing);

@@ -69,7 +69,7 @@ def _blocks(places: list[int], texts: list[str]) -> list[Block]:
 
 
 def _barrier(text: str) -> str:
-    return re.search(r"\bB\d+\b", text)[0]  # type: ignore[index]
+    return str(re.findall(r"\bB\d+\b", text)[0])
 
 
 def _innermost(blocks: list[Block], within: set[int], wanted: set[int] | None) -> list[set[int]]:

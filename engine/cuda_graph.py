@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from afina.durable import cache_folder, write_text
+from afina.durable import remember, remembered
 from afina.engine.buckets import StaticInputs
+from afina.engine.captured import CudaGraph, Graph, Shared
 from afina.engine.model import GPT
 from afina.engine.objectives import Objective
 from afina.engine.optim import AdamW
-from afina.engine.step_graph import CudaGraph, Graph, GraphedStep, Shared
+from afina.engine.step_graph import GraphedStep
 from afina.engine.train_config import TrainConfig
 from afina.engine.training_step import accumulate
 from afina.kernels import launch
 from afina.kernels.backend import choose
 
+NOTE = "cuda-graph"  # under which the cache knows where they have passed
 # Settings that need the host in the middle of a step -> the values with which they do not.
 PLAIN = {
     "optim_in_backward": (False,),
@@ -114,27 +114,13 @@ def open_graphs(
         dtype=model.embed.weight.dtype,
         graph=graph,
         log=log,
-        passed=lambda: remember(device),
+        passed=lambda: remember(NOTE, _machine(device), True),
     )
 
 
 def has_passed(device: torch.device) -> bool:
     """Whether graphs have passed their checks on this GPU before."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        return json.loads(_file().read_text(encoding="utf-8")) == _machine(device)
-    return False
-
-
-def remember(device: torch.device) -> None:
-    """Note that they have, where the cache can be written."""
-    with contextlib.suppress(OSError, RuntimeError):
-        path = _file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(_machine(device)) + "\n")
-
-
-def _file() -> Path:
-    return cache_folder() / "cuda-graph.json"
+    return remembered(NOTE, _machine(device)) is True
 
 
 def _machine(device: torch.device) -> list[str | None]:

@@ -1,8 +1,8 @@
 """One decoding step over fixed buffers: on a GPU a captured CUDA graph for each size of a batch.
 
-A step of a small model is hundreds of launches that take the host longer than the GPU. A graph
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) launches them all at once; what it reads and writes
-lies where it lay at capture, so the inputs are copied into buffers. Nothing in a step waits for the GPU.
+A step of a small model is hundreds of launches that take the host longer than the GPU. A graph (`captured.py`) launches
+them all at once; what it reads lies where it lay at capture, so the inputs are copied into buffers. Nothing in a step
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from afina.engine.captured import CudaGraph, Shared
 from afina.engine.kv_pool import KVPool, StepCache
 from afina.engine.lean_layers import LeanLayer
 from afina.kernels.rope_torch import laid_out
@@ -32,7 +33,7 @@ class DecodeStep:
         self.device = model.embed.weight.device
         self.captures = self.device.type == "cuda"
         self.lean = None if self.captures else [LeanLayer(layer) for layer in model.layers]
-        self.captured: dict[tuple[int, int], tuple[Tensor, Tensor, torch.cuda.CUDAGraph]] = {}
+        self.captured: dict[tuple[int, int], tuple[Tensor, Tensor, CudaGraph]] = {}
 
     @torch.no_grad()
     def __call__(self, table: Tensor) -> Tensor:
@@ -68,20 +69,14 @@ class DecodeStep:
         """Capture a graph for batches of this size; whether that went well."""
         inputs = torch.zeros_like(table, device=self.device)
         inputs[3] = self.pool.tokens  # the steps before the capture write where nobody reads
+        made: list[Tensor] = []
+        graph = CudaGraph(Shared.on(self.device))  # which keeps its result, and so has memory of its own
         try:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # what is made or compiled at first use must not be in the graph
-                    self.compute(inputs)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = self.compute(inputs)
+            graph.capture(lambda: made.append(self.compute(inputs)))
         except RuntimeError as problem:
             reason = (str(problem).splitlines() or ["no reason given"])[0]
             say(f"afina: decoding without CUDA graphs, since capturing one failed: {reason}")
             self.captures = False
             return False
-        self.captured[key] = inputs, out, graph
+        self.captured[key] = inputs, made[-1], graph
         return True

@@ -16,63 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from afina.engine.buckets import Bucket, StaticInputs
+from afina.engine.captured import Graph
 from afina.engine.optim import AdamW, gradient_norm
 from afina.loaders.data.batches import MicroBatch
 
 MAX_GRAPHS = 16  # buckets; a micro-batch of yet another one takes a larger one that is there, or the ordinary step
-WARM_UPS = 2  # runs before a capture: kernels compile, workspaces and tables are made
 # The most that a replay may differ from the ordinary step, of the loss, and of a gradient's norm and sum by its norm:
 # shapes are padded, so products may round differently. What is stale differs by its whole size.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 FLOOR = 1e-3  # of the norm of all gradients: below it a gradient is rounding alone
-
-
-class Graph(Protocol):
-    """What can repeat a program: on a GPU a ``CudaGraph``."""
-
-    def capture(self, program: Callable[[], None]) -> None:
-        """Run the program ``WARM_UPS`` times, and record it once more, perhaps without running it."""
-
-    def replay(self) -> None:
-        """Repeat what was recorded, behind the work that is on its way."""
-
-
-class Shared(NamedTuple):
-    """What the graphs of a run have in common: memory, where none may keep a result, and the stream that captures."""
-
-    pool: Any
-    stream: torch.cuda.Stream
-
-    @classmethod
-    def on(cls, device: torch.device) -> Shared:
-        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
-
-
-class CudaGraph:
-    """A graph of a GPU."""
-
-    def __init__(self, shared: Shared) -> None:
-        self.shared, self.graph = shared, torch.cuda.CUDAGraph()
-
-    def capture(self, program: Callable[[], None]) -> None:
-        pool, stream = self.shared
-        here = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                program()
-        here.wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
-            program()
-
-    def replay(self) -> None:
-        self.graph.replay()
 
 
 class GraphError(RuntimeError):

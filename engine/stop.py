@@ -28,8 +28,7 @@ class StopRequest:
     it, saves, and stops.
 
     More signals change nothing, so none can cut a save short. SIGHUP and the like are left to whoever takes or ignores
-    them already. Outside the main thread, where Python allows no
-    handlers, it does nothing.
+    them already. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,6 @@ the same machine chooses the same dtype every time, however busy it is.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afina.durable import cache_folder, write_text
+from afina.durable import remember, remembered
 from afina.errors import ConfigError, nearest
 from afina.kernels.backend import bfloat16_instructions
 
@@ -26,6 +25,7 @@ WORTH = 1.5  # times as fast as float32 that bfloat16 products have to be: the r
 TOKENS, WIDTH = 512, 768  # of the layer that is timed
 ROUNDS = 5
 DTYPES = ("float32", "bfloat16")
+NOTE = "cpu-bfloat16"  # under which the cache keeps the result
 
 
 def training_dtype(device: torch.device) -> tuple[str, str]:
@@ -68,23 +68,13 @@ def products_seconds(dtype: torch.dtype) -> float:
 def _measure() -> float:
     """How many times as fast as float32 bfloat16 is; kept for the next run, where the cache can be written."""
     speed = round(products_seconds(torch.float32) / products_seconds(torch.bfloat16), 2)
-    with contextlib.suppress(OSError, RuntimeError):
-        path = _file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"machine": _machine(), "speed": speed}, indent=1) + "\n")
+    remember(NOTE, _machine(), speed)
     return speed
 
 
 def _remembered() -> float | None:
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        known = json.loads(_file().read_text(encoding="utf-8"))
-        if isinstance(known, dict) and known.get("machine") == _machine() and isinstance(known.get("speed"), float):
-            return known["speed"]
-    return None
-
-
-def _file() -> Path:
-    return cache_folder() / "cpu-bfloat16.json"
+    speed = remembered(NOTE, _machine())
+    return speed if isinstance(speed, float) else None
 
 
 def _machine() -> list[str]:

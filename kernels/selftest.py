@@ -8,7 +8,6 @@ disk, by GPU, versions and the kernels' source; what has not is tried again by t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -24,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from afina.durable import cache_folder, write_text
+from afina.durable import remember, remembered
 from afina.kernels import launch
 from afina.kernels.backend import requested, verified
 from afina.kernels.cases import CASES, SPECIAL_CASES, Case, Draw, allowed_error
 
 DTYPES = (torch.float32, torch.bfloat16)
+NOTE = "selftest"  # under which the cache knows what has passed
 # Parts of these kernels wait for each other. Should one wait for ever, that must not be this process.
 APART = {"attention_gluon": (torch.float16, torch.bfloat16)}
 APART_SECONDS = 300.0  # for a process's start and some thirty compilations
@@ -136,7 +136,8 @@ def verify(device: torch.device) -> None:
         if all((op, device.index) in verified for op in ops):
             return
         key = _key(device)
-        known = _remembered(key)
+        found = remembered(NOTE, key)
+        known = found if isinstance(found, list) else []
         for op in ops:
             # The checks name their backend in every call, so what they run does not read the table.
             bad = [] if op in known else [r for r in _results(op, device) if not r.ok]
@@ -145,7 +146,7 @@ def verify(device: torch.device) -> None:
                 _warn(op, key["gpu"], bad[0])
         passed = [op for op in ops if verified[op, device.index]]
         if set(passed) - set(known):
-            _remember(key, passed)
+            remember(NOTE, key, passed)
 
 
 def _results(op: str, device: torch.device) -> list[Result]:
@@ -184,25 +185,3 @@ def _source() -> str:
     for path in (*sorted(folder.glob("*.py")), launch.TABLE):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _file(key: dict[str, Any]) -> Path:
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"selftest-{name}.json"
-
-
-def _remembered(key: dict[str, Any]) -> list[str]:
-    """The ops that have passed; none where the file is missing or is not ours."""
-    try:
-        held = json.loads(_file(key).read_text())
-        return held["passed"] if all(held[name] == value for name, value in key.items()) else []
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _remember(key: dict[str, Any], passed: list[str]) -> None:
-    """Best effort: where nothing can be written, the next process checks again."""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
-        path = _file(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({**key, "passed": passed}, indent=1))

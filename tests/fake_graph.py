@@ -51,7 +51,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class FakeGraph:
-    """Stands for ``step_graph.CudaGraph``. ``made`` are all that a test has made, with how often each was replayed."""
+    """Stands for ``captured.CudaGraph``. ``made`` are all that a test has made, with how often each was replayed."""
 
     made: list[FakeGraph]
 

@@ -23,6 +23,8 @@ from afina.durable import (
     publish,
     put,
     recover,
+    remember,
+    remembered,
     remove,
     standing,
     sync,
@@ -303,3 +305,33 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
         list(pool.map(write, range(4)))  # raises what a thread raised
     assert (tmp_path / "a").read_text() in [str(number) * 1000 for number in range(4)]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_was_found_out_is_remembered_under_all_that_it_depends_on() -> None:
+    key = {"gpu": "H200", "versions": ["2.11", None], "pair": (1, 2)}
+    assert remembered("check", key) is None
+    remember("check", key, ["glu"])
+    assert remembered("check", key) == ["glu"]
+    assert remembered("check", key | {"gpu": "L4"}) is None
+    assert remembered("other", key) is None
+    remember("check", key, 1.5)
+    assert remembered("check", key) == 1.5
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"value": 1}', "\x00"])
+def test_a_note_that_is_damaged_or_of_another_key_is_none(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
+    remember("check", 1, 2)
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    assert remembered("check", 1) is None
+
+
+def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "file" / "cache"))
+    remember("check", 1, 2)
+    assert remembered("check", 1) is None

@@ -2,8 +2,8 @@
 
 The `tokenizers` library runs them in a library that tries one way after another, ten million at a place, and nobody can
 interrupt it. Two things are asked of an expression before it is used. By its form: where a part may be repeated, there
-is one way to repeat it (so no repetition of repetitions or of alternatives), no more than a few parts are optional or
-repeated one behind another, and nothing refers back. What this leaves is tried, on longer and longer texts of the
+is one way to repeat it (so no repetition of repetitions or of alternatives), no more than a few parts are optional,
+repeated or have alternatives one behind another, and nothing refers back. What this leaves is tried, on longer and longer texts of the
 characters that the expression names and of some others: it may take the square of a text's length, as some published
 ones do with long numbers, but no more; then texts must be short.
 """
@@ -20,9 +20,7 @@ MAX_LENGTH = 10_000  # characters of an expression; the longest of published tok
 MAX_VARIABLE = 6  # parts of varying length one behind another; published ones have up to 4
 MAX_TIMES = 1024  # of what is repeated so many times at most
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)  # characters of the texts that it is tried on
-SQUARE_SECONDS = (
-    0.3  # that the longest of them may take: those that take the square of the length of published ones 0.03
-)
+SQUARE_SECONDS = 0.3  # that the longest of them may take; published expressions that take the square take 0.03
 NOTICED = 0.004  # seconds that expressions linear in the length stay below; they take 0.001 to 0.002
 SECONDS = 10.0  # that a text may take: it must be short where an expression takes the square
 _USUAL = "aA0 \n!\u00e9\u4e2d\u0301"
@@ -40,8 +38,7 @@ def longest_for(pattern: str) -> int | None:
     number: what takes `SECONDS` at worst. None for one that takes their number. Raises Unbounded for any other."""
     if len(pattern) > MAX_LENGTH:
         raise Unbounded(f"{len(pattern):,} characters, expected at most {MAX_LENGTH:,}")
-    _Reader(pattern).check()
-    seconds = _square_seconds(pattern)
+    seconds = _square_seconds(pattern) if _Reader(pattern).several_ways() else 0.0
     return int(SIZES[-1] * math.sqrt(SECONDS / seconds)) if seconds else None
 
 
@@ -50,11 +47,15 @@ class _Reader:
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.place = pattern, 0
+        self._several = False  # a repetition or an alternative was read
 
-    def check(self) -> None:
+    def several_ways(self) -> bool:
+        """Whether there may be several ways at a place, and not one look alone. Raises Unbounded for what may take any
+        time."""
         self._alternatives(0)
         if self.place < len(self.pattern):
             raise Unbounded(f"an unopened group at character {self.place + 1}")
+        return self._several
 
     def _next(self, *expected: str) -> bool:
         for text in expected:
@@ -70,6 +71,7 @@ class _Reader:
         most, several = self._sequence(depth), False
         while self._next("|"):
             most, several = max(most, self._sequence(depth)), True
+            self._several = True
         return most, several
 
     def _sequence(self, depth: int) -> int:
@@ -81,7 +83,8 @@ class _Reader:
                 raise Unbounded(
                     f"a repetition of what is repeated or has alternatives, before character {self.place + 1}"
                 )
-            variable += (inside + (several and most > 1)) * max(1, most) + (least != most)
+            self._several |= least != most
+            variable += (inside + several) * max(1, most) + (least != most)
             if variable > MAX_VARIABLE:
                 raise Unbounded(f"more than {MAX_VARIABLE} parts of varying length one behind another")
         return variable
@@ -95,13 +98,17 @@ class _Reader:
             if not self._next(")"):
                 raise Unbounded("a group without an end")
             return found
+        self._character()
+        return 0, False
+
+    def _character(self) -> None:
+        """Read one character, an escape or a class."""
         if self._next("["):
             self._class()
         elif self._next("\\"):
             self._escape()
         else:
             self.place += 1
-        return 0, False
 
     def _kind(self) -> None:
         """What stands behind "(?": a plain group, one that looks around, one that is not left again, or options."""
@@ -121,12 +128,7 @@ class _Reader:
         while not self._next("]"):
             if self.place >= len(self.pattern):
                 raise Unbounded("a class without an end")
-            if self._next("["):
-                self._class()
-            elif self._next("\\"):
-                self._escape()
-            else:
-                self.place += 1
+            self._character()
 
     def _escape(self) -> None:
         letter = self.pattern[self.place : self.place + 1]

@@ -19,7 +19,6 @@ from afina.loaders.text.written import Search
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer
 
-_SPACE = re.compile(r"\s*")
 # A SLOT, also as JSON spells it. Contents have no more digits than that in place of their number.
 _MARK = re.compile(r"(?:\ue001|\\ue001)([0-9]{1,9})(?:\ue002|\\ue002)")
 
@@ -116,7 +115,10 @@ def _end(tokenizer: Tokenizer, text: str, turn: Span) -> int | None:
     tokens = list(tokenizer.special_pattern.finditer(body))
     if tokens and tokens[-1].end() == len(body):
         return turn[0] + len(body)
-    after = tokenizer.special_pattern.match(text, _SPACE.match(text, turn[1]).end())  # type: ignore[union-attr]
+    place = turn[1]
+    while text[place : place + 1].isspace():
+        place += 1
+    after = tokenizer.special_pattern.match(text, place)
     if after and tokenizer.token_id(after[0]) in tokenizer.eos_ids:
         return after.end()  # some templates end every turn but the last
     return None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from fake_graph import FakeGraph
+from fake_graph import fake_graphs as fake_graphs
 from hf_models import CASES, parametrize, saved
 from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afina.engine import kv_pool, layouts, packed
+from afina.engine import decode_step, kv_pool, layouts, packed
 from afina.engine.batcher import Batcher
 from afina.engine.decode_step import DecodeStep
 from afina.engine.guesses import LEAST, Guesses
@@ -445,6 +448,28 @@ def test_what_a_graph_captures_looks_at_nothing(name: str, monkeypatch: pytest.M
     assert len(calls) == model.config.num_layers
     monkeypatch.undo()
     assert torch.equal(step(table), expected)
+
+
+@pytest.mark.usefixtures("fake_graphs")
+@torch.no_grad()
+def test_a_step_is_captured_once_for_each_size_or_computed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(saved("llama").folder)
+    step = DecodeStep(model, KVPool(model.config, 64, torch.device("cpu"), torch.float32), 48)
+    step.captures, step.lean = True, None
+    monkeypatch.setattr(decode_step, "Shared", Mock())
+    monkeypatch.setattr(decode_step, "CudaGraph", lambda shared: FakeGraph())
+    monkeypatch.setattr(step, "compute", lambda table: 2 * table.sum(0, keepdim=True))
+    for value in (1, 2):
+        for size in (2, 3):
+            table = torch.full((4, size), value)
+            assert torch.equal(step(table), 8 * torch.full((1, size), value))
+    assert [graph.replays for graph in FakeGraph.made] == [2, 2]
+    monkeypatch.setattr(step, "compute", Mock(side_effect=[RuntimeError("not permitted"), table, table]))
+    for _ in range(2):
+        assert step(torch.ones(4, 5, dtype=torch.int64)) is table
+    assert capsys.readouterr().err == "afina: decoding without CUDA graphs, since capturing one failed: not permitted\n"
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"dora": True}}

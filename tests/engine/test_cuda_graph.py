@@ -13,10 +13,11 @@ from small_run import Stop, fit, lines
 from test_buckets import model as tiny_model
 
 import afina
+from afina.durable import remember
 from afina.engine import cuda_graph, train
 from afina.engine.buckets import Bucket, static_bytes
 from afina.engine.checkpoint import load_checkpoint
-from afina.engine.cuda_graph import decide, has_passed, remember, ruled_out, without_kernels
+from afina.engine.cuda_graph import decide, has_passed, ruled_out, without_kernels
 from afina.engine.memory import plan
 from afina.engine.optim import AdamW
 from afina.engine.train_config import TrainConfig
@@ -64,12 +65,10 @@ def test_auto_waits_for_a_check_that_has_passed_on_this_gpu(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert decide(config(cuda_graph=True), GPU) == (True, None)
     assert decide(config(), GPU) == (False, None)
-    remember(GPU)
+    remember(cuda_graph.NOTE, cuda_graph._machine(GPU), True)
     assert decide(config(), GPU) == (True, None)
     assert decide(config(cuda_graph=False), GPU) == (False, None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    assert not has_passed(GPU)
-    (cuda_graph._file()).write_text("[")
     assert not has_passed(GPU)
 
 

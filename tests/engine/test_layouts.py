@@ -21,6 +21,13 @@ def bfloat16_weight(out: int, width: int) -> torch.Tensor:
     return torch.where(weight.abs() < 2.0**-17, 0.0, weight)
 
 
+def test_where_there_is_vector_code_torch_has_the_products() -> None:
+    """Else the tests of ``Half`` would all be left out, and nobody would see that it is never taken."""
+    x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert half_works() == (x86 and torch.backends.quantized.engine in ("x86", "fbgemm"))
+    assert onednn_works(torch.float32) == torch.backends.mkldnn.is_available()
+
+
 @needs_half
 @pytest.mark.parametrize("shape", [(1, 1), (5, 577), (17, 3), (64, 512), (40, 1100)])
 def test_half_computes_in_float32_and_comes_back(shape: tuple[int, int]) -> None:

@@ -214,12 +214,12 @@ def test_an_op_is_checked_once(checks: list[Any], tmp_path: Path, monkeypatch: p
     again()
     assert len(checks) == ALL
     (file,) = cached(tmp_path)  # and nothing else is left in the folder
-    assert file["passed"] == ["glu", "rope"]
-    assert file["torch"] == torch.__version__
+    assert file["value"] == ["glu", "rope"]
+    assert file["key"]["torch"] == torch.__version__
     only(monkeypatch, "glu", "rope", "nf4")  # a new op is checked alone
     verify(CPU)
     assert checks[ALL:] == [("nf4", str(dtype)) for dtype in DTYPES]
-    assert cached(tmp_path)[0]["passed"] == ["glu", "rope", "nf4"]
+    assert cached(tmp_path)[0]["value"] == ["glu", "rope", "nf4"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -276,7 +276,7 @@ def test_the_source_is_all_kernels_and_the_launch_table(tmp_path: Path, monkeypa
     selftest._source.cache_clear()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"passed": ["glu"]}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"value": ["glu"]}', "\x00"])
 def test_a_damaged_cache_is_replaced(text: str, checks: list[Any], tmp_path: Path) -> None:
     verify(CPU)
     (path,) = (tmp_path / "cache").iterdir()
@@ -284,7 +284,7 @@ def test_a_damaged_cache_is_replaced(text: str, checks: list[Any], tmp_path: Pat
     for _ in range(2):
         again()
     assert len(checks) == 2 * ALL
-    assert cached(tmp_path)[0]["passed"] == ["glu", "rope"]
+    assert cached(tmp_path)[0]["value"] == ["glu", "rope"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

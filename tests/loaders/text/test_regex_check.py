@@ -30,6 +30,7 @@ HOSTILE = {
     "alternatives": r"(a|a)*c",
     "alternatives of other lengths": r"(a|ab)*c",
     "with an option inside": r"(\p{L}+\s?)*!",
+    "alternatives in a row": r"(?:a|a)" * 24 + "b",
     "behind a look": r"(?=(a+)+b)",
     "bounds in bounds": r"((a{1,30}){1,30}){1,30}b",
     "a bound of what varies": r"(?:a{0,9}){9}b",
