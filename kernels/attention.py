@@ -58,15 +58,18 @@ def attention_reference(
             attention_reference(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0] for a, b in pairwise(offsets)
         ]
         return torch.cat(pieces) if pieces else torch.zeros_like(q)
-    wide = wide_dtype(q.dtype)
     length, keys = q.shape[1], k.shape[1]
-    group = q.shape[2] // k.shape[2]
-    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide).repeat_interleave(group, 2))
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = visible(length, keys, keys - length, causal, window, q.device)
+    return _formula(q, k, v, seen, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """Attention to the keys that are ``seen``, bool (T, S)."""
+    wide, group = wide_dtype(q.dtype), q.shape[2] // k.shape[2]
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide).repeat_interleave(group, 2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~visible(length, keys, keys - length, causal, window, q.device)
-    p = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1).masked_fill(hidden, 0.0)
+    p = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).masked_fill(~seen, 0.0)
     return torch.einsum("bhij,bjhd->bihd", p, v.to(wide).repeat_interleave(group, 2)).to(q.dtype)
 
 
@@ -204,18 +207,10 @@ def _beyond_sdpa(q: Tensor, k: Tensor, options: Options, documents: _Documents |
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, options: Options, spans: Tensor) -> Tensor:
     """Attention within ``spans`` in plain torch, all scores at once: for small shapes, and where no kernel runs."""
-    wide, group = wide_dtype(q.dtype), q.shape[1] // k.shape[1]
-    scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide).repeat_interleave(group, 1)) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    place = torch.arange(q.shape[0], device=q.device)
-    seen = (place >= spans[0, :, None]) & (place < spans[1, :, None])
-    if options.causal:
-        seen &= place <= place[:, None]
-    if options.window is not None:
-        seen &= place > place[:, None] - options.window
-    p = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)  # each token sees itself at least
-    return torch.einsum("hij,jhd->ihd", p, v.to(wide).repeat_interleave(group, 1)).to(q.dtype)
+    place = torch.arange(len(q), device=q.device)
+    seen = visible(len(q), len(q), 0, options.causal, options.window, q.device)
+    seen = seen & (place >= spans[0, :, None]) & (place < spans[1, :, None])
+    return _formula(q[None], k[None], v[None], seen, options.softcap, options.scale)[0]
 
 
 def attention(

@@ -3,9 +3,9 @@
 The `tokenizers` library runs them in a library that tries one way after another, ten million at a place, and nobody can
 interrupt it. Two things are asked of an expression before it is used. By its form: where a part may be repeated, there
 is one way to repeat it (so no repetition of repetitions or of alternatives), no more than a few parts are optional,
-repeated or have alternatives one behind another, and nothing refers back. What this leaves is tried, on longer and longer texts of the
-characters that the expression names and of some others: it may take the square of a text's length, as some published
-ones do with long numbers, but no more; then texts must be short.
+repeated or have alternatives one behind another, and nothing refers back. What this leaves is tried, on longer and
+longer texts of the characters that the expression names and of some others: it may take the square of a text's length,
+as some published ones do with long numbers, but no more; then texts must be short.
 """
 
 from __future__ import annotations
