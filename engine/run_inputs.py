@@ -91,9 +91,21 @@ def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
             offload_params=config.offload_params,
         )
     check_vocab(tokenizer, model.config.vocab_size)
-    policy, again = config.activation_policy, config.gradient_checkpointing or config.offload_params
-    model.set_activation_policy("full" if again and policy == "auto" else policy)
+    model.set_activation_policy(activation_policy(model, config))
     return model.train()
+
+
+def activation_policy(model: GPT, config: TrainConfig) -> str:
+    """The policy that the run's settings come to.
+
+    On a CPU what norms and activations compute again costs a step no time that could be measured, and what they need
+    not keep is a sixth of a dense step's memory.
+    """
+    if config.activation_policy != "auto":
+        return config.activation_policy
+    if config.gradient_checkpointing or config.offload_params:
+        return "full"
+    return "selective" if device_of(model, config).type == "cpu" else "auto"
 
 
 def device_of(model: GPT, config: TrainConfig) -> torch.device:

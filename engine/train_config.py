@@ -177,7 +177,7 @@ class TrainConfig(Settings):
     activation_policy: str = setting(
         "auto",
         "what the backward pass finds kept, from fast to lean: all, not what is cheap to recompute, the layers' "
-        "inputs, or those in the host's memory; auto is keep, with adapters selective",
+        "inputs, or those in the host's memory; auto is selective on a CPU and with adapters, else keep",
         choices=("auto", "keep", "selective", "full", "offload"),
     )
     offload_params: bool = setting(

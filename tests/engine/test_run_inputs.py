@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small_run import fit, lines
 from tiny_model import CONFIG, tiny_tokenizer
 
 from afina.engine.methods import default_learning_rate
-from afina.engine.run_inputs import device_of
+from afina.engine.run_inputs import activation_policy, device_of
 from afina.engine.train import finetune, open_run
 from afina.engine.train_config import TrainConfig
 
@@ -76,3 +77,19 @@ def test_a_model_of_shapes_alone_computes_where_it_would_be(small_model: str, sm
         assert run.model.embed.weight.is_meta
         assert device_of(run.model, config) == torch.device("cpu")
         assert run.model.training
+
+
+def test_a_policy_left_open_is_selective_on_a_cpu(
+    small_model: str, small_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(model=small_model, data=small_rows, output_dir=str(tmp_path / "run"), device="cpu")
+    with open_run(config, quiet=True, weights=False) as run:
+        found = run.model.activation_policy
+        given = {
+            changed.activation_policy: activation_policy(run.model, changed)
+            for changed in (replace(config, activation_policy="keep"), replace(config, gradient_checkpointing=True))
+        }
+        monkeypatch.setattr("afina.engine.run_inputs.device_of", lambda *_: torch.device("cuda"))
+        assert activation_policy(run.model, config) == "auto"
+    assert found == "selective"
+    assert given == {"keep": "keep", "auto": "full"}
