@@ -14,7 +14,10 @@ import math
 import time
 from functools import lru_cache
 
+import tokenizers
 from tokenizers import Regex, pre_tokenizers
+
+from afina.durable import remember, remembered
 
 MAX_LENGTH = 10_000  # characters of an expression; the longest of published tokenizers have about 1,000
 MAX_VARIABLE = 6  # parts of varying length one behind another; published ones have up to 4
@@ -23,6 +26,8 @@ SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)  # characters of the texts that 
 SQUARE_SECONDS = 0.3  # that the longest of them may take; published expressions that take the square take 0.03
 NOTICED = 0.004  # seconds that expressions linear in the length stay below; they take 0.001 to 0.002
 SECONDS = 10.0  # that a text may take: it must be short where an expression takes the square
+NOTE = "linear-expression"  # under which the cache knows what took no square: a trial takes a tenth of a second
+_RULES = 1  # of the trial, to be counted up when it changes
 _USUAL = "aA0 \n!\u00e9\u4e2d\u0301"
 _SYNTAX = frozenset("\\()[]{}*+?|^$.<>:&-")
 _NAMED = 16  # characters of the expression itself that it is tried on
@@ -38,8 +43,15 @@ def longest_for(pattern: str) -> int | None:
     number: what takes `SECONDS` at worst. None for one that takes their number. Raises Unbounded for any other."""
     if len(pattern) > MAX_LENGTH:
         raise Unbounded(f"{len(pattern):,} characters, expected at most {MAX_LENGTH:,}")
-    seconds = _square_seconds(pattern) if _Reader(pattern).several_ways() else 0.0
-    return int(SIZES[-1] * math.sqrt(SECONDS / seconds)) if seconds else None
+    if not _Reader(pattern).several_ways():
+        return None
+    key = {"pattern": pattern, "rules": _RULES, "tokenizers": tokenizers.__version__}
+    if remembered(NOTE, key) is True:
+        return None
+    if seconds := _square_seconds(pattern):  # on a busy machine perhaps too long: not to be kept
+        return int(SIZES[-1] * math.sqrt(SECONDS / seconds))
+    remember(NOTE, key, True)
+    return None
 
 
 class _Reader:

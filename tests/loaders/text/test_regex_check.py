@@ -10,12 +10,14 @@ import real_files
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from afina.errors import DataError, TokenizerError
+from afina.loaders.text import regex_check
 from afina.loaders.text import tokenizer as ours
 from afina.loaders.text.gguf_splitting import SPLITTINGS
 from afina.loaders.text.regex_check import SECONDS, Unbounded, longest_for
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.train_bpe import train_bpe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 # As their tokenizer.json have them, where llama.cpp's names have not.
 PUBLISHED = {
     "GPT-4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -91,6 +93,20 @@ def test_the_square_is_taken_of_short_texts_only(pattern: str) -> None:
     assert time.thread_time() - started < SECONDS  # a part of that
     with pytest.raises(DataError, match=rf"a text of {longest + 1:,} characters: .* so at most {longest:,} are read"):
         tokenizer.encode_batch(["a", "a" * (longest + 1)])
+
+
+def test_only_what_took_no_square_is_known_to_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = PUBLISHED["CodeGen"] + "|kept"
+    regex_check.longest_for.cache_clear()
+    assert longest_for(pattern) is None
+    regex_check.longest_for.cache_clear()
+    monkeypatch.setattr(regex_check, "_square_seconds", lambda _: 0.1)
+    assert longest_for(pattern) is None
+    for seconds in (0.1, 0.2):  # each process measures it
+        monkeypatch.setattr(regex_check, "_square_seconds", lambda _, seconds=seconds: seconds)
+        regex_check.longest_for.cache_clear()
+        assert longest_for(SQUARES[0]) == int(2048 * (SECONDS / seconds) ** 0.5)
+    regex_check.longest_for.cache_clear()
 
 
 def test_wherever_a_tokenizer_has_it() -> None:
