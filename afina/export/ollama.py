@@ -23,8 +23,8 @@ from typing import Any
 
 from afina.errors import AfinaError, DataError
 from afina.export.go_template import GoTemplateError, execute, quoted
-from afina.loaders.text.chat_template import SLOT, numbered
 from afina.loaders.text.gguf_vocab import Vocabulary
+from afina.loaders.text.opaque import SLOT, numbered
 from afina.loaders.text.render import Example, render_prompt
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.printable import printable

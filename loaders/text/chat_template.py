@@ -7,7 +7,6 @@ each turn of its loops, which message it has come to. So a turn is found whateve
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,13 +16,13 @@ import jinja2
 
 from afina.errors import DataError, TokenizerError
 from afina.loaders.text.meter import Runaway
+from afina.loaders.text.opaque import SLOT, Opaque, Prober, numbered
 from afina.loaders.text.sandbox import FAILURES, Sandbox, brief
 
 MAX_SOURCE = 1 << 15  # characters of a template; the longest of 70 published ones has 16,714
 # Where templates look for what a model thought before it answered: they are given it under each of these.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _CANARY = ("canarykey", "canaryvalue")  # the argument of a call that shows how a template writes arguments
-SLOT = re.compile("\ue001([0-9]+)\ue002")  # what stands for a content: the number of its message
 
 
 class ChatTemplate:
@@ -114,9 +113,18 @@ class ChatTemplate:
         self._check_tools(tools)
         return self._write(self._following, [self.adapted(message) for message in messages], tools, False)
 
+    def opaque(self, roles: Sequence[str]) -> Opaque | None:
+        """What is written for messages of these roles whatever they say, as `Prober.opaque` has it."""
+        with self._lock:
+            return self._prober.opaque(roles)
+
     def _check_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
         if self._needs_tools and not tools:
             raise DataError("the chat template serves conversations with tools only: give the row tools")
+
+    @cached_property
+    def _prober(self) -> Prober:
+        return Prober(self.source, self._names)
 
     @cached_property
     def _following(self) -> jinja2.Template:
@@ -211,11 +219,6 @@ class ChatTemplate:
             return self._text(turns, self._some_tools, False)
         except DataError:
             return None
-
-
-def numbered(roles: Sequence[str]) -> list[dict[str, str]]:
-    """Messages of these roles whose contents are SLOTs."""
-    return [{"role": role, "content": f"\ue001{number}\ue002"} for number, role in enumerate(roles)]
 
 
 def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

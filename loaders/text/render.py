@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afina.errors import DataError, TokenizerError
-from afina.loaders.text.chat_template import SLOT, numbered
+from afina.loaders.text.opaque import SLOT, Opaque, numbered
 from afina.loaders.text.openings import Messages, Tools
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.text.turns import find_turns
@@ -173,6 +173,8 @@ def _conversation(tokenizer: Tokenizer, example: Example, any_role: bool) -> tup
         # where a content brings the thought that the generation prompt opens, it is learnt from behind that only.)
         contents = [message["content"] for message in messages]
         layout = (_kept_layout if len(roles) <= _KEPT_LAYOUT else _layout)(tokenizer, roles, trained)
+        if layout.opaque is not None and layout.opaque.holds(contents):
+            return layout.fill(contents)
         text = tokenizer.with_bos(tokenizer.template.render(messages), glue="")
         for variant in (contents, [content.strip() for content in contents]):
             filled = layout.fill(variant)
@@ -188,13 +190,15 @@ class _Layout:
     and the trained ranges as pairs (contents before, other characters before).
 
     ``closing``: text added to what the template writes. A template may look at contents, so a layout holds for a row
-    only where filling it gives the text that the template writes for the row.
+    only where filling it gives the text that the template writes for the row. For contents for which ``opaque`` holds
+    that is known; where there are other ones, or it is None, the row is rendered and the texts are compared.
     """
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
     spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     closing: str
+    opaque: Opaque | None
 
     def fill(self, contents: list[str]) -> tuple[str, Spans]:
         parts, sizes, total = [self.literals[0]], [0], 0
@@ -227,7 +231,18 @@ def _layout(tokenizer: Tokenizer, roles: tuple[str, ...], trained: frozenset[int
         order=tuple(order),
         spans=tuple((mark(start), mark(end)) for number in sorted(found) for start, end in found[number]),
         closing=text[len(plain) :],
+        opaque=_opaque(tokenizer, roles, plain),
     )
+
+
+def _opaque(tokenizer: Tokenizer, roles: tuple[str, ...], plain: str) -> Opaque | None:
+    """For which contents the text is known to be ``plain``, what these roles give with SLOTs, but for the SLOTs."""
+    found = tokenizer.template.opaque(roles)
+    if found is None or tokenizer.with_bos(found.text, glue="") != plain:
+        return None
+    first, bos = SLOT.split(plain, 1)[0], tokenizer.bos_token
+    # One BOS too many is taken off, so a content that goes on with one may not follow at once.
+    return None if bos and tokenizer.adds_bos and bos.startswith(first.removeprefix(bos)) else found
 
 
 _kept_layout = lru_cache(maxsize=4096)(_layout)

@@ -68,7 +68,8 @@ FAILURES: tuple[type[Exception], ...] = (
 )
 FAILURES += (MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 # No name in a template can hold a space: these filters are ours alone.
-_MADE, _READ, _SHOWN, _TURNS, _JOINED = "made ", "read ", "shown ", "turns ", "joined "
+_MADE, _READ, _TURNS = "made ", "read ", "turns "
+SHOWN, HELD, JOINED = "shown ", "held ", "joined "  # what is written, at once or with what collects it; what `~` makes
 _ENTERED, _ASSIGNED, _LEFT = "entered ", "assigned ", "left "
 
 
@@ -91,12 +92,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(extensions=[_Generation, "jinja2.ext.loopcontrols"], optimized=False, **syntax)
         meter = self.meter = Meter()
         self.filters = {name: self._guarded(name, self.filters[name]) for name in sorted(_FILTERS)}
-        self.filters |= {"tojson": self._to_json, _MADE: meter.made, _READ: meter.read, _SHOWN: meter.shown}
-        self.filters |= {_TURNS: meter.turns, _JOINED: self._joined}
+        self.filters |= {"tojson": self._to_json, _MADE: meter.made, _READ: meter.read, _TURNS: meter.turns}
+        self.filters |= {SHOWN: meter.shown, HELD: meter.shown, JOINED: self._joined}
         self.filters |= {_ENTERED: self._entered, _ASSIGNED: self._assigned, _LEFT: self._left}
         self.tests = {name: self._guarded_test(name, self.tests[name]) for name in sorted(_TESTS)}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": strftime_now}
         # The messages that are rendered, by identity; which of them each loop of the template has come to, the
         # outermost loop first; and the innermost of these: the one that is being written.
         self.numbers: dict[int, int] = {}
@@ -333,13 +334,13 @@ class _Metering(NodeTransformer):
             elif isinstance(item, nodes.TemplateData):
                 shown.append(item)  # it is counted when it leaves the template
                 continue
-            shown.append(_filtered(item, _SHOWN))
+            shown.append(_filtered(item, HELD if self._buffered else SHOWN))
         node.nodes = shown
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), JOINED)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
@@ -427,7 +428,8 @@ def _check_round(value: Any, precision: Any = 0, method: str = "common") -> None
         raise TypeError(f"round needs a number, and a precision up to {_MAX_POWER}")
 
 
-def _strftime_now(form: str) -> str:
+def strftime_now(form: str) -> str:
+    """The date of now as ``form`` says. Raises Runaway for a form that makes much of it."""
     if len(form) > _SHORT or _WIDE.search(form):
         raise Runaway("a date of a form that pads its text")
     return datetime.now().strftime(form)

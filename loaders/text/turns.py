@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import DataError
-from afina.loaders.text.chat_template import numbered
+from afina.loaders.text.opaque import numbered
 from afina.loaders.text.openings import Messages, Openings, Span, Tools
 from afina.loaders.text.written import Search
 
