@@ -60,7 +60,7 @@ class Batcher:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.prefill_chunk = max_rows, prefill_chunk
-        self.device, dtype = model.embed.weight.device, model.embed.weight.dtype
+        self.device, dtype = model.device, model.dtype
         context = model.config.max_positions
         each = KVPool.token_bytes(model.config, dtype)
         longest = context if max_length is None else min(max_length, context)

@@ -111,7 +111,7 @@ def open_graphs(
         loss=loss,
         reference=lambda batch: accumulate(model, [batch], objective),
         max_grad_norm=config.max_grad_norm,
-        dtype=model.embed.weight.dtype,
+        dtype=model.dtype,
         graph=graph,
         log=log,
         passed=lambda: remember(NOTE, _machine(device), True),

@@ -30,7 +30,7 @@ class DecodeStep:
 
     def __init__(self, model: GPT, pool: KVPool, longest: int) -> None:
         self.model, self.pool, self.longest = model, pool, longest
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.captures = self.device.type == "cuda"
         self.lean = None if self.captures else [LeanLayer(layer) for layer in model.layers]
         self.captured: dict[tuple[int, int], tuple[Tensor, Tensor, CudaGraph]] = {}

@@ -61,7 +61,7 @@ def row_losses(
         for batch in eval_batches(token_set, batch_size=batch_size, packing=packing):
             if poll:
                 poll()
-            ids = batch.input_ids.to(model.embed.weight.device, non_blocking=True)
+            ids = batch.input_ids.to(model.device, non_blocking=True)
             losses = model.loss(ids, batch.labels, cu_seqlens=batch.cu_seqlens, reduction="none")
             wanted = batch.labels != IGNORE
             found = losses.cpu()[wanted].numpy()
@@ -190,7 +190,7 @@ def _scored(
     poll: Callable[[], object] | None,
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[float, bool]]]:
     """Score the options of some contexts: the contexts run packed, then chunks of (context, option)."""
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    device, dtype = model.device, model.dtype
     room = max(len(context) + max(map(len, options[context])) for context in contexts)
     cache = KVCache(model.config, len(contexts), room, device, dtype)
     hidden = _packed(model, contexts, cache)
@@ -230,7 +230,7 @@ def _continued(
 
 def _packed(model: GPT, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Run the rows' tokens behind what the cache holds of each -> hidden states (tokens, C), row after row."""
-    device = model.embed.weight.device
+    device = model.device
     ids = torch.tensor([[token for row in rows for token in row]], device=device)
     starts = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32, device=device)
     return model.hidden(ids, cu_seqlens=starts, cache=cache)[0]

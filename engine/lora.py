@@ -221,7 +221,7 @@ def adapter_tensors(model: GPT) -> dict[str, Tensor]:
 
 def _loras(model: GPT, config: AdapterConfig, targets: Sequence[HFTensor]) -> dict[str, Lora]:
     """An empty Lora for each of our modules that has one of the targets."""
-    dtype, device = model.embed.weight.dtype, model.embed.weight.device
+    dtype, device = model.dtype, model.device
     parts: dict[str, list[Part]] = {}
     for target in targets:
         layer, rank = _layer(model, target.ours), config.rank(target.name)

@@ -337,7 +337,7 @@ class _Walk:
         out = self._new(x.rows, attn.heads * dim, grad)
         if grad:
             v = qkv if moved is qkv else self._new(x.rows, attn.kv_heads * dim)
-            window, device = attn.options["window"], self.model.embed.weight.device
+            window, device = attn.options["window"], self.model.device
             saved = attention.saved(
                 self.dtype,
                 attn.heads,

@@ -269,6 +269,16 @@ class GPT(nn.Module):
         return self.sample_source()
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes; "meta" where it has shapes only."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in; matrices may be held in less."""
+        return self.norm.weight.dtype
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, C): the output matrix, which is the embedding itself where the config ties them."""
         return self.embed.weight if self.config.tie_embeddings else self.head.weight

@@ -43,7 +43,7 @@ def sft(
     those of ``kernels/cross_entropy.py``.
     """
     # Labels and boundaries stay on the CPU: what they say about shapes is read there, not off the GPU.
-    ids = batch.input_ids.to(model.embed.weight.device, non_blocking=True)
+    ids = batch.input_ids.to(model.device, non_blocking=True)
     loss = partial(
         model.loss,
         ids,

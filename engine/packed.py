@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from afina.engine.layouts import Half, Layout, OneDNN, Plain, fits_half, half_works, onednn_works
 from afina.engine.linear import Linear, Lora
@@ -98,15 +99,35 @@ class PackedModel:
             self.model.packed_head = None
 
 
+class HalfEmbedding(nn.Module):
+    """An embedding (V, C) whose float32 weight is held in float16, ids (...) -> (..., C) float32; ``fits_half`` says
+    for which it is right."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().half(), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.get_buffer("weight")).float()
+
+
 def release(model: GPT, *, keep: Collection[str] = ()) -> None:
     """Pack a model's weights for good and let the plain ones go, but those of the parameters ``keep``, which something
-    will exchange, and the embedding. The model generates and evaluates as before, and cannot train any more."""
+    will exchange. The model generates as before, and has no loss and cannot train any more."""
     for name, layer in _plain(model):
         if f"{name}.weight" not in keep and (made := _packed_linear(layer)) is not None:
             layer.packed = made
             layer.hold(None)
-    if not {"embed.weight", "head.weight"} & set(keep):
-        model.packed_head = packed(model.head_weight)
+    if {"embed.weight", "head.weight"} & set(keep):
+        return
+    model.packed_head = head = packed(model.head_weight)
+    tied = model.config.tie_embeddings
+    if head is None or (tied and isinstance(head, Plain)):  # which lies where the embedding does
+        return
+    if not tied:
+        model.head.register_parameter("weight", None)
+    if isinstance(head, Half) if tied else fits_half(model.embed.weight):
+        model.embed = HalfEmbedding(model.embed.weight)
 
 
 def _packed_linear(layer: Linear) -> PackedLinear | None:

@@ -34,7 +34,7 @@ class Prefill:
     def __init__(self, model: GPT, tokenizer: Tokenizer, pool: KVPool, *, size: int, long_after: int) -> None:
         self.model, self.tokenizer, self.pool = model, tokenizer, pool
         self.size, self.long_after = size, long_after
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.turn_ends = frozenset(tokenizer.eos_ids)
 
     def boundaries(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:

@@ -37,7 +37,7 @@ def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
     """The numbers of rows up to about ``most``, rising, among which a row's bits do not depend on which is taken, nor
     on its place. Measured once for a model, its adapter and the number of threads. On a GPU nothing is promised: they
     are powers of two there, of which each is one captured graph."""
-    if model.embed.weight.device.type == "cuda":
+    if model.device.type == "cuda":
         return tuple(size for size in POWERS if size < 2 * most)
     top = padded(max(most, LEAST), SIZES)
     known = _measured.setdefault(model, {})
@@ -53,7 +53,7 @@ def _measure(model: GPT, at: int) -> tuple[int, ...]:
     for top in range(at, min(at + TRIES, len(SIZES))):
         agree = set(SIZES[: top + 1])
         for function, width in _functions(model).values():
-            agree &= _agreeing(function, width, sorted(agree), model.embed.weight.dtype)
+            agree &= _agreeing(function, width, sorted(agree), model.dtype)
             if SIZES[top] not in agree:
                 break
         else:

@@ -110,5 +110,5 @@ def activation_policy(model: GPT, config: TrainConfig) -> str:
 
 def device_of(model: GPT, config: TrainConfig) -> torch.device:
     """Where the run computes: where its model is, or, of a model that has shapes only, where it would be."""
-    device = next(model.parameters()).device
+    device = model.device
     return choose_device(config.device) if device.type == "meta" else device

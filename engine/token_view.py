@@ -67,7 +67,7 @@ def view_row(
     trained = np.asarray(loss_mask, dtype=np.bool_)
     if numbers.ndim != 1 or trained.shape != numbers.shape:
         raise ValueError(f"ids and loss_mask: expected both (T,), found {numbers.shape} and {trained.shape}")
-    input_ids = torch.from_numpy(numbers)[None].to(model.embed.weight.device)
+    input_ids = torch.from_numpy(numbers)[None].to(model.device)
     was_training = model.training
     model.eval()
     try:

@@ -174,7 +174,7 @@ class Run:
             offload=offloaded(model) if c.offload_optimizer else (),
             gradients=not c.optim_in_backward,
             host_weights=model.host_weights,
-            device=torch.device("meta") if model.embed.weight.is_meta else self.device,
+            device=torch.device("meta") if model.device.type == "meta" else self.device,
         )
         objective = training_objective(c)
         self.training_step = TrainingStep(
@@ -211,7 +211,7 @@ class Run:
         count = model.config.num_parameters()
         trainable = sum(p.numel() for p in self.optimizer.params.values())
         self.folder.begin(c.to_dict(), facts(self.data, model), notes=self.notes, **self._bytes_needed())
-        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         some = "" if c.method == "full" else f", {trainable:,} train ({c.method})"
         self.log(
             f"{c.model or c.config}: {count:,} parameters on {self.device.type} in {dtype}{some}; {self.total:,} steps "

@@ -35,7 +35,7 @@ def accumulate(
     the loss before its backward pass.
     """
     loss_tokens = sum(mb.loss_tokens for mb in micro_batches)
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total = torch.zeros((), device=model.device)
     for mb in micro_batches:
         if poll:
             poll()

@@ -168,7 +168,7 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, folder: str | Path) -> N
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise WeightsError(f"{folder}: cannot be made ({problem.strerror}): choose another folder") from problem
-    kind = model.embed.weight.dtype
+    kind = model.dtype
     save_tensors(_named(model, _parameters(model), kind), folder)
     hf = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
     dtype = str(kind).removeprefix("torch.")

@@ -216,11 +216,11 @@ class _Demo:
         source = str(self.config.model)
         tokenizer = load_tokenizer(source)
         model = load_model(source, dtype=self.config.dtype, device=self.config.device)
-        c, parameter = model.config, next(model.parameters())
+        c = model.config
         self.page.fact("model", f"{source}, {model.num_parameters():,} parameters")
         self.page.fact("shape", f"{c.num_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size:,} tokens")
-        threads = f", {torch.get_num_threads()} threads" if parameter.device.type == "cpu" else ""
-        self.page.fact("runs on", f"{parameter.device.type}{threads}, {str(parameter.dtype).removeprefix('torch.')}")
+        threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+        self.page.fact("runs on", f"{model.device.type}{threads}, {str(model.dtype).removeprefix('torch.')}")
         return tokenizer, model
 
     def _answers(self, model: GPT, tokenizer: Tokenizer, prompts: list[Any]) -> list[str]:
@@ -253,8 +253,7 @@ class _Demo:
     def _show_forward(self, model: GPT, tokenizer: Tokenizer, data: Data) -> torch.Tensor:
         """Run the first training row through the model; returns -ln p (float32) of each of its trained tokens."""
         ids, trained = (torch.tensor(part) for part in data.train.row(0))
-        device = next(model.parameters()).device
-        logits = model(ids[None].long().to(device))[0].float().cpu()
+        logits = model(ids[None].long().to(model.device))[0].float().cpu()
         places = trained.nonzero()[:, 0]
         scores = logits[places - 1].log_softmax(-1)  # position t - 1 predicts token t
         right = scores.gather(1, ids[places, None].long())[:, 0]

@@ -60,7 +60,7 @@ def load(args: argparse.Namespace, config: ServeConfig) -> Loaded:
             raise ConfigError(f"--adapter {other}=...: MODEL is served as {other!r}: give the adapter another name")
         served[other] = adapter
     total = None if config.cache_gb is None else int(config.cache_gb * 1e9)
-    if total is None and model.embed.weight.device.type == "cpu":
+    if total is None and model.device.type == "cpu":
         total = CPU_BYTES  # on a GPU each takes a part of what is free there
     release(model, keep=exchanged(served))
     share = None if total is None else total // len(served)

@@ -24,7 +24,7 @@ from afina.engine.linear import Linear
 from afina.engine.lora import new_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import RopeConfig
-from afina.engine.packed import PackedModel, release
+from afina.engine.packed import HalfEmbedding, PackedModel, release
 from afina.engine.rope_tables import RopeTables
 from afina.engine.row import Row
 from afina.engine.row_exact import padded
@@ -388,6 +388,8 @@ def test_packed_weights_compute_the_same(
     release(model, keep={"layers.0.mlp.down.weight"})
     gone = set(names) - {name for name, _ in model.named_parameters()}
     assert "layers.1.mlp.down.weight" in gone
+    assert ("embed.weight" in gone) == isinstance(model.embed, HalfEmbedding) == (layout == "Half")
+    assert model.dtype == torch.float32
     assert "layers.0.mlp.down.weight" not in gone
     for name, weight in dense.items():
         assert torch.equal(model.get_submodule(name).dense(torch.float32), weight)
@@ -395,6 +397,33 @@ def test_packed_weights_compute_the_same(
     filled = 2 * 512 * model.config.hidden_size if layout == "Half" else plain
     assert model.layers[1].mlp.down.nbytes >= filled
     torch.testing.assert_close(model(ids), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exchanged", [(), ("embed.weight",), ("head.weight",)])
+@torch.no_grad()
+def test_what_embedding_and_head_leave_behind(
+    tokenizer: Tokenizer, exchanged: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is packed alone, and an embedding that float16 holds lies in it, unless something exchanges either."""
+    if not layouts.half_works():
+        pytest.skip("torch has no such layout here")
+    monkeypatch.setattr(packed, "LEAST_HALF", 1)
+    model = tiny_model(tokenizer, tie_word_embeddings=False).eval()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half().float())
+    model.embed.weight[5, 3] = 1e-9  # smaller than float16 holds, and too small to matter
+    ids, before = torch.tensor([[5, 7, 5]]), model.embed.weight.clone()
+    expected = model(ids)
+    release(model, keep=exchanged)
+    held = {name for name, _ in model.named_parameters()} & {"embed.weight", "head.weight"}
+    assert held == ({"embed.weight", "head.weight"} if exchanged else set())
+    assert (model.embed(ids) - before[ids]).abs().max() <= layouts.ROUNDING
+    torch.testing.assert_close(model(ids), expected, atol=1e-3, rtol=1e-4)
+    model = tiny_model(tokenizer, tie_word_embeddings=False).eval()
+    model.embed.weight[0, 0] = 1e5  # larger than float16 holds
+    release(model)
+    assert model.embed.weight[0, 0] == 1e5
+    assert "head.weight" not in dict(model.named_parameters())
 
 
 def test_sizes_that_do_not_agree_are_left_out(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
