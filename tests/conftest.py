@@ -24,6 +24,10 @@ if not torch.cuda.is_available():
     triton.knobs.runtime.interpret = True  # which also sets the variable
     del os.environ["TRITON_INTERPRET"]
 
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
