@@ -24,6 +24,7 @@ ALIASES = {
     **dict.fromkeys(("function", "observation", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
+_SPEAKERS = {name: role for name, role in ALIASES.items() if role != "call"}
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # Keys of a turn that are read here; others reach the template as they are.
@@ -67,6 +68,11 @@ def read_conversation(turns: Any, tools: Any = None, *, roles: Collection[str] =
     messages: list[dict[str, Any]] = []
     learnt: set[int] = set()
     for number, turn in enumerate(turns):
+        if (said := _said(turn)) is not None:
+            messages.append(said)
+            if said["role"] in roles:
+                learnt.add(number)
+            continue
         try:
             message = _message(turn)
             if _is_learnt(turn, message["role"] in roles):
@@ -88,6 +94,16 @@ def role_of(turn: Any) -> Any:
         return None
     role = turn.get("role", turn.get("from"))
     return ALIASES.get(role.strip().lower(), role) if isinstance(role, str) else role
+
+
+def _said(turn: Any) -> dict[str, Any] | None:
+    """The message of a turn that is a role by a name of ours and a text, as nearly all are; None for any other."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if isinstance(role, str) and isinstance(content, str) and (role := _SPEAKERS.get(role)) is not None:
+        return {"role": role, "content": clean_text(content)}
+    return None
 
 
 def _message(turn: Any) -> dict[str, Any]:

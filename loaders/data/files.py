@@ -321,14 +321,14 @@ def clean_text(text: str, *, end: bool = True) -> str:
             text = _CONTROL.sub("", text)
         if " \n" in text or "\t\n" in text:
             text = _BLANKS.sub("\n", text)
-    text = _composed(text)
+    text = text if text.isascii() else _composed(text)
     return text.rstrip(" \t\n") if end else text
 
 
 def _composed(text: str) -> str:
     """``text`` in NFC, but for runs of more marks than any language stacks: to put such a run in order takes the square
     of its length (Unicode Standard Annex 15, section 13, has 30 as the longest of its stream-safe format)."""
-    if text.isascii() or _MANY_MARKS.search(text) is None:
+    if _MANY_MARKS.search(text) is None:
         return unicodedata.normalize("NFC", text)
     parts, start = [], 0
     for run in _MANY_MARKS.finditer(text):

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ ALPACA_INPUT = (
 
 
 _DIGESTED = json.JSONEncoder(default=str)  # json.dumps would make one for every row
+
+
+def _spelt(messages: Sequence[Mapping[str, Any]], tools: Any, trained: list[int]) -> str:
+    """A conversation as JSON. It is written by hand where messages are a role of ours and a text: in half the time."""
+    parts = []
+    for message in messages if tools is None else ():
+        if len(message) > 2 or message["content"] is None:
+            break
+        parts.append(f'{{"role": "{message["role"]}", "content": {encode_basestring_ascii(message["content"])}}}')
+    if len(parts) < len(messages):
+        return _DIGESTED.encode([messages, tools, trained])
+    return f"[[{', '.join(parts)}], null, {trained}]"
 
 
 @dataclass(slots=True)
@@ -218,7 +231,7 @@ class _Shape:
             return None
         row.example = Example(**fields, where=where, candidates=_candidates(value.get("candidates")))
         if row.example.messages is not None:
-            content = _DIGESTED.encode([fields["messages"], fields.get("tools"), sorted(fields["trained"])]).encode()
+            content = _spelt(fields["messages"], fields.get("tools"), sorted(fields["trained"])).encode()
         else:  # cleaned: no control character is left in a text
             content = "\0".join(map(str, fields.values())).encode()
         row.digest = blake2b(content, digest_size=16).digest()

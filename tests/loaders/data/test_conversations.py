@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from chat_templates import TOOLS, template_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from real_files import chat_templates
 
 from afina.errors import DataError
-from afina.loaders.data.conversations import Unfit, read_conversation, read_tools
+from afina.loaders.data import conversations
+from afina.loaders.data.conversations import ALIASES, Unfit, read_conversation, read_tools
 from afina.loaders.data.rows import Row, read_rows
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -107,6 +110,28 @@ def test_what_is_learnt() -> None:
     assert read_conversation(turns, roles=("user",)).learnt == {0, 2}
     assert read_conversation(turns, roles=("user", "assistant")).learnt == {0, 2, 3}
     assert all(message.keys() == {"role", "content"} for message in read_conversation(turns).messages)
+
+
+NAMES = st.sampled_from([*ALIASES, "User", " ai", "nobody", "", None, 3, ["user"]])
+AWKWARD: list[Any] = [None, " a\r\n", "\u00e9\ufeff", "e\u0301", "\x00", 7, ["x"], "[]", "\ud800"]
+CONTENTS = st.text(max_size=9) | st.sampled_from(AWKWARD)
+KEYS = {"role": NAMES, "from": NAMES, "content": CONTENTS, "value": CONTENTS, "weight": st.just(1), "name": NAMES}
+TURNS = st.fixed_dictionaries({}, optional=KEYS)
+
+
+@settings(max_examples=400)
+@given(st.lists(TURNS | st.just("no turn"), max_size=4), st.sampled_from([("assistant",), ("user", "tool"), ()]))
+def test_plain_turns_are_read_as_all_others(turns: list[Any], roles: tuple[str, ...]) -> None:
+    def read() -> Any:
+        try:
+            return read_conversation(turns, roles=roles)
+        except Unfit as problem:
+            return str(problem), problem.kind
+
+    found = read()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversations, "_said", lambda turn: None)
+        assert read() == found
 
 
 BAD = [

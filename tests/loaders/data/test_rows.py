@@ -14,7 +14,8 @@ from tiny_model import saved, tiny_tokenizer
 
 from afina.cli.main import run
 from afina.errors import DataError
-from afina.loaders.data.rows import Row, read_rows
+from afina.loaders.data.conversations import ROLES
+from afina.loaders.data.rows import Row, _spelt, read_rows
 from afina.loaders.data.token_cache import COLUMNS
 from afina.loaders.text.render import Example
 
@@ -455,3 +456,15 @@ def test_any_rows_give_examples_or_a_data_error(
         message = str(problem)
     assert "\n" not in message
     assert len(message) < 5000
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.sampled_from(ROLES), st.text() | st.none(), st.booleans()), min_size=1, max_size=4),
+    st.sampled_from([None, ({"function": {"name": "f"}},)]),
+)
+def test_a_conversation_is_spelt_for_its_digest_as_json_spells_it(said: list[Any], tools: Any) -> None:
+    """Digests say which rows are equal and which are held out: they are the same from version to version."""
+    messages = tuple({"role": role, "content": text} | ({"name": "n"} if more else {}) for role, text, more in said)
+    trained = list(range(0, len(messages), 2))
+    assert _spelt(messages, tools, trained) == json.dumps([messages, tools, trained])
