@@ -15,6 +15,15 @@ from conftest import REPO
 from tiny_model import saved
 
 STEPS = 2
+# `python -m afina`, with the interpreter as the tests have it.
+COMMAND = """
+import sys
+from afina.__main__ import main
+sys.path.insert(0, "tests")
+import quick_interpreter
+quick_interpreter.install()
+sys.exit(main())
+"""
 # Variants that between them use every kernel and option of the model: GQA and QK-norm; window, softcap, sandwich norms
 # with offset and GeGLU; LayerNorm with learned positions.
 MODELS: dict[str, dict[str, Any]] = {
@@ -33,12 +42,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def losses(model: Path, data: Path, output: Path, backend: str) -> list[float]:
-    command = [sys.executable, "-m", "afina", "train", "--model", str(model), "--data", str(data)]
+    interpreted = backend == "triton" and not torch.cuda.is_available()
+    command = [sys.executable, *(["-c", COMMAND] if interpreted else ["-m", "afina"])]
+    command += ["train", "--model", str(model), "--data", str(data)]
     command += ["--output_dir", str(output), "--max_steps", str(STEPS), "--batch_size", "3", "--learning_rate", "1e-3"]
     command += ["--eval_steps", str(STEPS), "--threads", "1", "--dtype", "float32"]
     environment = os.environ | {"AFINA_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     environment |= {"AFINA_CACHE": str(output.parent / "cache")}
-    if not torch.cuda.is_available():
+    if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
