@@ -201,12 +201,11 @@ class _Layout:
     opaque: Opaque | None
 
     def fill(self, contents: list[str]) -> tuple[str, Spans]:
-        parts, sizes, total = [self.literals[0]], [0], 0
-        for number, literal in zip(self.order, self.literals[1:]):
-            parts += (contents[number], literal)
-            total += len(contents[number])
-            sizes.append(total)
-        return "".join(parts), tuple((sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans)
+        ordered = [contents[number] for number in self.order]
+        parts = [""] * (2 * len(ordered) + 1)
+        parts[::2], parts[1::2] = self.literals, ordered
+        sizes = [0, *accumulate(map(len, ordered))]
+        return "".join(parts), tuple([(sizes[a] + i, sizes[b] + j) for (a, i), (b, j) in self.spans])
 
 
 def _layout(tokenizer: Tokenizer, roles: tuple[str, ...], trained: frozenset[int]) -> _Layout:
