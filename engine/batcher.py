@@ -24,7 +24,7 @@ from afina.engine.packed import PackedModel
 from afina.engine.prefill import Prefill
 from afina.engine.row import Row
 from afina.engine.row_exact import exact_sizes, padded
-from afina.engine.sampler import Chooser, TokenLogprob, logprobs_of
+from afina.engine.sampler import Chooser, TokenLogprob, choose_together, logprobs_of
 from afina.engine.sampling import Sampling
 from afina.errors import AfinaError, ConfigError, DataError
 from afina.kernels.backend import trusted
@@ -220,6 +220,7 @@ class Batcher:
         guessed = self._guessed(rows)
         try:
             logits = self._forward(rows, guessed)
+            sampled = self._sampled(rows, guessed, logits)
         except (RuntimeError, MemoryError) as problem:
             if len(rows) == 1:
                 self._fail(rows[0], problem)
@@ -229,19 +230,39 @@ class Batcher:
         first = 0
         for row, guesses in zip(rows, guessed, strict=True):
             try:
-                self._take(row, guesses, logits, best, first)
+                self._take(row, guesses, logits, best, first, sampled.get(first))
             except (AfinaError, RuntimeError, ValueError, MemoryError) as problem:
                 self._fail(row, problem)
             first += 1 + len(guesses)
         return rows
 
-    def _take(self, row: Row, guesses: list[int], logits: Tensor, best: list[int], first: int) -> None:
-        """Choose a row's next token from ``logits[first]``, and as many more as were guessed rightly."""
+    def _sampled(self, rows: list[Row], guessed: list[list[int]], logits: Tensor) -> dict[int, int]:
+        """The next tokens of rows that draw them together, by the place of their logits. What is drawn behind a guess
+        waits until it has come true."""
+        places, choosers, place = [], [], 0
+        for row, guesses in zip(rows, guessed, strict=True):
+            if row.chooser is not None and not row.chooser.plain:
+                places.append(place)
+                choosers.append(row.chooser)
+            place += 1 + len(guesses)
+        if len(choosers) < 2:
+            return {}
+        found = choose_together(choosers, logits if len(places) == len(logits) else logits[places])
+        return {places[row]: token for row, token in found.items()}
+
+    def _take(
+        self, row: Row, guesses: list[int], logits: Tensor, best: list[int], first: int, sampled: int | None
+    ) -> None:
+        """A row's next token, chosen from ``logits[first]``, and as many more as were guessed rightly; ``sampled`` is
+        the first of them where it was drawn."""
         for at, guess in enumerate([*guesses, None], first):
             row.done += 1
             each = logits[at : at + 1]
-            plain = row.chooser is not None and row.chooser.plain
-            token = best[at] if plain else row.choose(each)
+            if row.chooser is not None and row.chooser.plain:
+                token = best[at]
+            else:
+                token = row.choose(each) if sampled is None else sampled
+            sampled = None
             self._append(row, token, each)
             if guess is not None:
                 row.guesses.was(token == guess)

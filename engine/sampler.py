@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from afina.engine.sampling import Sampling
+
+NUCLEUS = 256  # tokens that nearly always reach top-p: to find them takes a tenth of sorting a large vocabulary
+TOGETHER = 1 << 16  # logits of rows that are chosen from at once; more of them leave the cache, and take longer
 
 
 class TokenLogprob(NamedTuple):
@@ -49,15 +53,25 @@ def filtered(logits: Tensor, seen: Tensor | None, sampling: Sampling, counts: Te
         lowest = torch.topk(logits, sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ascending, order = torch.sort(logits)
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        dropped[:, -1] = False
-        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+        logits = logits.masked_fill(~_nucleus(logits.softmax(-1), sampling.top_p, NUCLEUS), -math.inf)
     if sampling.min_p is not None:
         probabilities = logits.softmax(-1)
         low = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
         logits = logits.masked_fill(low, -math.inf)
     return logits
+
+
+def _nucleus(probabilities: Tensor, top_p: float, most: int) -> Tensor:
+    """The likeliest tokens of each row (B, V) that sum to ``top_p``, the one that reaches it included: bool (B, V).
+    They are looked for among the ``most`` likeliest, and of rows where these do not reach it among all."""
+    likeliest, tokens = torch.topk(probabilities, min(most, probabilities.shape[-1]))
+    wide = likeliest.double()
+    before = wide.cumsum(-1) - wide
+    kept = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, tokens, before < top_p)
+    if likeliest.shape[-1] < probabilities.shape[-1]:
+        for row in ((before + wide)[:, -1] < top_p).nonzero()[:, 0].tolist():
+            kept[row] = _nucleus(probabilities[row : row + 1], top_p, probabilities.shape[-1])[0]
+    return kept
 
 
 def next_tokens(
@@ -91,8 +105,11 @@ class Chooser:
             self.seen[0, torch.tensor(list(prompt), device=device)] = True
         if sampling.frequency_penalty or sampling.presence_penalty:
             self.counts = torch.zeros(1, vocab, device=device)
-        penalised = self.seen is not None or self.counts is not None
-        self.plain = sampling.temperature == 0 and not penalised and not sampling.logit_bias
+        own = self.seen is not None or self.counts is not None or bool(sampling.logit_bias)
+        self.plain = sampling.temperature == 0 and not own
+        # Equal for rows whose tokens one call chooses; None where it depends on the row's tokens.
+        shape = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        self.alike = None if own else shape
 
     def choose(self, logits: Tensor) -> int:
         """The next token, from logits (1, V) in any dtype."""
@@ -103,6 +120,25 @@ class Chooser:
         if self.counts is not None:
             self.counts[0, token] += 1
         return token
+
+
+def choose_together(choosers: Sequence[Chooser], logits: Tensor) -> dict[int, int]:
+    """The tokens that ``choose`` would give for rows of logits (B, V), by row, of those rows that one call can choose
+    for with another; each of the others is left to its chooser."""
+    alike = defaultdict[object, list[int]](list)
+    for row, chooser in enumerate(choosers):
+        if chooser.alike is not None:
+            alike[chooser.alike].append(row)
+    tokens: dict[int, int] = {}
+    step = TOGETHER // logits.shape[-1]
+    for rows in alike.values() if step > 1 else ():
+        for part in (rows[first : first + step] for first in range(0, len(rows), step)):
+            if len(part) > 1:
+                own = logits if len(part) == len(logits) else logits[part]
+                generators = [choosers[row].generator for row in part]
+                found = next_tokens(own.float(), None, choosers[part[0]].sampling, generators)
+                tokens.update(zip(part, found.tolist(), strict=True))
+    return tokens
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:

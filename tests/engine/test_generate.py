@@ -16,7 +16,7 @@ from afina.engine.batcher import Batcher
 from afina.engine.generate import encode_prompt, generate, generate_batch, stream
 from afina.engine.model import GPT
 from afina.engine.row import Row
-from afina.engine.sampler import filtered, next_tokens
+from afina.engine.sampler import TOGETHER, Chooser, choose_together, filtered, next_tokens
 from afina.engine.sampling import Sampling
 from afina.errors import ConfigError, DataError
 from afina.loaders.text.render import Example, render_prompt
@@ -147,6 +147,47 @@ def test_filters_equal_transformers(choice: dict[str, Any]) -> None:
     torch.testing.assert_close(filtered(logits, seen, sampling), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.99, 1 - 1e-9])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])  # from nearly even to a few tokens that have all
+def test_top_p_keeps_the_likeliest_that_reach_it_however_many_they_are(top_p: float, spread: float) -> None:
+    logits = spread * torch.randn(5, 3000, generator=torch.Generator().manual_seed(1))
+    kept = filtered(logits, None, Sampling(temperature=1.0, top_p=top_p)) > -torch.inf
+    for row, found in zip(logits.softmax(-1).double(), kept, strict=True):
+        most, order = row.sort(descending=True)
+        count = int(((most.cumsum(0) - most) < top_p).sum())
+        assert found.nonzero()[:, 0].tolist() == sorted(order[:count].tolist())
+
+
+@pytest.mark.parametrize("vocab", [300, TOGETHER // 3])  # all rows at once, and three at a time
+def test_rows_chosen_together_have_the_tokens_they_have_alone(vocab: int) -> None:
+    rows = [
+        {"temperature": 1.2, "top_p": 0.9},
+        {"temperature": 1.2, "top_p": 0.9, "frequency_penalty": 0.5},
+        {"temperature": 0.9, "top_k": 20, "min_p": 0.01},
+        {"temperature": 1.2, "top_p": 0.9, "logit_bias": {3: 2.0}},
+        *[{"temperature": 1.2, "top_p": 0.9}] * 6,
+        {"temperature": 0.9, "top_k": 20, "min_p": 0.01},
+        {},
+    ]
+
+    def choosers() -> list[Chooser]:
+        return [
+            Chooser([number, 5], Sampling(seed=number, **options), vocab, torch.device("cpu"))
+            for number, options in enumerate(rows)
+        ]
+
+    together, alone = choosers(), choosers()
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        logits = 4 * torch.randn(len(rows), vocab, generator=draw)
+        expected = [chooser.choose(logits[row : row + 1]) for row, chooser in enumerate(alone)]
+        found = choose_together(together, logits)
+        assert {0, 2, 4, 10} <= found.keys()
+        assert not found.keys() & {1, 3, 11}
+        left = {row: chooser.choose(logits[row : row + 1]) for row, chooser in enumerate(together) if row not in found}
+        assert [(found | left)[row] for row in range(len(rows))] == expected
+
+
 def test_greedy_takes_the_penalty_and_nothing_else() -> None:
     logits = torch.tensor([[3.0, 2.9, -1.0]])
     seen = torch.tensor([[True, False, False]])
@@ -197,7 +238,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *rows: list[int]) -> None:
     scripts = iter(rows)
 
     class Scripted:
-        plain = False
+        plain, alike = False, None
 
         def __init__(self, *args: Any) -> None:
             self.tokens = iter(next(scripts))
