@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import resource
@@ -464,6 +465,31 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, prepared: Prepared) -> No
     with pytest.raises(DataError, match="line 3001"):
         prepared(path)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize("before", [(700, 10, 10), (0, 10, 10), (500_000, 5, 5)])
+def test_garbage_is_looked_for_seldom_while_rows_are_read_and_as_before_afterwards(
+    before: tuple[int, int, int], tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = Tokenise._encode
+
+    def watched(self: Tokenise, batch: Any) -> None:
+        seen.append(gc.get_threshold()[0])
+        encode(self, batch)
+
+    monkeypatch.setattr(Tokenise, "_encode", watched)
+    usual = gc.get_threshold()
+    gc.set_threshold(*before)
+    try:
+        prepared(write(tmp_path / "a.jsonl", *pairs(9)))
+        assert gc.get_threshold() == before
+        with pytest.raises(DataError):
+            prepared(write(tmp_path / "b.jsonl", *pairs(9), {}))
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*usual)
+    assert seen == [max(before[0], token_pass.COLLECTED) if before[0] else 0]
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, prepared: Prepared) -> None:
