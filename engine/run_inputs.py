@@ -98,8 +98,8 @@ def _load(config: TrainConfig, tokenizer: Tokenizer, *, weights: bool) -> GPT:
 def activation_policy(model: GPT, config: TrainConfig) -> str:
     """The policy that the run's settings come to.
 
-    On a CPU what norms and activations compute again costs a step no time that could be measured, and what they need
-    not keep is a sixth of a dense step's memory.
+    On a CPU what norms and activations compute again costs a dense step 0 to 3 % of its time, and what need not be kept
+    for them is an eighth of its memory.
     """
     if config.activation_policy != "auto":
         return config.activation_policy
