@@ -5,8 +5,8 @@
 64 prompt/completion rows, `afina-tiny`, batches of 8, no evaluation before the first step in either. The clock runs
 from the start of the interpreter to the end of the first step: imports, rows, tokens, weights, optimizer, step. Both
 are started in turn (A B A B ...) on rows that no start before had, so ours has no tokens in its cache, and keep what
-Python compiles, as by default. One JSON line goes to standard output: the
-median and the least seconds of both, of `import torch` alone, and the median of the pairs' ratios (ours / theirs).
+Python compiles, as by default. One JSON line goes to standard output: the median and the least seconds of both, of
+`import torch` alone, and the median of the pairs' ratios (ours / theirs).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from afina.loaders.text.meter import Runaway
-from afina.loaders.text.sandbox import FAILURES, HELD, JOINED, SHOWN, Sandbox, strftime_now
+from afina.loaders.text.sandbox import FAILURES, JOINED, SHOWN, Sandbox, strftime_now
 
 SLOT = re.compile("\ue001([0-9]+)\ue002")  # what stands for a content: the number of its message
 _OPENS_SLOT = "\ue001"
@@ -193,10 +193,9 @@ class Probing(Sandbox):
         super().__init__()
         self.seen = _Seen()
         self.filters |= {name: self._asked(name, function) for name, function in self.filters.items()}
-        self.filters |= {SHOWN: self._shown, HELD: self._shown, JOINED: self._joined}
+        self.filters |= {SHOWN: self._shown, JOINED: self._joined}
         self.tests = {name: self._asked_test(name, function) for name, function in dict[str, Any](self.tests).items()}
         self.globals["strftime_now"] = self._date
-        self.concat = self._whole  # type: ignore[method-assign]
 
     # What is written while a macro or a block collects it is a text with SLOTs, until that is whole.
 
@@ -208,7 +207,7 @@ class Probing(Sandbox):
             return "".join([part if isinstance(part, str) else f"\ue001{part}\ue002" for part in parts])
         return self.meter.shown(value)
 
-    def _whole(self, texts: Iterable[str]) -> Any:
+    def concat(self, texts: Iterable[str]) -> Any:
         text = "".join(texts)
         return self._probe(text) if _OPENS_SLOT in text else text
 
@@ -219,7 +218,7 @@ class Probing(Sandbox):
     def _joined(self, values: Sequence[Any]) -> Any:
         if any(isinstance(value, Probe) for value in values):
             texts = [self._shown(value if isinstance(value, str | Probe) else str(value)) for value in values]
-            return self._whole([self.meter.made("".join(texts))])
+            return self.concat([self.meter.made("".join(texts))])
         return super()._joined(values)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -69,7 +69,7 @@ FAILURES: tuple[type[Exception], ...] = (
 FAILURES += (MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 # No name in a template can hold a space: these filters are ours alone.
 _MADE, _READ, _TURNS = "made ", "read ", "turns "
-SHOWN, HELD, JOINED = "shown ", "held ", "joined "  # what is written, at once or with what collects it; what `~` makes
+SHOWN, JOINED = "shown ", "joined "  # what is written; what `~` makes
 _ENTERED, _ASSIGNED, _LEFT = "entered ", "assigned ", "left "
 
 
@@ -93,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         meter = self.meter = Meter()
         self.filters = {name: self._guarded(name, self.filters[name]) for name in sorted(_FILTERS)}
         self.filters |= {"tojson": self._to_json, _MADE: meter.made, _READ: meter.read, _TURNS: meter.turns}
-        self.filters |= {SHOWN: meter.shown, HELD: meter.shown, JOINED: self._joined}
+        self.filters |= {SHOWN: meter.shown, JOINED: self._joined}
         self.filters |= {_ENTERED: self._entered, _ASSIGNED: self._assigned, _LEFT: self._left}
         self.tests = {name: self._guarded_test(name, self.tests[name]) for name in sorted(_TESTS)}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
@@ -334,7 +334,7 @@ class _Metering(NodeTransformer):
             elif isinstance(item, nodes.TemplateData):
                 shown.append(item)  # it is counted when it leaves the template
                 continue
-            shown.append(_filtered(item, HELD if self._buffered else SHOWN))
+            shown.append(_filtered(item, SHOWN))
         node.nodes = shown
         return node
 

@@ -109,6 +109,21 @@ def test_only_what_took_no_square_is_known_to_the_next_process(monkeypatch: pyte
     regex_check.longest_for.cache_clear()
 
 
+def test_a_core_that_others_slow_down_makes_no_square_of_what_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def slowed(_: object, text: str, plenty: float) -> float:
+        nonlocal calls
+        calls += 1
+        return len(text) * 1e-6 * (6 if calls % 3 == 0 else 1)
+
+    monkeypatch.setattr(regex_check, "_seconds", slowed)
+    assert regex_check._square_seconds("a|b") == 0
+    assert calls > 100
+    monkeypatch.setattr(regex_check, "_seconds", lambda _, text, plenty: 1e-9 * len(text) ** 2)
+    assert regex_check._square_seconds("a|b") == pytest.approx(1e-9 * 2048**2, rel=0.1)
+
+
 def test_wherever_a_tokenizer_has_it() -> None:
     assert with_part(pre_tokenizer=split(r"\p{L}+")).encode("a" * 100_000)
     replace = json.loads(normalizers.Replace(Regex("(a+)+b"), "x").__getstate__())
