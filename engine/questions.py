@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from afina.engine.likelihood import Pair, encode_pairs
 from afina.errors import DataError, TokenizerError, nearest
-from afina.loaders.text.render import Example, encode_rendered, render_example
+from afina.loaders.text.encode import encode_rendered
+from afina.loaders.text.render import Example, render_example
 
 if TYPE_CHECKING:
     from afina.loaders.text.tokenizer import Tokenizer

@@ -42,7 +42,8 @@ from afina.engine.sampling import Sampling
 from afina.engine.task_results import MAIN, Answered, Comparison, Sample, TaskResult, compare, f1_sample, sample_of
 from afina.errors import ConfigError, DataError, nearest
 from afina.loaders.data.batches import EncodedRows
-from afina.loaders.text.render import Example, encode_rendered, render_example
+from afina.loaders.text.encode import encode_rendered
+from afina.loaders.text.render import Example, render_example
 
 if TYPE_CHECKING:
     from afina.engine.model import GPT

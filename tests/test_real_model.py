@@ -22,7 +22,8 @@ from afina.cli.main import run
 from afina.engine.lora import new_adapter, save_adapter
 from afina.engine.model import GPT
 from afina.engine.optim import AdamW
-from afina.loaders.text.render import Example, encode_rendered, render_example
+from afina.loaders.text.encode import encode_rendered
+from afina.loaders.text.render import Example, render_example
 from afina.loaders.weights.peft import AdapterConfig
 
 REVIEWS = [

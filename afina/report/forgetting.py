@@ -20,7 +20,8 @@ from afina.engine.intervals import paired, ratio
 from afina.engine.likelihood import row_losses
 from afina.errors import DataError
 from afina.loaders.data.batches import EncodedRows
-from afina.loaders.text.render import Example, encode_rendered, render_example
+from afina.loaders.text.encode import encode_rendered
+from afina.loaders.text.render import Example, render_example
 from afina.report.verdict import Forgetting
 
 if TYPE_CHECKING:

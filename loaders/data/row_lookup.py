@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from afina.errors import DataError
 from afina.loaders.data.dataset import Data, TokenSet
 from afina.loaders.data.rows import Row, read_rows
-from afina.loaders.text.render import encode_rendered
+from afina.loaders.text.encode import encode_rendered
 from afina.loaders.text.tokenizer import Tokenizer
 
 

@@ -28,7 +28,8 @@ from afina.loaders.data.files import Source, cut_text, data_files, kind_of_file,
 from afina.loaders.data.hints import by_kind
 from afina.loaders.data.rows import Row, read_rows
 from afina.loaders.data.token_cache import CacheError, TokenCache, Writer, open_cache, sweep
-from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example
+from afina.loaders.text.encode import Encoded, encode_rows
+from afina.loaders.text.render import Example, Rendered, render_example
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.streams import say
 
@@ -266,43 +267,40 @@ class Tokenise:
 
     def _encode(self, batch: list[tuple[Rendered, Row, bool]]) -> None:
         """Tokenise a batch, make its rows fit, write them."""
-        fitted: list[tuple[NDArray[np.int32], NDArray[np.bool_], Row, bool]] = []
         try:
-            encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
+            encoded = encode_rows(self.tokenizer, [rendered for rendered, _, _ in batch])
         except DataError:  # a row holds what no token spells: find it
             batch = [item for item in batch if self._spellable(item)]
-            encoded = encode_rendered(self.tokenizer, [rendered for rendered, _, _ in batch])
-        for (_, row, more), ids, loss_mask in zip(batch, *encoded):
-            if self.watcher is not None:
-                self.watcher.encoded(row, len(ids))
-            if row.example.text is not None and (more or len(self.carried) or len(ids) > self.max_length):
-                fitted += self._windows(row, more, ids)
-                continue
-            self.longest = max(self.longest, len(ids))
-            if len(ids) > self.max_length:
-                ids, loss_mask = self._shorten(row, ids, loss_mask)
-            if self.train_on_prompt:
-                loss_mask[:] = True
-            if len(ids):
-                fitted.append((ids, loss_mask, row, True))
-        if not fitted:
+            encoded = encode_rows(self.tokenizer, [rendered for rendered, _, _ in batch])
+        if not batch:
             return
-        all_ids, masks, rows, first = zip(*fitted)
-        lengths = np.fromiter(map(len, all_ids), np.int32, len(fitted))
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        loss_mask = np.concatenate(masks)
+        rows, first = [row for _, row, _ in batch], np.ones(len(batch), np.bool_)
+        if self.watcher is not None:
+            for row, tokens in zip(rows, encoded.lengths.tolist()):
+                self.watcher.encoded(row, tokens)
+        longest = int(encoded.lengths.max())
+        if longest > self.max_length or not encoded.lengths.all() or len(self.carried) or any(x[2] for x in batch):
+            encoded, rows, first = self._fitted(batch, encoded)
+            if not rows:
+                return
+        else:
+            self.longest = max(self.longest, longest)
+        lengths, loss_mask = encoded.lengths, encoded.trained
+        if self.train_on_prompt:
+            loss_mask[:] = True
+        starts = np.cumsum(lengths) - lengths
         loss_mask[starts] = False  # nothing predicts the first token of a row
         loss_tokens = np.add.reduceat(loss_mask, starts, dtype=np.int32)
         keep = loss_tokens > 0
         kept, lengths = np.repeat(keep, lengths), lengths[keep]
         number = {path: i for i, path in enumerate(self.source.files)}
         # The rows that a plain text file is split into go to train or dev one by one, else a book would go as a whole.
-        apart = np.array([new or kind_of_file(row.path) == ".txt" for new, row in zip(first, rows)])[keep]
+        apart = np.array([new or kind_of_file(row.path) == ".txt" for new, row in zip(first.tolist(), rows)])[keep]
         self.writer.append(
             {
-                "ids": np.concatenate(all_ids)[kept],
+                "ids": encoded.ids[kept],
                 "loss_mask": loss_mask[kept],
-                "start": self.position + np.cumsum(lengths, dtype=np.int64) - lengths,
+                "start": self.position + np.cumsum(lengths) - lengths,
                 "length": lengths,
                 "loss_tokens": loss_tokens[keep],
                 "file": np.array([number[row.path] for row in rows])[keep],
@@ -318,14 +316,34 @@ class Tokenise:
                     self._became(row, "untrained")
         self.position += int(lengths.sum())
         self.units += int(apart.sum())
-        self.fitted["usable"] += int(np.array(first)[keep].sum())
+        self.fitted["usable"] += int(first[keep].sum())
         self.fitted["untrained"] += int((~keep).sum())
+
+    def _fitted(
+        self, batch: list[tuple[Rendered, Row, bool]], encoded: Encoded
+    ) -> tuple[Encoded, list[Row], NDArray[np.bool_]]:
+        """What is written of a batch that is not written as it is: its pieces, the row of each, which begin a row."""
+        fitted: list[tuple[NDArray[np.int32], NDArray[np.bool_], Row, bool]] = []
+        for (_, row, more), ids, loss_mask in zip(batch, *encoded.rows()):
+            if row.example.text is not None and (more or len(self.carried) or len(ids) > self.max_length):
+                fitted += self._windows(row, more, ids)
+                continue
+            self.longest = max(self.longest, len(ids))
+            if len(ids) > self.max_length:
+                ids, loss_mask = self._shorten(row, ids, loss_mask)
+            if len(ids):
+                fitted.append((ids, loss_mask, row, True))
+        if not fitted:
+            return encoded, [], np.zeros(0, np.bool_)
+        all_ids, masks, rows, first = zip(*fitted)
+        lengths = np.fromiter(map(len, all_ids), np.int64, len(fitted))
+        return Encoded(np.concatenate(all_ids), np.concatenate(masks), lengths), list(rows), np.array(first)
 
     def _spellable(self, item: tuple[Rendered, Row, bool]) -> bool:
         """Whether the tokenizer has tokens for all of a row; the row's error, or a bad line to count, where not."""
         rendered, row, _ = item
         try:
-            encode_rendered(self.tokenizer, [rendered])
+            encode_rows(self.tokenizer, [rendered])
         except DataError as problem:
             if not self.source.reading["skip_bad_lines"]:
                 raise DataError(f"{row.where}: {problem}") from problem

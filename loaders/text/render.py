@@ -1,22 +1,19 @@
-"""THE renderer: examples to text with the ranges that are trained, and that text to ids with a mask.
+"""THE renderer: examples to text with the ranges that are trained.
 
 Training, evaluation, generation, chat and serving all take their text from here, so they cannot disagree. The text
-holds its special tokens (one BOS at most, the end of the text or of the turn), is tokenised once as a whole, and the
-mask comes from where each token starts.
+holds its special tokens (one BOS at most, the end of the text or of the turn), and is tokenised once as a whole
+(`encode.py`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from afina.errors import DataError, TokenizerError
 from afina.loaders.text.opaque import SLOT, Opaque, numbered
@@ -27,8 +24,6 @@ from afina.loaders.text.turns import find_turns
 MAX_MESSAGES = 5_000  # of a conversation
 _KEPT_LAYOUT = 100  # messages of the longest conversation whose layout may serve again: 4,096 of them are kept
 Spans = tuple[tuple[int, int], ...]
-Ids = NDArray[np.int32]
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -112,39 +107,6 @@ def render_prompt(tokenizer: Tokenizer, prompt: Example | Messages | str, *, too
         return tokenizer.with_bos(prompt.rstrip(" "))
     answered = bool(prompt) and prompt[-1].get("role") == "assistant"
     return tokenizer.render(prompt[:-1] if answered else prompt, tools=tools, add_generation_prompt=True)
-
-
-def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> tuple[list[Ids], list[Mask]]:
-    """Return, for each row, its ids (T,) int32 and which of them are trained (T,) bool.
-
-    A token is trained if it starts inside a trained range. One that starts before a range and reaches into it belongs
-    to the prompt; one that starts inside and reaches past the end is trained.
-    """
-    # Places in the text are needed only where a part of it is trained.
-    offsets = any(row.spans != ((0, len(row.text)),) for row in rendered)
-    encodings = tokenizer.encodings([row.text for row in rendered], offsets=offsets)
-    ids, masks = [], []
-    for row, encoding in zip(rendered, encodings):
-        numbers = np.array(encoding.ids, dtype=np.int32)
-        mask = np.zeros(len(numbers), dtype=np.bool_)
-        for start, end in row.spans:
-            first = _first_from(encoding, start)
-            mask[first : len(numbers) if end >= len(row.text) else _first_from(encoding, end)] = True
-        ids.append(numbers)
-        masks.append(mask)
-    return ids, masks
-
-
-def _first_from(encoding: Any, position: int) -> int:
-    """The first token that starts at ``position`` or after it."""
-    if position == 0:
-        return 0
-    token = encoding.char_to_token(position)  # a scan in native code: far cheaper than a list of all offsets
-    if token is None:  # no token covers this character (a normalizer removed it)
-        return next((i for i, (start, end) in enumerate(encoding.offsets) if start >= position), len(encoding))
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
-        token += 1
-    return int(token)
 
 
 def _ended(tokenizer: Tokenizer, text: str) -> str:

@@ -59,6 +59,7 @@ _SPACED: tuple[tuple[str, str], ...] = (
     (" 'm", "'m"),
 )
 _SPACED += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_KEEP_NFC = ("None", "NFC()", "Sequence(normalizers=[])")  # normalizers that leave a text in NFC as it is
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -346,6 +347,26 @@ class Tokenizer:
         ):
             self._check_spelling(texts)
         return self._try("tokenizer.json", encode, texts, add_special_tokens=False)
+
+    def byte_sizes(self) -> list[int] | None:
+        """How many bytes of a text in NFC each id stands for, or None where the id alone does not say it: it does of a
+        byte-level BPE that leaves such a text as it is."""
+        backend, added = self._backend, self._backend.get_added_tokens_decoder()
+        if (
+            not (isinstance(backend.model, models.BPE) and self.byte_level)
+            or repr(backend.normalizer) not in _KEEP_NFC
+            or any(token.lstrip or token.rstrip for token in added.values())  # spaces beside it are its own
+        ):
+            return None
+        vocab = backend.get_vocab(with_added_tokens=False)
+        if backend.model.unk_token is not None and not vocab.keys() >= set(BYTE_LETTERS.values()):
+            return None
+        sizes = [0] * self.vocab_size
+        for token, number in vocab.items():
+            sizes[number] = len(token)
+        for number, known in added.items():
+            sizes[number] = len(known.content.encode())
+        return sizes
 
     def _check_spelling(self, texts: Sequence[str]) -> None:
         """Raise DataError for the first character that the vocabulary has no tokens for."""

@@ -20,7 +20,8 @@ from afina.engine.questions import answer_of, option_pairs, options_of, prompt_o
 from afina.engine.tasks import TASKS, compare, guess_task, run_task
 from afina.errors import ConfigError, DataError
 from afina.loaders.data.rows import read_rows
-from afina.loaders.text.render import Example, encode_rendered, render_example
+from afina.loaders.text.encode import encode_rendered
+from afina.loaders.text.render import Example, render_example
 from afina.loaders.text.tokenizer import Tokenizer
 
 

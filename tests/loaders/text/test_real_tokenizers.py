@@ -14,8 +14,12 @@ from hypothesis import given, settings
 from real_files import smollm2, tokenizer_folder
 
 from afina.errors import DataError
+from afina.loaders.data.files import clean_text
+from afina.loaders.text import encode
+from afina.loaders.text.encode import encode_rendered
 from afina.loaders.text.gguf_tokenizer import tokenizer_from_gguf
 from afina.loaders.text.gguf_vocab import Vocabulary, write_vocabulary
+from afina.loaders.text.render import Rendered
 from afina.loaders.text.source import load_tokenizer
 from afina.loaders.text.tokenizer import Tokenizer
 
@@ -59,6 +63,21 @@ def test_same_as_transformers(pair: tuple[Tokenizer, Any]) -> None:
     check()
     assert (ours.bos_id, ours.vocab_size) == (theirs.bos_token_id, len(theirs))
     assert theirs.eos_token_id in ours.eos_ids
+
+
+def test_where_tokens_start_follows_from_their_sizes(
+    pair: tuple[Tokenizer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = pair
+    assert (ours.byte_sizes() is None) == (not ours.byte_level)
+    texts = list(map(clean_text, TEXTS))
+    rows = [
+        Rendered(text, ((len(text) // 3, len(text) // 2), (len(text) * 2 // 3, len(text)))) for text in texts if text
+    ]
+    by_offset = encode_rendered(ours, rows)[1]
+    monkeypatch.setattr(encode, "FEW_ROWS", 1)
+    by_size = encode_rendered(ours, rows)[1]
+    assert [mask.tolist() for mask in by_size] == [mask.tolist() for mask in by_offset]
 
 
 def spellings(token: str) -> list[str]:

@@ -13,10 +13,11 @@ import tokenizers
 from chat_templates import CHATML, GEMMA, LLAMA2, MISTRAL, QWEN3, SPECIAL, TEMPLATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors
 
 from afina.errors import DataError, TokenizerError
-from afina.loaders.text.render import Example, Rendered, encode_rendered, render_example, render_prompt
+from afina.loaders.text.encode import encode_rendered
+from afina.loaders.text.render import Example, Rendered, render_example, render_prompt
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.text.train_bpe import train_bpe
 from afina.loaders.text.turns import find_turns
@@ -347,35 +348,6 @@ def test_control_tokens_in_messages_stay_data(make: Make) -> None:
         tokenizer.token_id("<|im_end|>")
         in encode_rendered(tokenizer, [render_example(tokenizer, Example(text=attack))])[0][0]
     )
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=12), st.text(max_size=12), st.sampled_from(["", " ", "\n"]))
-def test_masks_agree_with_character_offsets(make: Make, prompt: str, completion: str, glue: str) -> None:
-    tokenizer = make()
-    row = render_example(tokenizer, Example(prompt=prompt + glue, completion=completion))
-    _, (mask,) = encode_rendered(tokenizer, [row])
-    encoding = tokenizer.encodings([row.text], offsets=True)[0]
-    start = row.spans[0][0]
-    assert mask.tolist() == [begin >= start for begin, _ in encoding.offsets]
-
-
-def test_masks_where_a_normalizer_changes_lengths(make: Make) -> None:
-    data = json.loads(make().files()["tokenizer.json"])
-    backend = tokenizers.Tokenizer.from_str(json.dumps(data))
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("~", "")])
-    config = make().files()["tokenizer_config.json"]
-    tokenizer = Tokenizer({"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": config}, "x")
-    for text, start, expected in (
-        ("ﬁ ﬁ yes", 3, " yes"),
-        ("~~ a~b yes", 6, " yes"),
-        ("a ~yes", 1, " yes"),
-        ("a ~yes", 2, ""),  # inside the token " yes"
-        ("a yes~~", 5, ""),  # after the last token
-    ):
-        (ids,), (mask,) = encode_rendered(tokenizer, [Rendered(text, ((start, len(text)),))])
-        assert tokenizer.decode(ids[mask]) == expected
-        assert ids.tolist() == tokenizer.encode(text)
 
 
 def test_sentencepiece_style_tokenizers() -> None:
