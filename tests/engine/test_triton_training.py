@@ -14,7 +14,7 @@ import torch
 from conftest import REPO
 from tiny_model import saved
 
-STEPS = 2
+STEPS = 1
 # `python -m afina`, with the interpreter as the tests have it.
 COMMAND = """
 import sys
