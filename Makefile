@@ -45,8 +45,9 @@ $(VENV)/.installed-gguf: $(VENV)/.installed
 	$(PIP) --editable '.[gguf]'
 	@touch $@
 
+# Not compiled, which would take half of the time: of what is installed here the tests import a part.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --no-compile --editable '.[test]'
 	@touch $@
 
 clean:

@@ -10,10 +10,14 @@ from pathlib import Path
 import afina  # noqa: F401  # isort: skip  (before torch, whose OpenMP threads it keeps from spinning for long)
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 REPO = Path(__file__).resolve().parent.parent
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run that was started with nohup passes on that it is ignored
 os.environ["AFINA_CPU_DTYPE"] = "float32"  # so that every CPU computes what the tests compare with
+# How long an example takes to draw or to run says nothing where other tests run beside it.
+settings.register_profile("afina", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("afina")
 
 if not torch.cuda.is_available():
     # Triton's own library is made for the interpreter or the compiler when it is imported, a kernel when it is defined.

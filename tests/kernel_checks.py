@@ -19,7 +19,6 @@ TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # On a GPU each new shape or option may be another compilation.
 DRAWN = settings(
     max_examples=8 if DEVICE.type == "cuda" else 25,
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from triton.language import core
 from triton.runtime import interpreter
 
 
@@ -28,6 +29,38 @@ def install() -> None:
         return table[kind.name]
 
     interpreter._get_np_dtype = look_up_once
+
+    # Shapes are its tuples, and each of them is given the type of what it holds, which only the compiler reads.
+    make, kind_of = core.tuple.__init__, core._type_for_tuple_values
+
+    def make_untyped(self: Any, args: Any, type: Any = None) -> None:
+        if type is None:
+            self.values, self._kind = list(args), None
+        else:
+            make(self, args, type)
+
+    def kind(self: Any) -> Any:
+        if self._kind is None:
+            self._kind = kind_of(self.values)
+        return self._kind
+
+    core.tuple.__init__ = make_untyped
+    core.tuple.type = property(kind, lambda self, kind: setattr(self, "_kind", kind))
+
+    # The type of a block is made for each result, with its shape's check and its name.
+    known: dict[tuple[Any, ...], tuple[Any, int, str]] = {}
+    describe = core.block_type.__init__
+
+    def describe_once(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = shape.values if isinstance(shape, core.tuple) else shape
+        key = element_ty.name, *[x.value if isinstance(x, core.constexpr) else x for x in sizes]
+        if key in known:
+            self.element_ty, (self.shape, self.numel, self.name) = element_ty, known[key]
+        else:
+            describe(self, element_ty, shape)
+            known[key] = self.shape, self.numel, self.name
+
+    core.block_type.__init__ = describe_once
 
     # Before a kernel runs, and again before each function that it calls, it looks through the hundreds of names of the
     # language for what is to be replaced. At the second call of a file's functions nothing is, until the kernel ends.

@@ -15,6 +15,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _unlike(tokenizer: Tokenizer, found: str) -> TokenizerError:
 
 def _splitting(tokenizer: Tokenizer, state: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level BPE splits words."""
-    model, backend = state["model"], tokenizer._backend
+    model = state["model"]
     if unknown := [kind for kind in _parts(state["normalizer"], "normalizers") if kind != "NFC"]:
         raise _unlike(tokenizer, f"a {unknown[0]} normalizer in a byte-level BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -142,21 +143,31 @@ def _splitting(tokenizer: Tokenizer, state: dict[str, Any]) -> str:
     absent = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
     if absent and model.get("unk_token") is not None:
         raise _unlike(tokenizer, f"{model['unk_token']!r} stands for {len(absent)} of the 256 bytes")
-    texts = [*_UNITS, *map("".join, itertools.product(_UNITS, repeat=2))]
-    choose = random.Random(0)
-    texts += ["".join(choose.choices(_UNITS, k=choose.randint(3, 12))) for _ in range(5000)]
-    ours = [[piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] for text in texts]
-    ways = {name: way for name, way in SPLITTINGS.items() if way.exact}
-    for name, way in ways.items():
-        theirs = pre_tokenizer(way)
-        if way.ignore_merges == model.get("ignore_merges", False) and all(
-            [piece for piece, _ in theirs.pre_tokenize_str(text)] == pieces for text, pieces in zip(texts, ours)
-        ):
-            return name
-    known = ", ".join(ways)
+    name = _named(json.dumps(state["pre_tokenizer"]), model.get("ignore_merges", False))
+    if name is not None:
+        return name
+    known = ", ".join(name for name, way in SPLITTINGS.items() if way.exact)
     shown = json.dumps(state["pre_tokenizer"], ensure_ascii=False)
     shown = shown if len(shown) <= 160 else shown[:157] + "..."
     raise _unlike(tokenizer, f"splits words as none of {known} does (pre_tokenizer {shown})")
+
+
+@lru_cache(maxsize=16)
+def _named(own: str, ignore_merges: bool) -> str | None:
+    """The name of the way that cuts texts as the pre_tokenizer of which ``own`` is the JSON; None where none does."""
+    state = json.loads(Backend(models.BPE()).to_str()) | {"pre_tokenizer": json.loads(own)}
+    ours = Backend.from_str(json.dumps(state)).pre_tokenizer
+    texts = [*_UNITS, *map("".join, itertools.product(_UNITS, repeat=2))]
+    choose = random.Random(0)
+    texts += ["".join(choose.choices(_UNITS, k=choose.randint(3, 12))) for _ in range(5000)]
+    cut = [[piece for piece, _ in ours.pre_tokenize_str(text)] for text in texts]
+    for name, way in SPLITTINGS.items():
+        theirs = pre_tokenizer(way)
+        if (way.exact and way.ignore_merges == ignore_merges) and all(
+            [piece for piece, _ in theirs.pre_tokenize_str(text)] == pieces for text, pieces in zip(texts, cut)
+        ):
+            return name
+    return None
 
 
 def _parts(part: dict[str, Any] | None, key: str) -> list[str]:

@@ -45,7 +45,7 @@ Row = dict[str, Any]
 # --- What is counted -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(st.lists(st.integers(0, 9), max_size=4), st.booleans(), st.none() | st.integers(1, 12))
 def test_visible_pairs(lengths: list[int], causal: bool, window: int | None) -> None:
     seen = 0
@@ -620,7 +620,7 @@ def test_rows_become_points_and_bars(tmp_path: Path) -> None:
     assert (op, set(names)) == ("attention", {"8k", "16k"})
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(st.lists(st.floats(0, 10), max_size=8).map(sorted), st.floats(0.1, 2))
 def test_numbers_do_not_overlap(places: list[float], least: float) -> None:
     moved = plot.spread(places, least)

@@ -410,7 +410,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("fuzz"), 1, {"model": {"w": torch.zeros(2)}}, {})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(content=st.binary(max_size=80) | (json_values | near_manifests).map(as_bytes))
 def test_fuzzed_manifest(fuzzed: Path, content: bytes) -> None:
     (fuzzed / MANIFEST).write_bytes(content)
@@ -420,7 +420,7 @@ def test_fuzzed_manifest(fuzzed: Path, content: bytes) -> None:
     assert len(str(error.value)) < 1000
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(content=st.binary(max_size=80) | (json_values | near_states).map(as_bytes))
 @example(content=b'{"format": "afina-checkpoint-1", "meta": {}, "step": 1, "groups": ["model", "model"]}')
 def test_fuzzed_state(fuzzed: Path, content: bytes) -> None:

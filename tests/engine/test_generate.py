@@ -308,7 +308,7 @@ def test_streaming_never_shows_half_a_character_or_part_of_a_stop_string(
     assert generate(model, tokenizer, "x", max_new_tokens=len(ids) - 1) == "ab "
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 319), min_size=1, max_size=30))
 def test_streams_of_any_tokens_are_what_generating_gives(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> None:
     """Bytes that make no character among them."""
@@ -322,7 +322,7 @@ def test_streams_of_any_tokens_are_what_generating_gives(model: GPT, tokenizer: 
     assert "he" + "".join(pieces) == tokenizer.decode(prompt + ids, skip_special=True).rstrip("\ufffd")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(max_size=20), st.sampled_from([None, *SCHEMES]))
 def test_streams_give_whole_characters(model: GPT, tokenizer: Tokenizer, text: str, scheme: str | None) -> None:
     """``scheme``: with a tokenizer whose decoding strips the space of a first word."""

@@ -171,7 +171,7 @@ def test_computing_x_again_gives_the_same_bits_and_does_not_keep_x(
         y = layer(x, Recompute(lambda total: total * 3, total) if again else None)
         alive = weakref.ref(x)
         del x
-        gc.collect()
+        gc.collect(0)
         kept.append(alive() is not None)
         return y
 

@@ -401,7 +401,7 @@ near_records = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=60) | (json_values | near_records).map(lambda v: json.dumps(v).encode()))
 def test_fuzzed_run_json(fuzzed: Path, content: bytes) -> None:
     (fuzzed / RUN).write_bytes(content)

@@ -140,7 +140,7 @@ def test_a_row_of_one_token_and_wrong_shapes(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.where[:9])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=AWKWARD)
 def test_texts_join_to_what_was_tokenised(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -187,7 +187,7 @@ def test_texts_join_whatever_a_decoder_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert token_texts(Ending(), [1, 2, 3, 4, 5, 6, 7]) == [*"123456", "7!"]  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(text="one ' two . six ' n't ? ten")
 @given(text=AWKWARD.filter(lambda text: "\ufffd" not in text))
 def test_what_is_left_behind_changes_nothing(text: str) -> None:

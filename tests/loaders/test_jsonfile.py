@@ -101,7 +101,7 @@ def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
     assert "config.json: is a link out of its folder" in refused(tmp_path / "model" / "config.json")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.binary(max_size=40)
     | st.text(alphabet='{}[]",:\\u0123dDeE+-.aNIfinty \n\ufeff', max_size=60).map(lambda text: text.encode())

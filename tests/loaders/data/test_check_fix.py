@@ -181,7 +181,7 @@ TEXTS = st.lists(WORDS, max_size=9).map(" ".join)
 ROWS = st.lists(st.builds(row, TEXTS, TEXTS, n=st.sampled_from([1, 1.5, None, True, "x"])), min_size=1, max_size=12)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ROWS)
 def test_no_row_is_invented_or_altered_and_nothing_is_left_to_do(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path, out = write(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"

@@ -205,7 +205,7 @@ def test_clean_text() -> None:
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_cleaning_twice_changes_nothing_more(text: str, end: bool) -> None:
     once = clean_text(text, end=end)
     assert clean_text(once, end=end) == once
@@ -308,7 +308,7 @@ def fuzz_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ).map(lambda value: json.dumps(value).encode()),
     ),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_give_records_or_a_data_error(fuzz_file: Path, suffix: str, content: bytes) -> None:
     path = fuzz_file / f"fuzz{suffix}"
     path.write_bytes(content)

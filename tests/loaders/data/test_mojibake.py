@@ -56,7 +56,7 @@ def test_a_single_sequence_of_a_rare_kind_is_no_evidence() -> None:
     assert not is_mojibake("CAFÉ™")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(st.text(st.characters(max_codepoint=0x2FFF, exclude_categories=("Cs", "Cc", "Cn")), max_size=40))
 def test_mending_is_done_in_one_go_and_only_where_it_is_exact(text: str) -> None:
     once = mend(text)

@@ -441,7 +441,7 @@ KEYS = st.sampled_from(
 
 
 @given(st.lists(st.dictionaries(KEYS, VALUES, max_size=4), max_size=4), st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_rows_give_examples_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], skip: bool, chat: bool, targets: bool
 ) -> None:

@@ -139,7 +139,7 @@ def test_canaries() -> None:
         ChatTemplate("{{ raise_exception('no thanks') }}", "folder", NAMES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.sampled_from(["{%", "%}", "{{", "}}", " if ", "for m in messages", "endfor", "m.content", "endif", "|trim"])

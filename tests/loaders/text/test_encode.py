@@ -62,7 +62,7 @@ def no_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.tuples(AWKWARD, st.lists(st.integers(0, 40), min_size=2, max_size=6)), min_size=1, max_size=5))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @pytest.mark.parametrize("few", [1, 10**9])
 def test_masks_agree_with_character_offsets(few: int, drawn: list[tuple[str, list[int]]]) -> None:
     rows = [spanned(f"{text}<|endoftext|>", cuts) for text, cuts in drawn]

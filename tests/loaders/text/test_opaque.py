@@ -138,7 +138,7 @@ def numbered_turns(count: int) -> list[dict[str, str]]:
 TEXT = st.text(max_size=5) | st.sampled_from(HOSTILE)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(TEMPLATES)), TEXT, TEXT, TEXT)
 def test_a_row_taken_on_trust_is_the_row_that_is_rendered(name: str, first: str, second: str, third: str) -> None:
     is_right(_tokenizer(name), talk("uaua", [first, second, third, first]), pytest.MonkeyPatch())

@@ -56,7 +56,7 @@ def test_same_as_transformers(pair: tuple[Tokenizer, Any]) -> None:
         same(ours, theirs, text)
 
     @given(text=AWKWARD)
-    @settings(max_examples=100, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=100, database=None, derandomize=True)
     def check(text: str) -> None:
         same(ours, theirs, text)
 

@@ -148,7 +148,7 @@ def test_contents_that_look_like_the_template(make: Make, name: str, contents: t
 CONTENT = st.text(max_size=6) | st.sampled_from(["", " x ", "user", "</think>", "[/INST]", "\n", "\ue0011\ue002"])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(TEMPLATES)), CONTENT, CONTENT, CONTENT)
 def test_a_layout_is_taken_only_where_it_gives_what_the_template_writes(
     make: Make, name: str, first: str, second: str, third: str

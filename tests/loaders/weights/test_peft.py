@@ -313,7 +313,7 @@ PATTERN = st.dictionaries(st.text("ab.^$\\d(*+)1q_\n", max_size=8), st.integers(
 KEYS = [*AdapterConfig(r=1, alpha=1).to_peft(), "lora_bias", "layers_to_transform"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=6), JSON, max_size=4),
     st.dictionaries(st.sampled_from(["rank_pattern", "alpha_pattern"]), PATTERN),

@@ -617,7 +617,7 @@ FILE_HEADERS = st.dictionaries(
 )
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=700)
 @given(
     header=FILE_HEADERS | JSON, data=st.binary(max_size=12), shift=st.sampled_from([0] * 6 + [-1, 1, 8, 2**40, 2**63])
 )
