@@ -62,9 +62,9 @@ MUTANTS = (
     Mutant(
         "mask-edge",
         "the first trained token of a completion is masked",
-        "loaders/text/render.py",
-        "            first = _first_from(encoding, start)",
-        "            first = _first_from(encoding, start) + (start > 0)",
+        "loaders/text/encode.py",
+        "trained[first:last] = True",
+        "trained[first + (first > 0) : last] = True",
         seen_by("loaders/text/test_render.py", "test_prompt_and_completion"),
     ),
     Mutant(
