@@ -32,8 +32,9 @@ class Encoded(NamedTuple):
 
     def rows(self) -> tuple[list[Ids], list[Mask]]:
         """Each row's ids (T,) and mask (T,), as views."""
-        ends = np.cumsum(self.lengths)[:-1]
-        return np.split(self.ids, ends), np.split(self.trained, ends)
+        ends = np.cumsum(self.lengths)
+        places = [slice(start, end) for start, end in zip((ends - self.lengths).tolist(), ends.tolist())]
+        return [self.ids[place] for place in places], [self.trained[place] for place in places]
 
 
 def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> tuple[list[Ids], list[Mask]]:

@@ -366,7 +366,8 @@ class Tokenizer:
             sizes[number] = len(token)
         for number, known in added.items():
             sizes[number] = len(known.content.encode())
-        return sizes
+        probe = "a b"  # some put a space before a text
+        return sizes if sum(sizes[number] for number in self.encode(probe, add_special=False)) == len(probe) else None
 
     def _check_spelling(self, texts: Sequence[str]) -> None:
         """Raise DataError for the first character that the vocabulary has no tokens for."""

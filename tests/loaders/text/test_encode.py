@@ -105,7 +105,23 @@ def test_offsets_where_sizes_would_lie() -> None:
                 assert masks(tokenizer, [row]) == [expected(tokenizer, row)]
 
 
-@pytest.mark.usefixtures("by_size")
+def test_a_space_put_before_a_text_is_known_beforehand() -> None:
+    """Else each batch would be encoded twice."""
+    for before in (True, False):
+        part = pre_tokenizers.ByteLevel(add_prefix_space=before)
+        tokenizer = changed(lambda backend, part=part: setattr(backend, "pre_tokenizer", part))
+        assert (tokenizer.byte_sizes() is None) == before
+
+
+@pytest.mark.parametrize("few", [1, 10**9])
+def test_no_rows_and_rows_without_tokens(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "FEW_ROWS", few)
+    assert encode_rendered(TRAINED, []) == ([], [])
+    ids, trained = encode_rendered(TRAINED, [Rendered("", ((0, 0),)), Rendered("a b", ((1, 3),)), Rendered("", ())])
+    assert [row.tolist() for row in ids] == [[], TRAINED.encode("a b"), []]
+    assert [row.tolist() for row in trained] == [[], [False, True, True], []]  # "a", the space, "b"
+
+
 def test_an_unknown_token_may_stand_for_any_byte() -> None:
     state = json.loads(TRAINED.files()["tokenizer.json"])
     del state["model"]["vocab"]["~"]
