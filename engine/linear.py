@@ -79,13 +79,14 @@ class Lora(nn.Module):
         return found
 
     @torch.no_grad()
-    def init(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Draw A uniformly within 1 / sqrt(C), as nn.Linear draws its weights. B stays 0, so nothing changes yet."""
+    def init(self, weight: Callable[[], Tensor], generator: torch.Generator) -> None:
+        """Draw A uniformly within 1 / sqrt(C), as nn.Linear draws its weights. B stays 0, so nothing changes yet.
+        W is asked for only where magnitudes start from it: one in 4 bits would be dequantised for it."""
         bound = 1 / math.sqrt(self.A.shape[1])
         for part, a, _ in self.blocks():
             self.A[a].copy_(torch.empty(part.rank, self.A.shape[1]).uniform_(-bound, bound, generator=generator))
         if self.magnitude is not None:
-            self.magnitude.copy_(self.row_norms(weight))
+            self.magnitude.copy_(self.row_norms(weight()))
 
     def train(self, mode: bool = True) -> Lora:
         # Norms are kept in eval mode only: a kernel that moves the weights in place leaves no trace to check them by.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,7 @@ def new_adapter(
     adapter = Adapter(config, chosen, loras, saved, inactive)
     generator = torch.Generator().manual_seed(seed)
     for module, lora in adapter.loras.items():
-        lora.init(_layer(model, module).dense(lora.A.dtype), generator)
+        lora.init(partial(_layer(model, module).dense, lora.A.dtype), generator)
     set_adapter(model, adapter)
     trained = {id(p) for lora in adapter.loras.values() for p in lora.parameters()}
     model.train_only((*saved, *(name for name, p in model.named_parameters() if id(p) in trained)))

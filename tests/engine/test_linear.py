@@ -7,6 +7,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -333,7 +334,7 @@ def test_a_fresh_adapter_changes_no_bit(dora: bool, dtype: torch.dtype, bias: bo
         x = draw(3, 4, 64, seed=3, dtype=dtype)
         before = layer(x)
         layer.lora = Lora(PARTS["three"], 64, dropout=0.1, dora=dora, device=CPU, dtype=dtype)
-        layer.lora.init(layer.dense(dtype), torch.Generator().manual_seed(0))
+        layer.lora.init(partial(layer.dense, dtype), torch.Generator().manual_seed(0))
         assert layer.lora.A.any()
         for mode in True, False:
             layer.train(mode)
@@ -344,7 +345,7 @@ def test_a_starts_as_linear_layers_do_and_b_at_zero() -> None:
     parts = [Part(0, 50, 40, 1.0), Part(50, 90, 10, 1.0)]
     lora = Lora(parts, 64, dropout=0, dora=True, device=CPU, dtype=torch.float32)
     weight = draw(90, 64, seed=1, dtype=torch.float32)
-    lora.init(weight, torch.Generator().manual_seed(0))
+    lora.init(lambda: weight, torch.Generator().manual_seed(0))
     bound = 1 / math.sqrt(64)  # of nn.Linear: kaiming_uniform_(a=sqrt(5))
     first, second = lora.A[:40], lora.A[40:50]
     for drawn in first, second:
@@ -356,8 +357,21 @@ def test_a_starts_as_linear_layers_do_and_b_at_zero() -> None:
     assert not lora.B.any()
     torch.testing.assert_close(lora.magnitude, weight.norm(dim=1))
     again = Lora(parts, 64, dropout=0, dora=True, device=CPU, dtype=torch.float32)
-    again.init(weight, torch.Generator().manual_seed(0))
+    again.init(lambda: weight, torch.Generator().manual_seed(0))
     assert torch.equal(again.A, lora.A)
+
+
+def test_only_magnitudes_ask_for_the_weight() -> None:
+    asked = []
+
+    def weight() -> Tensor:
+        asked.append(lora.magnitude is not None)
+        return draw(90, 64, seed=1, dtype=torch.float32)
+
+    for dora in (False, True):
+        lora = Lora([Part(0, 90, 4, 1.0)], 64, dropout=0, dora=dora, device=CPU, dtype=torch.float32)
+        lora.init(weight, torch.Generator())
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
