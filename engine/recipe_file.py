@@ -22,7 +22,9 @@ def read_yaml(path: Path, what: str = "recipe") -> list[tuple[str, str, Any]]:
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 (byte {error.start})"
-        raise ConfigError(f"{path}: the {what} cannot be read: {reason}; expected a YAML file") from None
+        model = what == "recipe" and path.suffix not in (".yaml", ".yml")
+        mend = f"; a model is named with --model {path}" * model
+        raise ConfigError(f"{path}: the {what} cannot be read: {reason}; expected a YAML file{mend}") from None
     if len(raw) > MAX_RECIPE_BYTES:
         raise ConfigError(f"{path}: {len(raw)} bytes is no {what}; expected a YAML file of settings")
     try:

@@ -279,6 +279,7 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(
         (["--resume", "--overwrite"], "contradict"),
         (["--resume_from_checkpoint", "runs/a/checkpoint-3"], "use --resume"),
         (["no-such-recipe.yaml"], "no-such-recipe.yaml: the recipe cannot be read: No such file or directory"),
+        (["no-such-recipe"], "expected a YAML file; a model is named with --model no-such-recipe"),
         (["one.yaml", "two.yaml"], "unrecognized arguments: two.yaml"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--model", "tests"], "no config.json"),
