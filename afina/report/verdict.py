@@ -18,6 +18,7 @@ from afina.engine.scores import score_of_counts
 from afina.engine.task_results import macro_f1_of_numbers
 
 FEW_ROWS = 30  # with fewer dev rows an interval is itself uncertain, and the page says so
+ENOUGH = 6  # fewer rows that all moved one way are no rarer than 1 in 20 by chance: nothing that happens would be proof
 # Nats a token on reference text. By the exponent 0.076 that Kaplan et al. (2020) measured for loss against size, a
 # model at 3 nats has to be 1.5 times as large to gain 0.1: a model that loses that much is one of a smaller kind.
 FORGOT = 0.1
@@ -52,7 +53,8 @@ class Judged:
         )
         rows = f"{self.rows:,} dev row{'s' * (self.rows != 1)}"
         few = f"; only {rows}, so take it with care" if self.rows < FEW_ROWS else f", {rows}"
-        return f"{self.word.capitalize()}: {figures} ({interval}{few})"
+        told = self.word.capitalize() if self.rows >= ENOUGH else "Too few rows to tell"
+        return f"{told}: {figures} ({interval}{few})"
 
     def to_dict(self) -> dict[str, Any]:
         figures: dict[str, Any] = {"figure": self.name, "before": self.before, "after": self.after, "rows": self.rows}

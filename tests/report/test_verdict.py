@@ -7,7 +7,7 @@ import pytest
 
 from afina.engine.dev_rows import DevRows, MetricRows
 from afina.engine.intervals import Paired
-from afina.report.verdict import FORGOT, Forgetting, judge, judge_dev_loss
+from afina.report.verdict import ENOUGH, FORGOT, Forgetting, judge, judge_dev_loss
 
 
 def planted(change: float, noise: float, rows: int = 100, seed: int = 0, **more: object) -> DevRows:
@@ -44,10 +44,12 @@ def test_a_row_whose_loss_fell_has_won() -> None:
     assert (found["won"], found["lost"]) == (100, 0)
 
 
-def test_a_few_rows_say_so_and_two_prove_nothing() -> None:
+def test_a_few_rows_say_so_and_fewer_than_six_prove_nothing() -> None:
     assert "only 12 dev rows, so take it with care" in judge_dev_loss(planted(-0.5, 0.01, rows=12)).line
-    two = judge_dev_loss(planted(-0.5, 0.01, rows=2))
-    assert two.word == "no difference"
+    for rows in range(1, 8):  # each of them much better
+        judged = judge_dev_loss(planted(-0.5, 0.01, rows=rows))
+        assert judged.word == ("better" if rows >= ENOUGH else "no difference")
+        assert judged.line.startswith("Better: " if rows >= ENOUGH else "Too few rows to tell: ")
 
 
 @pytest.mark.parametrize("rows", [None, DevRows(["a"], np.array([1]), np.array([2.0]))])
