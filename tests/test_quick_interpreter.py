@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.language import core
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
@@ -53,6 +54,19 @@ def test_a_launch_leaves_the_language_as_it_was() -> None:
         _kernel[(1,)](torch.arange(8.0), torch.zeros(8), 8, False)
         after = dict(inspect.getmembers(tl))
         assert not [name for name, found in after.items() if found is not before[name]]
+
+
+def test_types_are_those_that_triton_makes() -> None:
+    shape = [core.constexpr(4), 8]
+    first, again, other = (core.block_type(kind, shape) for kind in (tl.float32, tl.float32, tl.int32))
+    assert (again.name, again.numel, list(again.shape)) == (first.name, 32, [4, 8])
+    assert first == again != other
+    assert "fp32" in again.name
+    assert "int32" in other.name
+    with pytest.raises(TypeError, match="0d"):
+        core.block_type(tl.float32, [])
+    values = core.tuple([3, again.shape])
+    assert str(values.type) == str(core._type_for_tuple_values([3, again.shape]))
 
 
 def test_a_function_looks_for_what_to_replace_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
