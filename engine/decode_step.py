@@ -14,8 +14,7 @@ from torch import Tensor
 
 from afina.engine.captured import CudaGraph, Shared
 from afina.engine.kv_pool import KVPool, StepCache
-from afina.engine.lean_layers import LeanLayer
-from afina.kernels.rope_torch import laid_out
+from afina.engine.lean_layers import LeanStep
 from afina.streams import say
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class DecodeStep:
         self.model, self.pool, self.longest = model, pool, longest
         self.device = model.device
         self.captures = self.device.type == "cuda"
-        self.lean = None if self.captures else [LeanLayer(layer) for layer in model.layers]
+        self.lean = None if self.captures else LeanStep(model, pool, longest)
         self.captured: dict[tuple[int, int], tuple[Tensor, Tensor, CudaGraph]] = {}
 
     @torch.no_grad()
@@ -45,25 +44,13 @@ class DecodeStep:
                 inputs.copy_(table, non_blocking=True)
                 graph.replay()
                 return out
-        return self.compute(table.to(self.device)) if self.lean is None else self._lean(table, self.lean)
+        return self.compute(table.to(self.device)) if self.lean is None else self.lean(table)
 
     def compute(self, table: Tensor) -> Tensor:
         """What a graph captures: no value of a tensor is looked at on the host."""
         ids, starts, lengths, places = table.unbind()
         cache = StepCache(self.pool, starts, lengths, places, self.longest)
         return self.model(ids[:, None], cache=cache)[:, 0]
-
-    def _lean(self, table: Tensor, layers: list[LeanLayer]) -> Tensor:
-        """The same on a CPU, in as few calls as need be."""
-        ids, starts, lengths, places = table.unbind()
-        cache = StepCache(self.pool, starts, lengths, places, self.longest)
-        positions, totals, model = cache.positions[:, 0], cache.totals[:, 0], self.model
-        residual, branch = model.embedded(ids, positions, totals, cache.longest), None
-        tables = (rope.looked_up(positions, totals, cache.longest) for rope in model.ropes)
-        angles = [laid_out(cos, sin, residual.dtype) for cos, sin in tables]
-        for layer in layers:
-            residual, branch = layer(residual, branch, angles, cache)
-        return model.logits(model.norm.add(residual, branch)[0])
 
     def _capture(self, key: tuple[int, int], table: Tensor) -> bool:
         """Capture a graph for batches of this size; whether that went well."""

@@ -31,9 +31,14 @@ class Guesses:
         self.ids.append(token)
 
     def next(self, count: int) -> list[int]:
-        """Up to ``count`` tokens that may follow."""
+        """Up to ``count`` tokens that may follow; a text that repeats itself up to its end goes on doing so."""
         at = self.after.get(tuple(self.ids[-LATEST:]))
-        return [] if at is None else self.ids[at : at + count]
+        if at is None:
+            return []
+        found, period = self.ids[at : at + count], len(self.ids) - at
+        while len(found) < count:
+            found.append(found[-period])
+        return found
 
     def was(self, right: bool) -> None:
         """Learn whether a guess was right."""

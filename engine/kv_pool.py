@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from afina.engine.model_config import ModelConfig
 from afina.kernels.attention import attention
-from afina.kernels.decode import counted, decode_attention, decode_rows
+from afina.kernels.decode import decode_attention
 
 CPU_BYTES = 1 << 30  # what a cache takes at most where nobody says it; a GPU gives half of what is free
 
@@ -52,8 +51,6 @@ class KVPool:
         self.memory = torch.empty(shape, device=device, dtype=dtype)
         self.memory[..., -1, :] = 0
         self.layers = [(keys.transpose(0, 1), values.transpose(0, 1)) for keys, values in self.memory]
-        # All layers' keys (L, Hkv, D, N) and values (L, Hkv, N, D), as ``decode_rows`` takes those of a row.
-        self.whole = self.memory[:, 0].transpose(2, 3), self.memory[:, 1]
         self.spans: list[Span] = []  # in the order of their places
         self.known: dict[bytes, list[Span]] = {}
         self.clock = itertools.count(1)
@@ -165,36 +162,6 @@ class StepCache(ChunkCache):
         self.pool, self.starts, self.lengths, self.places = pool, starts, lengths.int(), places
         self.positions = (lengths - 1).clamp(min=0)[:, None]
         self.totals, self.longest = lengths[:, None], longest
-        self.seen: dict[int | None, list[list[tuple[Tensor, Tensor]]]] = {}  # of each window: ``_views``
-
-    @cached_property
-    def on_host(self) -> list[tuple[int, int]]:
-        return list(zip(self.starts.tolist(), self.lengths.tolist(), strict=True))
-
-    def attend_rows(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None,
-        scale: float | None,
-    ) -> Tensor:  # fmt: skip
-        """``attend`` on a CPU for q (B, Hq, D), k and v (B, Hkv, D), in fewer calls."""
-        keys, values = self.pool.layers[layer]
-        keys.index_copy_(0, self.places, k)
-        values.index_copy_(0, self.places, v)
-        if window not in self.seen:
-            self.seen[window] = self._views(window)
-        return decode_rows(q, self.seen[window][layer], softcap=softcap, scale=scale)
-
-    def _views(self, window: int | None) -> list[list[tuple[Tensor, Tensor]]]:
-        """For each layer the keys and values of each row that count for it; rows of length 0 are at the end, and left
-        out. Views of all layers are made at once."""
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.pool.layers]
-        for start, length in self.on_host:
-            if not length:
-                break
-            first, count = counted(start, length, window)
-            views = (x.narrow(at, first, count).unbind() for x, at in zip(self.pool.whole, (3, 2)))
-            for layer, view in zip(found, zip(*views)):
-                layer.append(view)
-        return found
 
     def slots(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Places:
         return Places(self.positions, self.totals, self.longest)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Numbers of a weight from which on a layout pays: calling it takes as long as a product of that size.
 LEAST = 1 << 18
-LEAST_HALF = 1 << 17
+LEAST_HALF = 1 << 16
 
 
 def packed(weight: Tensor) -> Layout | None:

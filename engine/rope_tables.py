@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afina.engine.model_config import RopeConfig
@@ -90,10 +91,10 @@ class RopeTables:
     def looked_up(self, positions: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """The same from tables, so that the numbers of a position do not depend on the others that are asked for:
         vector code and what it leaves over may round a cosine differently. No position is ``longest`` or more."""
-        cos, sin = (table[positions] for table in self._tables(positions.device, longest, False))
+        cos, sin = (F.embedding(positions, table) for table in self._tables(positions.device, longest, False))
         if self.rope.kind == "longrope" and longest > self.rope.original_max_positions:
             long = (lengths > self.rope.original_max_positions)[..., None]
-            more = (table[positions] for table in self._tables(positions.device, longest, True))
+            more = (F.embedding(positions, table) for table in self._tables(positions.device, longest, True))
             cos, sin = (torch.where(long, far, near) for far, near in zip(more, (cos, sin)))
         return cos, sin
 

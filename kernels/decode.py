@@ -249,28 +249,18 @@ def _splits(work: int, slots: int, tiles: int) -> int:
     return min(range(1, max(1, most) + 1), key=lambda splits: (cdiv(work * splits, slots) / splits, splits))
 
 
-def decode_rows(
-    q: Tensor,
-    rows: Sequence[tuple[Tensor, Tensor] | None],
-    *,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """`decode_attention` to a pool in torch, unchecked: row b of q (B, Hq, D) attends to rows[b], the keys (Hkv, D, S)
-    and values (Hkv, S, D) that count for it; None, or where `rows` ends: to nothing, which gives 0.
-
-    Each row's products have the shapes that they have without the others, and are few calls: those take the time.
-    """
+def _rows(q: Tensor, rows: Sequence[tuple[Tensor, Tensor] | None], softcap: float | None, scale: float) -> Tensor:
+    """Row b of q (B, Hq, D) attends to rows[b], the keys (Hkv, D, S) and values (Hkv, S, D) that count for it, or to
+    nothing, which gives 0. Its products have the shapes that they have without the others."""
     wide, found = wide_dtype(q.dtype), next((row for row in rows if row is not None), None)
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     if found is None:
         return out.to(q.dtype)
     shape = len(q), len(found[0]), -1, q.shape[-1]
-    scaled = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)).view(shape)
-    for row, query, into in zip(rows, scaled.unbind(), out.view(shape).unbind()):
+    for row, query, into in zip(rows, (q.to(wide) * scale).view(shape), out.view(shape), strict=True):
         if row is None:
             continue
-        keys, values = (x.to(wide) for x in row) if row[0].dtype != wide else row
+        keys, values = (x.to(wide) for x in row)
         scores = torch.bmm(query, keys)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
@@ -366,7 +356,7 @@ def _checked(
         for start, length in _checked_rows(starts, lengths, len(k_cache)):
             first, count = counted(start, length, window)
             views.append((keys.narrow(2, first, count), values.narrow(1, first, count)) if length else None)
-        return decode_rows(q, views, softcap=softcap, scale=scale)
+        return _rows(q, views, softcap, scale)
     low, high = (int(x) for x in torch.aminmax(lengths))
     if low < 0 or high > k_cache.shape[1]:
         raise ValueError(f"lengths: expected in [0, {k_cache.shape[1]}], found {low} to {high}")

@@ -22,19 +22,15 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Few tokens, without gradient: x (..., T, H, D), cos and sin as ``rope`` takes them -> x, turned. Angles are laid
-    out once for all layers."""
-    found = _layouts.get(cos)
-    if found is None:
-        found = _layouts[cos] = laid_out(cos, sin, x.dtype)
-    return turned(x, *found)
+    """Few tokens, without gradient: x (..., T, H, D), cos and sin as ``rope`` takes them -> x, turned.
 
-
-def turned(x: Tensor, whole: Tensor, signed: Tensor) -> Tensor:
-    """x (..., H, D), turned by the angles that ``laid_out`` gives.
-
-    As many calls as need be: they, and not the numbers, take the time.
+    As many calls as need be: they, and not the numbers, take the time. Angles are laid out once for all layers.
     """
+    if cos not in _layouts:
+        wide = wide_dtype(x.dtype)
+        both = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        _layouts[cos] = tuple(angles.unsqueeze(-2).to(wide) for angles in both)
+    whole, signed = _layouts[cos]
     width = whole.shape[-1]
     part = x if x.shape[-1] == width else x[..., :width]
     out = torch.mul(part, whole).addcmul_(torch.roll(part, width // 2, -1), signed)
@@ -43,14 +39,7 @@ def turned(x: Tensor, whole: Tensor, signed: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def laid_out(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., h) -> [cos, cos] and [-sin, sin] (..., 1, 2 h) for x in ``dtype``."""
-    wide = wide_dtype(dtype)
-    whole, signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    return whole.unsqueeze(-2).to(wide), signed.unsqueeze(-2).to(wide)
+_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of cos: [cos, cos] and [-sin, sin] (..., 1, 2 h)
 
 
 class TorchRope(torch.autograd.Function):

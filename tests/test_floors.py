@@ -140,7 +140,6 @@ TESTED_WITH = {
     "engine/decode_step": "engine/test_batcher",
     "engine/guesses": "engine/test_batcher",
     "engine/kv_pool": "engine/test_batcher",
-    "engine/lean_layers": "engine/test_batcher",
     "engine/packed": "engine/test_batcher",
     "engine/prefill": "engine/test_batcher",
     "engine/row": "engine/test_batcher",

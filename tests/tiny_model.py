@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from afina.engine.lora import new_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.weights import new_model, save_model
 from afina.loaders.text.tokenizer import Tokenizer
 from afina.loaders.text.train_bpe import train_bpe
+from afina.loaders.weights.peft import AdapterConfig
 
 LINES = [
     "the quick brown fox jumps over the lazy dog",
@@ -48,6 +50,15 @@ def tiny_model(tokenizer: Tokenizer, **changes: Any) -> GPT:
             if parameter.dim() == 2:
                 parameter.mul_(12.0)
     return model
+
+
+def adapted(model: GPT, **options: Any) -> None:
+    """Give the model an adapter that changes what it computes."""
+    config = AdapterConfig(r=3, alpha=6, **options)
+    adapter = new_adapter(model, config, targets=("q_proj", "v_proj", "down_proj"), seed=0)
+    for lora in adapter.loras.values():
+        torch.nn.init.normal_(lora.B, std=0.1)
+    set_adapter(model, adapter)
 
 
 def saved(folder: Path, **changes: Any) -> Path:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_graph import FakeGraph
 from fake_graph import fake_graphs as fake_graphs
-from hf_models import CASES, parametrize, saved
-from tiny_model import tiny_model, tiny_tokenizer
+from hf_models import parametrize, saved
+from tiny_model import adapted, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +21,6 @@ from afina.engine.decode_step import DecodeStep
 from afina.engine.guesses import LEAST, Guesses
 from afina.engine.kv_pool import KVPool
 from afina.engine.linear import Linear
-from afina.engine.lora import new_adapter, set_adapter
 from afina.engine.model import GPT
 from afina.engine.model_config import RopeConfig
 from afina.engine.packed import HalfEmbedding, PackedModel, release
@@ -32,9 +31,7 @@ from afina.engine.sampling import Sampling
 from afina.engine.text_stream import WINDOW, TextStream
 from afina.engine.weights import load_model
 from afina.errors import ConfigError, DataError
-from afina.kernels.backend import trusted
 from afina.loaders.text.tokenizer import Tokenizer
-from afina.loaders.weights.peft import AdapterConfig
 
 
 @pytest.fixture(scope="module")
@@ -347,14 +344,6 @@ def test_penalties_and_bias(model: GPT, tokenizer: Tokenizer, monkeypatch: pytes
     assert tokens(logit_bias={9: 100}) == [9] * 12
 
 
-def adapted(model: GPT, **options: Any) -> None:
-    config = AdapterConfig(r=3, alpha=6, **options)
-    adapter = new_adapter(model, config, targets=("q_proj", "v_proj", "down_proj"), seed=0)
-    for lora in adapter.loras.values():
-        torch.nn.init.normal_(lora.B, std=0.1)
-    set_adapter(model, adapter)
-
-
 WORKS = {"Half": layouts.half_works, "OneDNN": lambda: layouts.onednn_works(torch.float32)}
 
 
@@ -499,33 +488,6 @@ def test_a_step_is_captured_once_for_each_size_or_computed(
     for _ in range(2):
         assert step(torch.ones(4, 5, dtype=torch.int64)) is table
     assert capsys.readouterr().err == "afina: decoding without CUDA graphs, since capturing one failed: not permitted\n"
-
-
-ADAPTERS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"dora": True}}
-
-
-@pytest.mark.parametrize(
-    ("name", "adapter"), [(str(case), None) for case in CASES] + [("llama", adapter) for adapter in ADAPTERS]
-)
-@torch.no_grad()
-def test_lean_layers_compute_what_layers_do(name: str, adapter: str | None) -> None:
-    """In every family: on a CPU a step goes another way through the layers than all else does."""
-    model = load_model(saved(name).folder)
-    for parameter in model.parameters():  # norms' weights are all 1 at first, and biases 0
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
-    if adapter is not None:
-        adapted(model, **ADAPTERS[adapter])
-    pool = KVPool(model.config, 64, torch.device("cpu"), torch.float32)
-    pool.memory.normal_(generator=torch.Generator().manual_seed(0))
-    step = DecodeStep(model, pool, 48)
-    table = torch.tensor([[3, 4, 5, 0, 0], [0, 20, 20, 0, 0], [6, 40, 41, 0, 0], [5, 59, 60, 64, 64]])
-    expected = step.compute(table)
-    written = pool.memory.clone()
-    pool.memory[..., table[3], :] = 0
-    with PackedModel(model), trusted():
-        found = step(table)
-    torch.testing.assert_close(found[:3], expected[:3], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(pool.memory[..., :-1, :], written[..., :-1, :], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.gpu
