@@ -8,7 +8,8 @@ behind a prompt of 32 (tokens/s after the first); `first` is the seconds to the 
 is 16 rows with prompts of 8 to 128 tokens, of which 8 to 96 are wanted (rows/s); `shared` 16 questions of 12 to 27
 tokens behind one system message of 192, of which 16 tokens are wanted. Theirs pads prompts on the left and
 runs until the longest row is done; ours lets rows leave. Both run in turn (A B A B ...) in one process. Memory is that
-of a process of its own for each: the peak from loading the model to the end of the 16 rows, less what it had before.
+of a process of its own for each: the peak from loading model and tokenizer to the end of the 16 rows, less what it had
+before.
 One JSON line for each model and case: medians, the median of the rounds' ratios (ours / theirs), and how many texts are
 equal, token for token. `--rounded` rounds the weights to bfloat16 first, for both: checkpoints are published so, and
 the weights of smollm2-135m-instruct here come from four bits, which bfloat16 and float16 cannot hold.
@@ -78,11 +79,12 @@ def afina_engine(source: str) -> Callable[[Rows], Written]:
 
 
 def transformers_engine(source: str) -> Callable[[Rows], Written]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.generation import BaseStreamer
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
+    model.tokenizer = AutoTokenizer.from_pretrained(source)  # both hold one, as whoever generates text does
 
     class First(BaseStreamer):  # type: ignore[misc, no-any-unimported]
         def __init__(self) -> None:

@@ -13,6 +13,8 @@ smaller than 2^-17 may lose its last bits there, never more than 2^-25.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from functools import cache
 from typing import Protocol
 
@@ -23,6 +25,7 @@ ROWS = 16  # the batch that oneDNN's layout is chosen for
 ROUNDING = 2.0**-25  # half the distance of the float16 numbers next to 0: what a weight in ``Half`` may be off by
 SLICE = 1 << 20  # numbers of a weight that are compared at a time
 BLOCK = 512  # FBGEMM's layout fills the width of a weight up to a multiple of this
+BLOCKS = (64, 48, 32, 16, 8, 4)  # rows that oneDNN may lay side by side
 
 
 class Layout(Protocol):
@@ -39,18 +42,76 @@ class Layout(Protocol):
         ...
 
 
+def filled(rows: int) -> int:
+    """How many rows ``OneDNN`` computes for so many. For each number that it meets, oneDNN writes code of half a
+    megabyte to a megabyte a kind of weight, and keeps that of the last 1,024: prompts of all lengths would take more
+    memory than a small model does."""
+    step = next((step for most, step in ((16, 4), (64, 8), (256, 16)) if rows <= most), 64)
+    return -(-rows // step) * step
+
+
 class OneDNN:
-    """The weight's own numbers, which come back bit for bit."""
+    """The weight's own numbers, which come back bit for bit. Rows are filled up to numbers that come again
+    (``filled``)."""
 
     def __init__(self, weight: Tensor) -> None:
         self.data = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         self.nbytes = int(torch.ops.mkldnn._nbytes(self.data))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.data, bias, "none", [], "")
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
+        count = filled(len(rows))
+        if count == len(rows):
+            return torch.ops.mkldnn._linear_pointwise(x, self.data, bias, "none", [], "")
+        whole = rows.new_zeros(count, rows.shape[1])
+        whole[: len(rows)] = rows
+        y = torch.ops.mkldnn._linear_pointwise(whole, self.data, bias, "none", [], "")[: len(rows)]
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+    def numbers(self, dtype: torch.dtype) -> Tensor | None:
+        """All numbers as they lie, flat, and what fills them up. They must not outlive this object; None where torch
+        does not say where they are."""
+        try:
+            memory = (ctypes.c_char * self.nbytes).from_address(torch.ops.mkldnn.data_ptr(self.data))
+        except (RuntimeError, AttributeError):
+            return None
+        return torch.frombuffer(memory, dtype=dtype)
 
     def dense(self) -> Tensor:
         return self.data.to_dense()
+
+
+class Rows:
+    """``rows(ids)``: single rows (..., C) of a weight (O, C), read where oneDNN has laid it out; ``within`` makes it.
+
+    oneDNN does not say how a weight lies. On CPUs it is in blocks of rows, (O / n, C / k, n, k): n rows side by side, k
+    numbers of each at a time, 1 or a pair; n = 1 and k = C are plain rows, n = O and k = 1 plain columns. That is
+    tried, and taken only where all numbers are found again.
+    """
+
+    def __init__(self, layout: OneDNN, blocks: Tensor, width: int) -> None:
+        self.layout, self.blocks, self.width = layout, blocks, width  # the layout has the memory of ``blocks``
+
+    @classmethod
+    def within(cls, layout: OneDNN, weight: Tensor) -> Rows | None:
+        """None where the weight lies in another way."""
+        out, width = weight.shape
+        numbers = layout.numbers(weight.dtype)
+        if numbers is None:
+            return None
+        for n, k in (*itertools.product(BLOCKS, (1, 2)), (1, width), (out, 1)):
+            filled, rest = divmod(numbers.numel(), -(-out // n) * n)  # the width, up to a multiple of 16
+            if rest or filled < width or filled % k:
+                continue
+            found = cls(layout, numbers.view(-1, filled // k, n, k).transpose(1, 2), width)
+            steps = torch.arange(out).split(max(1, SLICE // width))
+            if all(torch.equal(found(ids), weight[ids[0] : ids[-1] + 1]) for ids in steps):
+                return found
+        return None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        n = self.blocks.shape[1]
+        return self.blocks[ids // n, ids % n].flatten(-2)[..., : self.width]
 
 
 class Plain:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afina.engine.layouts import Half, Layout, OneDNN, Plain, fits_half, half_works, onednn_works
+from afina.engine.layouts import Half, Layout, OneDNN, Plain, Rows, fits_half, half_works, onednn_works
 from afina.engine.linear import Linear, Lora
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Numbers of a weight from which on a layout pays: calling it takes as long as a product of that size.
 LEAST = 1 << 18
 LEAST_HALF = 1 << 16
+SAMPLE = 64  # rows that tell whether a model's weights are of 16 bits
 
 
 def packed(weight: Tensor) -> Layout | None:
@@ -111,15 +112,34 @@ class HalfEmbedding(nn.Module):
         return F.embedding(ids, self.get_buffer("weight")).float()
 
 
+class HeadEmbedding(nn.Module):
+    """An embedding (V, C), ids (...) -> (..., C), that has no memory of its own: its rows are the head's."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)
+
+
 def release(model: GPT, *, keep: Collection[str] = ()) -> None:
     """Pack a model's weights for good and let the plain ones go, but those of the parameters ``keep``, which something
     will exchange. The model generates as before, and has no loss and cannot train any more."""
+    head = not {"embed.weight", "head.weight"} & set(keep)
+    # Most memory is needed beside the largest matrix. So it is the first, unless the others will take less afterwards.
+    first = not (half_works() and fits_half(model.head_weight[:SAMPLE]))
+    if head and first:
+        _release_head(model)
     for name, layer in _plain(model):
         if f"{name}.weight" not in keep and (made := _packed_linear(layer)) is not None:
             layer.packed = made
             layer.hold(None)
-    if {"embed.weight", "head.weight"} & set(keep):
-        return
+    if head and not first:
+        _release_head(model)
+
+
+def _release_head(model: GPT) -> None:
     model.packed_head = head = packed(model.head_weight)
     tied = model.config.tie_embeddings
     if head is None or (tied and isinstance(head, Plain)):  # which lies where the embedding does
@@ -128,6 +148,8 @@ def release(model: GPT, *, keep: Collection[str] = ()) -> None:
         model.head.register_parameter("weight", None)
     if isinstance(head, Half) if tied else fits_half(model.embed.weight):
         model.embed = HalfEmbedding(model.embed.weight)
+    elif tied and isinstance(head, OneDNN) and (rows := Rows.within(head, model.embed.weight)) is not None:
+        model.embed = HeadEmbedding(rows)
 
 
 def _packed_linear(layer: Linear) -> PackedLinear | None:

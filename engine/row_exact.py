@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from afina.engine.layouts import OneDNN, filled, onednn_works
 from afina.engine.linear import Linear
 from afina.engine.model import GPT, Layer
 
@@ -39,22 +40,31 @@ def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
     are powers of two there, of which each is one captured graph."""
     if model.device.type == "cuda":
         return tuple(size for size in POWERS if size < 2 * most)
-    top = padded(max(most, LEAST), SIZES)
+    # What is filled up anyway is filled up once, for the whole step.
+    sizes = [size for size in SIZES if size == filled(size)] if _uses_onednn(model) else SIZES
+    top = padded(max(most, LEAST), sizes)
     known = _measured.setdefault(model, {})
     key = top, torch.get_num_threads(), *_functions(model)
     if key not in known:
-        known[key] = _measure(model, SIZES.index(top))
+        known[key] = _measure(model, sizes, sizes.index(top))
     return known[key]
 
 
+def _uses_onednn(model: GPT) -> bool:
+    layers = [module for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
+    layouts = [model.packed_head, *(layer.packed.weight for layer in layers if layer.packed is not None)]
+    thin = any(layer.lora is not None for layer in layers) and onednn_works(model.dtype)
+    return thin or any(isinstance(layout, OneDNN) for layout in layouts)
+
+
 @torch.no_grad()
-def _measure(model: GPT, at: int) -> tuple[int, ...]:
-    """Of the sizes up to ``SIZES[at]``, or up to one of the next ones, should a row's place matter in that."""
-    for top in range(at, min(at + TRIES, len(SIZES))):
-        agree = set(SIZES[: top + 1])
+def _measure(model: GPT, sizes: Sequence[int], at: int) -> tuple[int, ...]:
+    """Of the sizes up to ``sizes[at]``, or up to one of the next ones, should a row's place matter in that."""
+    for top in range(at, min(at + TRIES, len(sizes))):
+        agree = set(sizes[: top + 1])
         for function, width in _functions(model).values():
             agree &= _agreeing(function, width, sorted(agree), model.dtype)
-            if SIZES[top] not in agree:
+            if sizes[top] not in agree:
                 break
         else:
             return tuple(sorted(agree))

@@ -15,7 +15,7 @@ from tiny_model import adapted, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afina.engine import decode_step, kv_pool, layouts, packed
+from afina.engine import decode_step, kv_pool, layouts, packed, row_exact
 from afina.engine.batcher import Batcher
 from afina.engine.decode_step import DecodeStep
 from afina.engine.guesses import LEAST, Guesses
@@ -23,7 +23,7 @@ from afina.engine.kv_pool import KVPool
 from afina.engine.linear import Linear
 from afina.engine.model import GPT
 from afina.engine.model_config import RopeConfig
-from afina.engine.packed import HalfEmbedding, PackedModel, release
+from afina.engine.packed import HalfEmbedding, HeadEmbedding, PackedModel, release
 from afina.engine.rope_tables import RopeTables
 from afina.engine.row import Row
 from afina.engine.row_exact import padded
@@ -377,7 +377,12 @@ def test_packed_weights_compute_the_same(
     release(model, keep={"layers.0.mlp.down.weight"})
     gone = set(names) - {name for name, _ in model.named_parameters()}
     assert "layers.1.mlp.down.weight" in gone
-    assert ("embed.weight" in gone) == isinstance(model.embed, HalfEmbedding) == (layout == "Half")
+    # The embedding of its own goes where it is held in 16 bits, or can be read where the head lies.
+    assert ("embed.weight" in gone) == (not isinstance(model.embed, torch.nn.Embedding))
+    if layout == "Half":
+        assert isinstance(model.embed, HalfEmbedding)
+    elif torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert isinstance(model.embed, HeadEmbedding)
     assert model.dtype == torch.float32
     assert "layers.0.mlp.down.weight" not in gone
     for name, weight in dense.items():
@@ -415,9 +420,25 @@ def test_what_embedding_and_head_leave_behind(
     assert "head.weight" not in dict(model.named_parameters())
 
 
+@torch.no_grad()
+def test_steps_have_the_sizes_that_onednn_fills_up_to(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not layouts.onednn_works(torch.float32):
+        pytest.skip("torch has no such layout here")
+    monkeypatch.setattr(packed, "LEAST", 1)
+    monkeypatch.setattr(packed, "LEAST_HALF", 1 << 40)
+    sizes = Batcher(tiny_model(tokenizer), tokenizer, max_rows=30).sizes
+    assert sizes == (4, 8, 12, 16, 24, 32)
+    monkeypatch.setattr(packed, "LEAST", 1 << 40)
+    model = tiny_model(tokenizer)
+    with PackedModel(model):
+        assert not row_exact._uses_onednn(model)
+        adapted(model)  # whose thin matrices oneDNN multiplies
+        assert row_exact._uses_onednn(model)
+
+
 def test_sizes_that_do_not_agree_are_left_out(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the place of a row matters in the largest batch, that is the next size; at last rows run one at a time."""
-    import afina.engine.row_exact as module
+    module = row_exact
 
     def noisy(sizes: set[int]) -> Any:
         return lambda x: x * (1.0000001 if len(x) in sizes else 1.0)

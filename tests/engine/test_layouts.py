@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from afina.engine import layouts, packed
-from afina.engine.layouts import ROUNDING, Half, OneDNN, Plain, fits_half, half_works, onednn_works
+from afina.engine.layouts import ROUNDING, Half, OneDNN, Plain, Rows, filled, fits_half, half_works, onednn_works
 from afina.engine.row_exact import _agreeing
 
 needs_half = pytest.mark.skipif(not half_works(), reason="torch has no float16 product here")
@@ -108,3 +109,76 @@ def test_a_plain_weight_computes_what_it_did() -> None:
         torch.testing.assert_close(plain(rows, bias), rows @ weight.t() + bias)
     assert torch.equal(plain.dense(), weight)
     assert plain.data.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(61, 32), (300, 33), (2048, 96), (5, 7)])
+def test_rows_are_read_where_onednn_has_laid_them(shape: tuple[int, int]) -> None:
+    if not onednn_works(torch.float32):
+        pytest.skip("torch has no such layout here")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    layout = OneDNN(weight)
+    if layout.numbers(torch.float32) is None:
+        pytest.skip("torch does not say where the numbers are")
+    rows = Rows.within(layout, weight)
+    if rows is None and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("oneDNN has blocks here that nobody has seen")
+    assert rows is not None
+    ids = torch.tensor([[0, shape[0] - 1, 3], [2, 2, 1]])
+    assert torch.equal(rows(ids), weight[ids])
+    assert rows(ids[0, :0]).shape == (0, shape[1])
+    before = weight[ids].clone()
+    weight.zero_()  # what is read is not the weight that it came from
+    del layout
+    assert torch.equal(rows(ids), before)
+
+
+class Laid:
+    """A weight as oneDNN might have it: ``n`` rows side by side, ``k`` numbers of each at a time, the rest NaN."""
+
+    def __init__(self, weight: Tensor, n: int, k: int, fill: int) -> None:
+        out, width = weight.shape
+        whole = weight.new_full((-(-out // n) * n, -(-width // fill) * fill), torch.nan)
+        whole[:out, :width] = weight
+        self.laid = whole.view(-1, n, whole.shape[1] // k, k).transpose(1, 2).flatten()
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return self.laid
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 1), (64, 2), (48, 2), (16, 1), (8, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_blocks_are_found_or_refused(n: int, k: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(131, 38, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = Rows.within(cast("OneDNN", Laid(weight, n, k, 16)), weight)
+    assert rows is not None
+    assert rows.blocks.shape[1::2] == (n, k)
+    assert torch.equal(rows(torch.arange(131)), weight)
+    laid = Laid(weight, n, k, 16)
+    last = (laid.laid == weight[-1, -1]).nonzero()[-1]
+    laid.laid[last] += 1  # one number is another: it is no such layout
+    assert Rows.within(cast("OneDNN", laid), weight) is None
+    assert Rows.within(cast("OneDNN", Laid(weight, 24, 1, 16)), weight) is None
+
+
+def test_few_numbers_of_rows_are_computed() -> None:
+    """oneDNN keeps code for each, so a prompt of another length is none."""
+    sizes = [filled(rows) for rows in range(1, 1025)]
+    assert all(rows <= size == filled(size) <= max(4, 1.6 * rows) for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes[:256])) == 22
+    assert len(set(sizes)) == 34
+
+
+def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn_works(torch.float32):
+        pytest.skip("torch has no such layout here")
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=draw) for shape in ((40, 24), (40,), (40, 24)))
+    layout = OneDNN(weight)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for count in (1, 3, 4, 17, 38, 40):
+        torch.testing.assert_close(layout(x[:count], bias), expected[:count], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layout(x[None, :count], bias), expected[None, :count], atol=1e-5, rtol=1e-5)
+    met: list[int] = []
+    monkeypatch.setattr(layouts, "filled", lambda rows: met.append(rows) or rows)
+    layout(x[:2, None])
+    assert met == [2]
