@@ -46,7 +46,7 @@ def filled(rows: int) -> int:
     """How many rows ``OneDNN`` computes for so many. For each number that it meets, oneDNN writes code of half a
     megabyte to a megabyte a kind of weight, and keeps that of the last 1,024: prompts of all lengths would take more
     memory than a small model does."""
-    step = next((step for most, step in ((16, 4), (64, 8), (256, 16)) if rows <= most), 64)
+    step = 1 if rows <= 2 else 4 if rows <= 16 else 8 if rows <= 64 else 16 if rows <= 256 else 64
     return -(-rows // step) * step
 
 
@@ -100,10 +100,10 @@ class Rows:
         if numbers is None:
             return None
         for n, k in (*itertools.product(BLOCKS, (1, 2)), (1, width), (out, 1)):
-            filled, rest = divmod(numbers.numel(), -(-out // n) * n)  # the width, up to a multiple of 16
-            if rest or filled < width or filled % k:
+            whole, rest = divmod(numbers.numel(), -(-out // n) * n)  # the width, up to a multiple of 16
+            if rest or whole < width or whole % k:
                 continue
-            found = cls(layout, numbers.view(-1, filled // k, n, k).transpose(1, 2), width)
+            found = cls(layout, numbers.view(-1, whole // k, n, k).transpose(1, 2), width)
             steps = torch.arange(out).split(max(1, SLICE // width))
             if all(torch.equal(found(ids), weight[ids[0] : ids[-1] + 1]) for ids in steps):
                 return found

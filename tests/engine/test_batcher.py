@@ -427,7 +427,7 @@ def test_steps_have_the_sizes_that_onednn_fills_up_to(tokenizer: Tokenizer, monk
     monkeypatch.setattr(packed, "LEAST", 1)
     monkeypatch.setattr(packed, "LEAST_HALF", 1 << 40)
     sizes = Batcher(tiny_model(tokenizer), tokenizer, max_rows=30).sizes
-    assert sizes == (4, 8, 12, 16, 24, 32)
+    assert sizes == (1, 2, 4, 8, 12, 16, 24, 32)
     monkeypatch.setattr(packed, "LEAST", 1 << 40)
     model = tiny_model(tokenizer)
     with PackedModel(model):
