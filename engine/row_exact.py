@@ -51,10 +51,12 @@ def exact_sizes(model: GPT, most: int) -> tuple[int, ...]:
 
 
 def _uses_onednn(model: GPT) -> bool:
-    layers = [module for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
-    layouts = [model.packed_head, *(layer.packed.weight for layer in layers if layer.packed is not None)]
-    thin = any(layer.lora is not None for layer in layers) and onednn_works(model.dtype)
-    return thin or any(isinstance(layout, OneDNN) for layout in layouts)
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.packed is not None:
+            thin = layer.lora is not None and onednn_works(model.dtype)
+            if thin or isinstance(layer.packed.weight, OneDNN):
+                return True
+    return isinstance(model.packed_head, OneDNN)
 
 
 @torch.no_grad()

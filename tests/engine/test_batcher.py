@@ -420,10 +420,9 @@ def test_what_embedding_and_head_leave_behind(
     assert "head.weight" not in dict(model.named_parameters())
 
 
+@pytest.mark.skipif(not layouts.onednn_works(torch.float32), reason="torch has no oneDNN here")
 @torch.no_grad()
 def test_steps_have_the_sizes_that_onednn_fills_up_to(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not layouts.onednn_works(torch.float32):
-        pytest.skip("torch has no such layout here")
     monkeypatch.setattr(packed, "LEAST", 1)
     monkeypatch.setattr(packed, "LEAST_HALF", 1 << 40)
     sizes = Batcher(tiny_model(tokenizer), tokenizer, max_rows=30).sizes
@@ -577,6 +576,7 @@ def test_guesses_change_nothing_but_the_number_of_steps(
 def test_guesses_are_what_followed_last_time() -> None:
     guesses = Guesses([1, 2, 3, 4, 1, 2])
     assert guesses.next(3) == [3, 4, 1]
+    assert guesses.next(7) == [3, 4, 1, 2, 3, 4, 1]  # the text repeats itself, and goes on
     guesses.add(9)
     assert guesses.next(3) == []
     for token in (1, 2):
